@@ -289,13 +289,14 @@ def _flag(given: _Given) -> bool:
     given.refuse(f"expected 0 or 1, got {given.shown}.")
 
 
-def _choice(*accepted: str, instead: str, weaker: bool = False) -> _Reader:
-    """Accept the values named; `weaker`: whatever else there is asks for less than verify-full."""
+def _choice(*accepted: str, instead: str, weakens: str | None = None) -> _Reader:
+    """Accept the values named. `weakens` tells how any other value asks for less than verify-full, where it does."""
 
     def read(given: _Given) -> str:
         value = str(int(given.value)) if isinstance(given.value, (bool, int)) else given.text()
         if value not in accepted:
-            given.refuse(f"{value!r} is not accepted. {instead}", insecure=weaker and value != "")
+            why = weakens if weakens and value else "is not accepted"
+            given.refuse(f"{value!r} {why}. {instead}", insecure=why is weakens)
         return value
 
     return read
@@ -385,8 +386,14 @@ _LIBPQ: Mapping[str, tuple[str | None, _Reader]] = {
         "PGSSLCERTMODE",
         _choice("allow", instead="sslcert is sent to a server that asks for it; leave this out."),
     ),
-    "sslsni": ("PGSSLSNI", _choice("1", instead="Neon finds the endpoint by SNI. Leave it out.", weaker=True)),
-    "sslcompression": ("PGSSLCOMPRESSION", _choice("0", instead="TLS 1.3 has none. Leave it out.", weaker=True)),
+    "sslsni": (
+        "PGSSLSNI",
+        _choice("1", weakens="leaves out the name Neon finds the endpoint by", instead="Leave it out."),
+    ),
+    "sslcompression": (
+        "PGSSLCOMPRESSION",
+        _choice("0", weakens="asks for what TLS 1.3 has not", instead="Leave it out."),
+    ),
     "sslkeylogfile": (None, _refused("would write the session keys to a file. Leave it out.", insecure=True)),
     "ssl_min_protocol_version": (
         "PGSSLMINPROTOCOLVERSION",
@@ -394,7 +401,7 @@ _LIBPQ: Mapping[str, tuple[str | None, _Reader]] = {
     ),
     "ssl_max_protocol_version": (
         "PGSSLMAXPROTOCOLVERSION",
-        _choice("TLSv1.3", instead="TLS 1.3 is the only version spoken. Leave it out.", weaker=True),
+        _choice("TLSv1.3", weakens="rules TLS 1.3 out, the only version spoken", instead="Leave it out."),
     ),
     "min_protocol_version": ("PGMINPROTOCOLVERSION", _choice("3.0", instead="asyncpg speaks 3.0. Leave it out.")),
     "max_protocol_version": (
@@ -403,11 +410,16 @@ _LIBPQ: Mapping[str, tuple[str | None, _Reader]] = {
     ),
     "channel_binding": (
         "PGCHANNELBINDING",
-        _choice("prefer", "require", instead="Write prefer or require, or leave it out.", weaker=True),
+        _choice(
+            "prefer",
+            "require",
+            weakens="leaves the login open to whoever relays it",
+            instead="Write prefer or require, or leave it out.",
+        ),
     ),
     "require_auth": (
         "PGREQUIREAUTH",
-        _choice("scram-sha-256", instead="scram-sha-256 is the only method ever used. Leave it out.", weaker=True),
+        _choice("scram-sha-256", weakens="admits other methods than scram-sha-256", instead="Leave it out."),
     ),
     "target_session_attrs": (
         "PGTARGETSESSIONATTRS",
@@ -441,7 +453,9 @@ _CODE_ONLY: Mapping[str, _Reader] = {
     "max_cached_statement_lifetime": _integer(0, _COUNT_MAX, " of seconds"),
     "max_cacheable_statement_size": _integer(0, _COUNT_MAX, " of bytes"),
     "server_settings": _read_server_settings,
-    "direct_tls": _refused("is asyncpg's own. Write sslnegotiation=direct (the default) or postgres.", insecure=True),
+    "direct_tls": _refused(
+        "is a door of asyncpg's to its own TLS. Write sslnegotiation=direct (the default) or postgres.", insecure=True
+    ),
     "connect": _refused(_OWN_CONTEXT, insecure=True),
     "loop": _refused("the running event loop is used. Leave it out.", insecure=True),
 }

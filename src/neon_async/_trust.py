@@ -17,8 +17,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias
 
-import certifi
-
 from ._errors import ConfigurationError, InsecureConfigurationError
 
 # https://letsencrypt.org/certs/isrgrootx1.der; programme trust to 2030-06-04, notAfter 2035-06-04.
@@ -94,7 +92,7 @@ def _find_in_file(path: str) -> TrustAnchor:
             return _anchor(der, f"sslrootcert ({path})")
     if count:
         raise InsecureConfigurationError(
-            f"sslrootcert {path!r} holds {count} certificates and ISRG Root X1 is none of them. Leave sslrootcert out; "
+            f"sslrootcert {path!r} does not hold ISRG Root X1, but {count} other. Leave sslrootcert out; "
             "to trust a private CA, pass trust_anchor= in code."
         )
     raise ConfigurationError(f"sslrootcert {path!r} cannot be read or holds no certificate. Leave it out.")
@@ -144,6 +142,8 @@ def _look(name: str, location: str) -> Place:
 
 
 def _certifi() -> tuple[str, str]:
+    import certifi  # 6 ms, and with trust_anchor= nobody needs it
+
     return "certifi", certifi.where()
 
 

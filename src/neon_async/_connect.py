@@ -83,6 +83,7 @@ class Connector:
                 connection = await self._dial(door, password.reveal, connection_class, record_class)
         except Exception as error:  # noqa: BLE001  every one is named below, or passed on
             door.abort()
+            self.tls_report = door.report or self.tls_report
             raw = door.failure or error
         except BaseException:  # cancellation
             door.abort()

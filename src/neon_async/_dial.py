@@ -85,6 +85,7 @@ class Door:
         self._on_step("authentication")
         protocol = protocol_factory()
         self._gate.admit(protocol)
+        self._on_step = _say_nothing  # of the cancel requests
         return self._gate.transport, protocol
 
     async def start_tls(self, transport: _FinishedTLS, *_: object, **__: object) -> asyncio.Transport:
@@ -103,13 +104,15 @@ class Door:
         """Open TLS in the mode that the parameters name or the server is known to speak; by default direct first."""
         parameters = self._parameters
         server = (parameters.host, parameters.hostaddr, parameters.port)
-        if parameters.sslnegotiation is not None:
-            return await self._open_tls_as(parameters.sslnegotiation)
-        if server not in _without_direct_tls:
-            try:
-                return await self._open_tls_as("direct")
-            except _NoDirectTLSError:
-                pass
+        if parameters.sslnegotiation == "postgres" or (
+            parameters.sslnegotiation is None and server in _without_direct_tls
+        ):
+            return await self._open_tls_as("postgres")
+        try:
+            return await self._open_tls_as("direct")
+        except _NoDirectTLSError:
+            if parameters.sslnegotiation == "direct":
+                raise TLSError(f"{parameters.host} does not speak direct TLS. Leave sslnegotiation out.") from None
         opened = await self._open_tls_as("postgres")
         _without_direct_tls.add(server)
         return opened
@@ -193,7 +196,7 @@ class Door:
             )
         except (ConnectionError, ssl.SSLError) as error:
             if negotiation == "direct" and _says_no_tls(error):
-                raise _NoDirectTLSError from error
+                raise _NoDirectTLSError from None
             raise
         return gate
 
@@ -212,6 +215,10 @@ class Door:
         return report
 
 
+def _say_nothing(step: str) -> None:
+    pass
+
+
 def client_certificate(parameters: ConnectionParameters) -> ClientCertificate | None:
     """Return the client certificate that the parameters name, if they do."""
     if parameters.sslcert is None:
@@ -219,11 +226,8 @@ def client_certificate(parameters: ConnectionParameters) -> ClientCertificate | 
     return ClientCertificate(parameters.sslcert, parameters.sslkey, parameters.sslpassword or "")
 
 
-class _NoDirectTLSError(TLSError):
+class _NoDirectTLSError(Exception):
     """The server closed, or answered without TLS or without its ALPN: it may still know SSLRequest."""
-
-    def __str__(self) -> str:
-        return "The server does not speak direct TLS. Leave sslnegotiation out, or write sslnegotiation=postgres."
 
 
 def _says_no_tls(error: Exception) -> bool:

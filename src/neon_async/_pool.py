@@ -67,6 +67,8 @@ class Pool(_AsyncpgPool):
         require_asyncio()
         try:
             await super().__aenter__()
+        except asyncpg.InterfaceError:  # closed already, or being opened by another task, which goes on
+            raise
         except BaseException:
             self.terminate()
             raise

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import socket
 import ssl
 import weakref
@@ -138,7 +139,8 @@ class Connector:
         if isinstance(error, ssl.SSLCertVerificationError):
             return explain(error, server_name=host, anchor=self.anchor)
         if isinstance(error, ssl.SSLError):
-            what, advice = _TLS_REASONS.get(error.reason or "", (error.reason or "it broke off", "Check the server."))
+            reason = _openssl_reason(error)
+            what, advice = _TLS_REASONS.get(reason, (reason, "Check the server."))
             return TLSError(f"The TLS handshake with {host} failed: {what}. {advice}")
         if isinstance(error, socket.gaierror):
             return ConnectError(f"The name {host} cannot be resolved ({error.strerror}). Check host, and the DNS here.")
@@ -189,6 +191,12 @@ _TLS_REASONS = {  # OpenSSL's names for what went wrong
     "TLSV1_ALERT_NO_APPLICATION_PROTOCOL": _NO_ALPN,
     "TLSV13_ALERT_CERTIFICATE_REQUIRED": ("it demands a client certificate", "Give sslcert and sslkey."),
 }
+
+
+def _openssl_reason(error: ssl.SSLError) -> str:
+    """Return OpenSSL's name for the reason. Python's table of them may be older than OpenSSL; the text has them all."""
+    text = re.search(r"\] (.+?) \(_ssl", str(error))
+    return error.reason or (text[1].upper().replace(" ", "_") if text else "it broke off")
 
 
 def require_asyncio() -> None:

@@ -184,6 +184,7 @@ class Door:
 
     async def _handshake(self, sock: socket.socket, context: ssl.SSLContext, negotiation: str) -> _LoginGate:
         parameters = self._parameters
+        inode = os.fstat(sock.fileno()).st_ino
         try:
             _, gate = await self._loop.create_connection(
                 lambda: _LoginGate(parameters.host),
@@ -194,7 +195,8 @@ class Door:
                 ssl_handshake_timeout=parameters.connect_timeout + 60.0,
                 ssl_shutdown_timeout=_SHUTDOWN_TIMEOUT,
             )
-        except (ConnectionError, ssl.SSLError) as error:
+        except BaseException as error:
+            _disown(sock, inode)
             if negotiation == "direct" and _says_no_tls(error):
                 raise _NoDirectTLSError from None
             raise
@@ -230,7 +232,7 @@ class _NoDirectTLSError(Exception):
     """The server closed, or answered without TLS or without its ALPN: it may still know SSLRequest."""
 
 
-def _says_no_tls(error: Exception) -> bool:
+def _says_no_tls(error: BaseException) -> bool:
     """Whether a failed handshake tells that the server knows no direct TLS, and not that TLS itself was refused."""
     if isinstance(error, (ConnectionError, ssl.SSLEOFError, ssl.SSLZeroReturnError)):
         return True
@@ -278,7 +280,7 @@ async def _connect_tcp(
             attempt.add_done_callback(_close_late_winner)
     reasons = "; ".join(f"{address}: {os.strerror(error.errno or 0)}" for address, error in failures.items())
     raise ConnectError(
-        f"Nothing at {parameters.host}, port {parameters.port}, accepts connections ({reasons}). Check host and network."
+        f"Nothing at {parameters.host}, port {parameters.port}, takes connections ({reasons}). Check host and network."
     ) from next(iter(failures.values()), None)
 
 
@@ -300,6 +302,20 @@ async def _connect_to(
         sock.close()
         raise
     return sock
+
+
+def _disown(sock: socket.socket, inode: int) -> None:
+    """Leave `sock` to the loop that has failed to make a transport of it, and will close it.
+
+    uvloop ties the two together late: a transport that was reset before has closed the descriptor, which the socket
+    still holds, and would close once more when it may be somebody else's.
+    """
+    try:
+        still_ours = sock.fileno() == -1 or os.fstat(sock.fileno()).st_ino == inode
+    except OSError:
+        still_ours = False
+    if not still_ours:
+        sock.detach()
 
 
 def _set_options(sock: socket.socket, parameters: ConnectionParameters) -> None:
@@ -431,11 +447,11 @@ class _LoginGate(asyncio.Protocol):
         self._messages += 1
         if kind == b"E":
             raise server_error(body)
-        if kind not in (b"R", b"N") or self._messages > _MAX_MESSAGES:
+        if kind not in (b"R", b"N") or (kind == b"R" and len(body) < 4) or self._messages > _MAX_MESSAGES:
             raise ProtocolError(f"{self._host} sent message {kind!r} during authentication, where it has no place.")
         if kind == b"N":  # NoticeResponse: nobody is there to read it yet
             return False
-        code = int.from_bytes(body[:4], "big") if len(body) >= 4 else -1
+        code = int.from_bytes(body[:4], "big")
         if code != _SCRAM_ORDER[self._step]:
             raise AuthenticationError(
                 f"{self._host} {_METHODS.get(code, f'asked for the unknown authentication method {code}')}; only "

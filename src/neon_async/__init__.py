@@ -6,6 +6,7 @@ from ._connect import Connection, connect, connection_tls_report
 from ._errors import (
     AuthenticationError,
     CertificateError,
+    ChannelBindingError,
     ComputeUnavailableError,
     ConfigurationError,
     ConnectError,
@@ -35,6 +36,7 @@ __all__ = (
     "ISRG_ROOT_X1_SHA256",
     "AuthenticationError",
     "CertificateError",
+    "ChannelBindingError",
     "ComputeUnavailableError",
     "ConfigurationError",
     "ConnectError",

@@ -18,7 +18,6 @@ import asyncpg
 
 from ._dial import Door, client_certificate
 from ._errors import (
-    AuthenticationError,
     ConfigurationError,
     ConnectError,
     ConnectTimeoutError,
@@ -27,6 +26,7 @@ from ._errors import (
     UnsupportedEventLoopError,
     forget_arguments,
 )
+from ._login import Logins
 from ._neon import classify, short_name
 from ._params import ConnectionParameters, ConnectKeywords, parse
 from ._tls import TLSReport, build_context, explain
@@ -50,6 +50,9 @@ class Connector:
         self.parameters = parameters
         self.anchor = anchor
         self.tls_report: TLSReport | None = None
+        self._logins = Logins()
+        # For asyncpg to hold. It trusts nobody: were it ever used, nothing would pass.
+        self._placeholder = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 
     def __repr__(self) -> str:
         return f"<Connector {short_name(self.parameters.host)}>"
@@ -75,32 +78,34 @@ class Connector:
             if on_step:
                 on_step(step)
 
-        door = Door(self.parameters, self.anchor, begin)
         deadline = asyncio.timeout(self.parameters.connect_timeout)
         try:
             async with deadline:
-                password = await self.parameters.password.resolve()
-                steps.append("start")
-                connection = await self._dial(door, password.reveal, connection_class, record_class)
+                return await self._dial(begin, connection_class, record_class)
         except Exception as error:  # noqa: BLE001  every one is named below, or passed on
-            door.abort()
-            self.tls_report = door.report or self.tls_report
-            raw = door.failure or error
-        except BaseException:  # cancellation
-            door.abort()
-            raise
-        else:
-            assert door.report is not None
-            self.tls_report = _reports[connection] = door.report
-            return connection
+            raw = error
         failure = self._name(raw, steps[-1], expired=deadline.expired())
         if failure is raw:
             raise failure
-        # Without its traceback: the frames below hold what asyncpg was given.
-        raise failure from raw.with_traceback(None)
+        raise failure from raw
 
     async def _dial(
-        self, door: Door, password: Callable[[], str], connection_class: type[Any], record_class: type[Any]
+        self, begin: Callable[[str], None], connection_class: type[Any], record_class: type[Any]
+    ) -> asyncpg.Connection[Any]:
+        password = await self.parameters.password.resolve()
+        door = Door(self.parameters, self.anchor, secret=password.reveal, logins=self._logins, on_step=begin)
+        try:
+            connection = await self._connect_through(door, connection_class, record_class)
+        except BaseException:
+            door.abort()
+            raise
+        finally:
+            self.tls_report = door.report or self.tls_report
+        _reports[connection] = cast(TLSReport, door.report)
+        return connection
+
+    async def _connect_through(
+        self, door: Door, connection_class: type[Any], record_class: type[Any]
     ) -> asyncpg.Connection[Any]:
         parameters = self.parameters
         return await asyncpg.connect(
@@ -108,12 +113,11 @@ class Connector:
             host=parameters.host,
             port=parameters.port,
             user=parameters.user,
-            password=password,
+            password="",  # the door has answered before asyncpg is asked
             database=parameters.database,
             server_settings=dict(parameters.startup_settings),
-            # With both of these asyncpg asks its loop, the door, for one finished TLS transport. This context trusts
-            # nobody: were it ever used, nothing would pass.
-            ssl=ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT),
+            # With both of these asyncpg asks its loop, the door, for one finished TLS transport.
+            ssl=self._placeholder,
             direct_tls=True,
             # Spelled out, so that asyncpg does not look into the environment.
             target_session_attrs=cast(Any, "any"),
@@ -148,8 +152,6 @@ class Connector:
             return ConnectError(f"{host} broke off the connection during {_DURING[step]}. Try again; check the server.")
         if isinstance(error, asyncpg.PostgresError):
             return self._name_of_server_error(error)
-        if isinstance(error, (asyncpg.InterfaceError, asyncpg.InternalClientError)):
-            return AuthenticationError(f"Authentication with {host} failed: {error}. Check the server.")
         return error
 
     def _name_of_server_error(self, error: asyncpg.PostgresError) -> Exception:
@@ -165,14 +167,12 @@ class Connector:
 
 _WAITED_FOR = {
     "password": "the password function had not returned",
-    "start": "nothing had been tried yet",
     "dns": "its name had not been resolved. Check this machine's DNS",
     "tcp": "nothing had answered at its address. Check host, port and firewall",
     "tls": "the TLS handshake had not ended. Check that this is a PostgreSQL server's port",
     "authentication": "authentication had not ended. A suspended compute may need longer: try again",
 }
 _DURING = {
-    "start": "connecting",
     "dns": "name resolution",
     "tcp": "connecting",
     "tls": "the TLS handshake",
@@ -223,6 +223,9 @@ def prepare(dsn: str | None, *, trust_anchor: AnchorSource | None = None, **keyw
         raise ConfigurationError("trust_anchor and sslrootcert are both given, and name different roots. Write one.")
     parameters = parse(dsn, keywords, os.environ)
     anchor = load_trust_anchor(trust_anchor) if trust_anchor is not None else find_isrg_root_x1(parameters.sslrootcert)
+    # scramp takes 50 ms to import: here, rather than with neon_async or, worse, in the event loop of the first dial.
+    from . import _scram  # noqa: F401
+
     build_context(anchor, crl=parameters.sslcrl, client_certificate=client_certificate(parameters))
     return Connector(parameters, anchor)
 
@@ -252,7 +255,8 @@ def connection_tls_report(connection: Connection) -> TLSReport:
     and for one that has been released to its pool.
     """
     # asyncpg's private name: a pool hands out a proxy, and only this attribute tells the connection behind it.
-    report = _reports.get(getattr(connection, "_con", connection))
+    behind = getattr(connection, "_con", connection)
+    report = _reports.get(behind) if isinstance(behind, asyncpg.Connection) else None
     if report is None:
         raise ConfigurationError("This is not an open connection of neon-async. Pass one while it is acquired.")
     return report

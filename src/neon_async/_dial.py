@@ -1,4 +1,4 @@
-"""Open one transport: TCP, TLS, the checks after the handshake, a guarded login; then give it to asyncpg.
+"""Open one transport: TCP, TLS, the checks after the handshake, the login; then give it to asyncpg.
 
 `Door` is what asyncpg is given as its `loop`: its `create_connection` is ours, so asyncpg never sees a plaintext
 transport. This module knows neither pools nor retries nor asyncpg itself, only the shape of its protocol. What the
@@ -8,6 +8,7 @@ system or OpenSSL raises passes through; `_connect` gives it its public name.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import itertools
 import os
 import socket
@@ -15,9 +16,10 @@ import ssl
 import struct
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias
 
-from ._errors import AuthenticationError, ConnectError, ProtocolError, TLSError, server_error
+from ._errors import ConnectError, TLSError
+from ._login import Logins, Mailbox, Secret, ServerAsksOtherwiseError, log_in
 from ._params import ConnectionParameters
 from ._tls import ALPN, ClientCertificate, TLSReport, build_context, check_handshake
 from ._trust import TrustAnchor
@@ -30,7 +32,6 @@ _ATTEMPT_DELAY = 0.25
 _SHUTDOWN_TIMEOUT = 2.0
 
 _Address: TypeAlias = tuple[socket.AddressFamily, tuple[Any, ...]]
-_StepObserver: TypeAlias = Callable[[str], None]
 _ProtocolFactory: TypeAlias = Callable[[], asyncio.Protocol]
 
 # The servers that turned out not to speak direct TLS, by (host, hostaddr, port). Both modes verify the same.
@@ -43,13 +44,23 @@ class Door:
     Its first connection is the session's own; later ones carry cancel requests, to the same address, inside TLS.
     """
 
-    def __init__(self, parameters: ConnectionParameters, anchor: TrustAnchor, on_step: _StepObserver) -> None:
+    def __init__(
+        self,
+        parameters: ConnectionParameters,
+        anchor: TrustAnchor,
+        *,
+        secret: Secret,
+        logins: Logins,
+        on_step: Callable[[str], None],
+    ) -> None:
         self._loop = asyncio.get_running_loop()
         self._parameters = parameters
         self._anchor = anchor
+        self._secret = secret
+        self._logins = logins
         self._on_step = on_step
-        self._address: _Address | None = None
-        self._gate: _LoginGate | None = None
+        self._addresses: list[_Address] = []
+        self._mailbox: Mailbox | None = None
         self.report: TLSReport | None = None
 
     def __getattr__(self, name: str) -> Any:
@@ -65,15 +76,10 @@ class Door:
     def __repr__(self) -> str:
         return f"<Door to {self._parameters.host}>"
 
-    @property
-    def failure(self) -> Exception | None:
-        """Why the login was broken off, where it was the gate or the transport that did so."""
-        return self._gate.failure if self._gate else None
-
     def abort(self) -> None:
         """Drop the session's connection at once, if there is one."""
-        if self._gate:
-            self._gate.abort()
+        if self._mailbox:
+            self._mailbox.abort()
 
     async def create_connection(
         self, protocol_factory: _ProtocolFactory, host: str, port: int, *, ssl: object = None
@@ -81,26 +87,52 @@ class Door:
         """Serve asyncpg's two calls: with `ssl` for a session under direct TLS, without it for a cancel request."""
         if ssl is None:
             return await self._open_for_cancel(protocol_factory)
-        self._gate, self._address, self.report = await self._open_tls()
-        self._on_step("authentication")
-        protocol = protocol_factory()
-        self._gate.admit(protocol)
+        try:
+            protocol = await self._open_session(protocol_factory, early=self._logins.mechanism)
+        except ServerAsksOtherwiseError:
+            self.abort()
+            protocol = await self._open_session(protocol_factory, early=None)
         self._on_step = _say_nothing  # of the cancel requests
-        return self._gate.transport, protocol
+        assert self._mailbox is not None
+        return self._mailbox.transport, protocol
+
+    async def _open_session(self, protocol_factory: _ProtocolFactory, *, early: str | None) -> asyncio.Protocol:
+        """Return asyncpg's protocol, authenticated, with the transport its own from here on."""
+        self._mailbox, address, self.report = await self._open_tls()
+        self._addresses = [address]  # a cancel request must reach the same server
+        self._on_step("authentication")
+        self._mailbox.require_silence()
+        protocol = protocol_factory()
+        protocol.connection_made(self._mailbox.transport)  # asyncpg sends its StartupMessage
+        mechanism = await log_in(
+            self._mailbox,
+            host=self._parameters.host,
+            certificate=self._mailbox.transport.get_extra_info("ssl_object").getpeercert(binary_form=True),
+            channel_binding=self._parameters.channel_binding,
+            secret=self._secret,
+            logins=self._logins,
+            early=early,
+        )
+        await self._mailbox.hand_over(protocol)
+        self._logins.mechanism = mechanism
+        self.report = dataclasses.replace(self.report, mechanism=mechanism)
+        return protocol
 
     async def start_tls(self, transport: _FinishedTLS, *_: object, **__: object) -> asyncio.Transport:
         """Serve asyncpg's cancel request, for which TLS is up already."""
+        if transport.finished.is_closing():  # the mailbox was told of the end, and nobody will tell asyncpg
+            raise ConnectError(f"{self._parameters.host} dropped the connection of a cancel request.")
         return transport.finished
 
     async def _open_for_cancel(self, protocol_factory: _ProtocolFactory) -> tuple[_FinishedTLS, asyncio.Protocol]:
         async with asyncio.timeout(self._parameters.connect_timeout):
-            gate, _, _ = await self._open_tls()
+            mailbox, _, _ = await self._open_tls()
         # asyncpg waits for the server to close. A server that never does must not hold up the caller.
-        self._loop.call_later(self._parameters.connect_timeout, gate.abort)
+        self._loop.call_later(self._parameters.connect_timeout, mailbox.abort)
         protocol = protocol_factory()
-        return _FinishedTLS(self._loop, gate.transport, protocol), protocol
+        return _FinishedTLS(self._loop, mailbox.transport, protocol), protocol
 
-    async def _open_tls(self) -> tuple[_LoginGate, _Address, TLSReport]:
+    async def _open_tls(self) -> tuple[Mailbox, _Address, TLSReport]:
         """Open TLS in the mode that the parameters name or the server is known to speak; by default direct first."""
         parameters = self._parameters
         server = (parameters.host, parameters.hostaddr, parameters.port)
@@ -117,10 +149,11 @@ class Door:
         _without_direct_tls.add(server)
         return opened
 
-    async def _open_tls_as(self, negotiation: str) -> tuple[_LoginGate, _Address, TLSReport]:
-        addresses = [self._address] if self._address else await self._resolve()
+    async def _open_tls_as(self, negotiation: str) -> tuple[Mailbox, _Address, TLSReport]:
+        if not self._addresses:
+            self._addresses = await self._resolve()
         self._on_step("tcp")
-        sock, address = await _connect_tcp(self._loop, addresses, self._parameters)
+        sock, address = await _connect_tcp(self._loop, self._addresses, self._parameters)
         try:
             self._on_step("tls")
             if negotiation == "postgres":
@@ -129,13 +162,13 @@ class Door:
         except BaseException:
             sock.close()
             raise
-        gate = await self._handshake(sock, context, negotiation)
+        mailbox = await self._handshake(sock, context, negotiation)
         try:
-            report = self._check(gate, context, negotiation)
+            report = self._check(mailbox, context, negotiation)
         except BaseException:
-            gate.abort()
+            mailbox.abort()
             raise
-        return gate, address, report
+        return mailbox, address, report
 
     async def _resolve(self) -> list[_Address]:
         parameters = self._parameters
@@ -182,12 +215,12 @@ class Door:
             ),
         )
 
-    async def _handshake(self, sock: socket.socket, context: ssl.SSLContext, negotiation: str) -> _LoginGate:
+    async def _handshake(self, sock: socket.socket, context: ssl.SSLContext, negotiation: str) -> Mailbox:
         parameters = self._parameters
         inode = os.fstat(sock.fileno()).st_ino
         try:
-            _, gate = await self._loop.create_connection(
-                lambda: _LoginGate(parameters.host),
+            _, mailbox = await self._loop.create_connection(
+                lambda: Mailbox(parameters.host),
                 sock=sock,
                 ssl=context,
                 server_hostname=parameters.host,
@@ -200,11 +233,11 @@ class Door:
             if negotiation == "direct" and _says_no_tls(error):
                 raise _NoDirectTLSError from None
             raise
-        return gate
+        return mailbox
 
-    def _check(self, gate: _LoginGate, context: ssl.SSLContext, negotiation: str) -> TLSReport:
+    def _check(self, mailbox: Mailbox, context: ssl.SSLContext, negotiation: str) -> TLSReport:
         report = check_handshake(
-            gate.transport.get_extra_info("ssl_object"),
+            mailbox.transport.get_extra_info("ssl_object"),
             context,
             server_name=self._parameters.host,
             negotiation=negotiation,
@@ -335,132 +368,7 @@ def _set_options(sock: socket.socket, parameters: ConnectionParameters) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Login
-
-# Messages before AuthenticationOk are short: PostgreSQL's own bound is 2,000 bytes, for errors 30,000 (libpq,
-# fe-connect.c); its servers stay far below both. A server that talks on and on is none.
-_MAX_MESSAGE = 8192
-_MAX_MESSAGES = 32
-
-# PostgreSQL documentation, section 54.7, Authentication*. SCRAM is the codes 10, 11, 12, 0, in this order and no other.
-_SASL, _SASL_CONTINUE, _SASL_FINAL, _OK = 10, 11, 12, 0
-_SCRAM_ORDER = (_SASL, _SASL_CONTINUE, _SASL_FINAL, _OK)
-_METHODS = {
-    0: "let us in without authentication",
-    2: "asked for Kerberos V5",
-    3: "asked for the password in cleartext",
-    5: "asked for the password as an MD5 hash",
-    7: "asked for GSSAPI",
-    8: "went on with GSSAPI",
-    9: "asked for SSPI",
-    10: "asked for SASL once more",
-    11: "went on with a SASL exchange that is not at this point",
-    12: "ended a SASL exchange that is not at this point",
-}
-
-
-class _LoginGate(asyncio.Protocol):
-    """Stands before asyncpg until the server has said AuthenticationOk at the end of a SCRAM exchange.
-
-    It passes on whole messages of that exchange in their order, and nothing else: what asyncpg makes of the rest ranges
-    from sending the password to crashing the process.
-    """
-
-    transport: asyncio.Transport
-
-    def __init__(self, host: str) -> None:
-        self._host = host
-        self._inner: asyncio.Protocol | None = None
-        self._received = bytearray()
-        self._messages = 0
-        self._step = 0
-        self._lost = False
-        self.failure: Exception | None = None
-
-    def admit(self, inner: asyncio.Protocol) -> None:
-        """Let asyncpg's protocol send its StartupMessage. Raises where the server spoke first, or is gone."""
-        if self._received:
-            raise self._fail(ProtocolError(f"{self._host} spoke before it was asked; that is no PostgreSQL server."))
-        if self._lost:
-            raise self.failure or ConnectError(f"{self._host} closed the connection after the TLS handshake.")
-        self._inner = inner
-        inner.connection_made(self.transport)
-
-    def abort(self) -> None:
-        self.transport.abort()
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = cast(asyncio.Transport, transport)  # by its methods; uvloop's has another base
-
-    def data_received(self, data: bytes) -> None:
-        if self.failure:
-            return
-        self._received += data
-        if self._inner is None:
-            if len(self._received) > _MAX_MESSAGE:
-                self.abort()
-            return
-        try:
-            self._pass_messages(self._inner)
-        except Exception as error:  # noqa: BLE001  the loop would log it; the caller must see it
-            self._fail(error)
-
-    def pause_writing(self) -> None:
-        if self._inner:
-            self._inner.pause_writing()
-
-    def resume_writing(self) -> None:
-        if self._inner:
-            self._inner.resume_writing()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._lost = True
-        self.failure = self.failure or exc
-        if self._inner:
-            self._inner.connection_lost(exc)
-
-    def _fail(self, error: Exception) -> Exception:
-        self.failure = error
-        self.abort()
-        return error
-
-    def _pass_messages(self, inner: asyncio.Protocol) -> None:
-        while len(self._received) >= 5:
-            kind, length = struct.unpack_from("!ci", self._received)
-            if not 4 <= length <= _MAX_MESSAGE:
-                raise ProtocolError(
-                    f"{self._host} announced a message of {length} bytes during authentication; refused."
-                )
-            if len(self._received) < 1 + length:
-                return
-            message = bytes(self._received[: 1 + length])
-            if self._judge(kind, message[5:]):
-                self.transport.set_protocol(inner)
-                inner.data_received(bytes(self._received))
-                return
-            del self._received[: 1 + length]
-            if kind == b"R":
-                inner.data_received(message)
-
-    def _judge(self, kind: bytes, body: bytes) -> bool:
-        """Return whether this message ends the login. Raises for whatever has no place in it."""
-        self._messages += 1
-        if kind == b"E":
-            raise server_error(body)
-        if kind not in (b"R", b"N") or (kind == b"R" and len(body) < 4) or self._messages > _MAX_MESSAGES:
-            raise ProtocolError(f"{self._host} sent message {kind!r} during authentication, where it has no place.")
-        if kind == b"N":  # NoticeResponse: nobody is there to read it yet
-            return False
-        code = int.from_bytes(body[:4], "big")
-        if code != _SCRAM_ORDER[self._step]:
-            raise AuthenticationError(
-                f"{self._host} {_METHODS.get(code, f'asked for the unknown authentication method {code}')}; only "
-                "SCRAM-SHA-256, complete and in its order, is answered. No password was sent. Check the server."
-            )
-        if code == _SASL and b"SCRAM-SHA-256" not in body[4:].split(b"\0"):
-            raise AuthenticationError(f"{self._host} offers SASL without SCRAM-SHA-256, the only mechanism used.")
-        self._step += 1
-        return code == _OK
+# Cancel requests
 
 
 class _FinishedTLS:

@@ -77,6 +77,10 @@ class InvalidPasswordError(AuthenticationError, asyncpg.InvalidPasswordError):
     """The role or its password is wrong. Neon answers the same for an unknown role."""
 
 
+class ChannelBindingError(AuthenticationError):
+    """The login cannot be bound to the TLS channel, so somebody in between could not be told from the server."""
+
+
 class EndpointError(NeonAsyncError, asyncpg.InternalServerError):
     """Neon refused the connection for a reason of the endpoint.
 
@@ -116,6 +120,9 @@ class DatabaseNotFoundError(EndpointError, asyncpg.InvalidCatalogNameError):
     """The endpoint answers, and has no database of this name."""
 
 
+ServerError = asyncpg.PostgresError
+
+
 def server_error(body: bytes) -> asyncpg.PostgresError:
     """Return asyncpg's exception for the body of an ErrorResponse (PostgreSQL documentation, section 54.8)."""
     fields = {chr(field[0]): field[1:].decode("utf-8", "replace") for field in body.split(b"\0") if field}
@@ -136,7 +143,7 @@ def forget_arguments(function: Callable[_P, _T]) -> Callable[_P, _T]:
             return function(*args, **kwargs)
         except NeonAsyncError as error:
             failure = error.with_traceback(None)
-        failure.__context__ = None
+        failure.__cause__ = failure.__context__ = None
         del args, kwargs
         raise failure
 

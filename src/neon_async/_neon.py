@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from ._errors import (
     AuthenticationError,
+    ChannelBindingError,
     ComputeUnavailableError,
     DatabaseNotFoundError,
     EndpointDisabledError,
@@ -58,9 +59,12 @@ _QUOTA = "Wait for the next billing period or raise the limit in the Neon consol
 _FULL = "Use the -pooler host, lower max_size, or wait: retry after a long, jittered pause."
 _WAKING = "The compute may be waking: try again in a few seconds."
 
+_BETWEEN = "Somebody may stand between you and the server. Do not go on; check host and network."
+
 # (text the message contains, error, what to do); the first match counts.
 _TEXTS: tuple[tuple[str, type[NeonAsyncError], str], ...] = (
     ("password authentication failed for user", InvalidPasswordError, f"Check user and password. {_COPY}"),
+    ("SCRAM channel binding", ChannelBindingError, _BETWEEN),  # ... check failed, ... negotiation error
     ("not allowed to connect to this endpoint", IPNotAllowedError, "Add this address to IP Allow of the Neon project."),
     ("from a blocked network", IPNotAllowedError, "Connect from an allowed network, or change IP Allow."),
     ("VPC endpoint ID is not specified", IPNotAllowedError, "Connect through the project's VPC endpoint."),

@@ -99,7 +99,11 @@ class Pool(_AsyncpgPool):
     async def _make_connection(
         self, *_: object, connection_class: type[Any], record_class: type[Any], **__: object
     ) -> asyncpg.Connection[Any]:
-        return await self._connector.connect(connection_class=connection_class, record_class=record_class)
+        connection = await self._connector.connect(connection_class=connection_class, record_class=record_class)
+        if self.is_closing():  # asyncpg 0.31 does not look, and would keep it for ever
+            connection.terminate()
+            raise asyncpg.InterfaceError("pool is closing")
+        return connection
 
 
 @forget_arguments
@@ -156,6 +160,9 @@ def create_pool(
     ):
         if not (isinstance(cls, type) and issubclass(cls, base)):
             raise ConfigurationError(f"{name} must be a subclass of asyncpg.{base.__name__}.")
+    for name, callback in (("setup", setup), ("init", init), ("reset", reset)):
+        if callback is not None and not callable(callback):
+            raise ConfigurationError(f"{name} must be an async function that takes a connection.")
     return Pool(
         prepare(dsn, trust_anchor=trust_anchor, **keywords),
         min_size=min_size,

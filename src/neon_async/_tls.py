@@ -5,9 +5,10 @@ This module decides *how* a server is verified. It knows neither hosts nor pools
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import ssl
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 from ._errors import CertificateError, ConfigurationError, InsecureConfigurationError
@@ -17,13 +18,19 @@ from ._trust import AnchorSource, TrustAnchor, distinguished_name, find_isrg_roo
 ALPN = "postgresql"
 
 
+# RFC 8446's suites with 128-bit tags. OPENSSL_CONF could add weaker ones, and OpenSSL 3.4 some without encryption.
+_CIPHERS = {"TLS_AES_256_GCM_SHA384", "TLS_CHACHA20_POLY1305_SHA256", "TLS_AES_128_GCM_SHA256"}
+# SSL_OP_LEGACY_SERVER_CONNECT and SSL_OP_ALLOW_UNSAFE_LEGACY_RENEGOTIATION: nothing to TLS 1.3, but from OPENSSL_CONF.
+_LEGACY_OPTIONS = 0x4 | 0x40000
+
+
 @dataclass(frozen=True, slots=True)
 class TLSReport:
     """What the handshake of one connection settled on.
 
     `negotiation` is libpq's `sslnegotiation`: `direct`, or `postgres` for TLS after an SSLRequest. `subject`, `issuer`,
     `not_after` and `sha256` are those of the server's leaf certificate; `anchor` tells which root was trusted and where
-    it was found.
+    it was found. `mechanism` is the SASL mechanism of the login inside: `SCRAM-SHA-256-PLUS` is bound to this channel.
     """
 
     version: str
@@ -37,6 +44,7 @@ class TLSReport:
     sha256: str
     anchor: str
     anchor_sha256: str
+    mechanism: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +53,7 @@ class ClientCertificate:
 
     certfile: str
     keyfile: str | None
-    password: str
+    password: str = field(repr=False)
 
 
 def create_ssl_context(*, trust_anchor: AnchorSource | None = None, crl: str | None = None) -> ssl.SSLContext:
@@ -79,6 +87,7 @@ def build_context(
     context.verify_flags &= ~ssl.VERIFY_X509_PARTIAL_CHAIN
     # OpenSSL's level 2: 112 bits, no SHA-1. OPENSSL_CONF could have lowered it, down to ciphers that encrypt nothing.
     context.set_ciphers("DEFAULT:@SECLEVEL=2")
+    context.options &= ~_LEGACY_OPTIONS
     context.set_alpn_protocols([ALPN])
     context.load_verify_locations(cadata=anchor.der)
     if crl is not None:
@@ -131,12 +140,18 @@ def _require_policy(context: ssl.SSLContext) -> None:
         and context.minimum_version is ssl.TLSVersion.TLSv1_3
         and context.verify_flags & flags == ssl.VERIFY_X509_STRICT
         and context.security_level >= 2
+        and {cipher["name"] for cipher in context.get_ciphers() if cipher["protocol"] == "TLSv1.3"} <= _CIPHERS
         and context.cert_store_stats()["x509"] == 1
         and context.keylog_filename is None
     ):
         raise InsecureConfigurationError(
             "The TLS context checks less than it must; something in this process changed it."
         )
+
+
+@functools.lru_cache(maxsize=8)  # strptime, for the same text at every dial
+def _parse_time(text: str) -> datetime:
+    return datetime.fromtimestamp(ssl.cert_time_to_seconds(text), UTC)
 
 
 def check_handshake(
@@ -160,7 +175,7 @@ def check_handshake(
         server_name=server_name,
         subject=distinguished_name(facts["subject"]),
         issuer=distinguished_name(facts["issuer"]),
-        not_after=datetime.fromtimestamp(ssl.cert_time_to_seconds(str(facts["notAfter"])), UTC),
+        not_after=_parse_time(str(facts["notAfter"])),
         sha256=hashlib.sha256(der).hexdigest(),
         anchor=str(anchor),
         anchor_sha256=anchor.sha256,

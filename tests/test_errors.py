@@ -1,0 +1,231 @@
+"""The tree of errors: what each is besides itself, that it survives pickling, and that it reads as its plain text."""
+
+from __future__ import annotations
+
+import asyncio
+import builtins
+import contextlib
+import copy
+import pickle
+import ssl
+from collections.abc import AsyncIterator
+from typing import Any
+
+import asyncpg
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import neon_async
+from neon_async import _errors
+from neon_async.testing import LocalPostgres
+
+TREE: list[Any] = [
+    pytest.param(cls, parents, retryable, id=cls.__name__)
+    for cls, parents, retryable in (
+        (neon_async.NeonAsyncError, (Exception,), False),
+        (neon_async.ConfigurationError, (ValueError,), False),
+        (neon_async.InsecureConfigurationError, (neon_async.ConfigurationError, ValueError), False),
+        (neon_async.UnsupportedEventLoopError, (RuntimeError,), False),
+        (neon_async.ConnectError, (ConnectionError, OSError), True),
+        (neon_async.ProtocolError, (neon_async.ConnectError,), False),
+        (neon_async.ConnectTimeoutError, (TimeoutError, asyncio.TimeoutError), True),
+        (neon_async.TLSError, (ssl.SSLError, OSError), False),
+        (neon_async.CertificateError, (neon_async.TLSError, ssl.SSLCertVerificationError), False),
+        (neon_async.AuthenticationError, (asyncpg.InvalidAuthorizationSpecificationError,), False),
+        (neon_async.ChannelBindingError, (neon_async.AuthenticationError,), False),
+        (neon_async.InvalidPasswordError, (neon_async.AuthenticationError, asyncpg.InvalidPasswordError), False),
+        (neon_async.EndpointError, (asyncpg.InternalServerError,), False),
+        (neon_async.EndpointNotFoundError, (neon_async.EndpointError,), False),
+        (neon_async.EndpointDisabledError, (neon_async.EndpointError,), False),
+        (neon_async.IPNotAllowedError, (neon_async.EndpointError,), False),
+        (neon_async.QuotaExceededError, (neon_async.EndpointError,), False),
+        (neon_async.ComputeUnavailableError, (neon_async.EndpointError, asyncpg.CannotConnectNowError), True),
+        (neon_async.TooManyConnectionsError, (neon_async.EndpointError, asyncpg.TooManyConnectionsError), True),
+        (neon_async.DatabaseNotFoundError, (neon_async.EndpointError, asyncpg.InvalidCatalogNameError), False),
+    )
+]
+TEXT = "ep-a-b-123456 was refused: ünwanted. Try 'this' instead"
+
+
+def error_response(**fields: str) -> bytes:
+    return b"".join(f"{key}{value}\0".encode() for key, value in fields.items()) + b"\0"
+
+
+def test_the_table_below_is_the_whole_tree() -> None:
+    listed = {case.values[0] for case in TREE}
+    exported = {getattr(neon_async, name) for name in neon_async.__all__}
+    defined = {one for one in vars(_errors).values() if isinstance(one, type) and one.__module__ == _errors.__name__}
+    assert listed == defined
+    assert listed == {value for value in exported if isinstance(value, type) and issubclass(value, Exception)}
+
+
+@pytest.mark.parametrize(("cls", "parents", "retryable"), TREE)
+class TestEveryError:
+    def test_it_is_caught_as_what_it_was_before(
+        self, cls: type[neon_async.NeonAsyncError], parents: tuple[type[Exception], ...], retryable: bool
+    ) -> None:
+        every: list[type[Exception]] = [neon_async.NeonAsyncError, *parents]
+        for parent in every:
+            with pytest.raises(parent) as caught:
+                raise cls(TEXT)
+            assert type(caught.value) is cls
+        assert cls.retryable is retryable
+
+    def test_it_is_nothing_else_that_callers_catch(
+        self, cls: type[neon_async.NeonAsyncError], parents: tuple[type[Exception], ...], retryable: bool
+    ) -> None:
+        # A retry loop around OSError or TimeoutError must not swallow a wrong password, nor the other way round.
+        allowed = {*Exception.__mro__, *(base for parent in parents for base in parent.__mro__)}
+        builtin = {base for base in cls.__mro__ if getattr(builtins, base.__name__, None) is base}
+        assert builtin <= allowed
+
+    def test_it_reads_as_its_text_alone(
+        self, cls: type[neon_async.NeonAsyncError], parents: tuple[type[Exception], ...], retryable: bool
+    ) -> None:
+        assert str(cls(TEXT)) == TEXT
+        assert str(cls()) == ""
+        assert cls.__doc__
+
+    @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+    def test_it_survives_pickling_with_its_text_and_attributes(
+        self, cls: type[neon_async.NeonAsyncError], parents: tuple[type[Exception], ...], retryable: bool, protocol: int
+    ) -> None:
+        error = cls(TEXT)
+        error.__dict__["detail"] = "a detail"
+        for twin in (pickle.loads(pickle.dumps(error, protocol)), copy.copy(error)):
+            assert type(twin) is cls
+            assert str(twin) == TEXT
+            assert vars(twin)["detail"] == "a detail"
+
+
+@pytest.mark.parametrize(
+    ("sqlstate", "cls"),
+    [
+        pytest.param("28P01", asyncpg.InvalidPasswordError, id="wrong password"),
+        pytest.param("3D000", asyncpg.InvalidCatalogNameError, id="missing database"),
+        pytest.param("53300", asyncpg.TooManyConnectionsError, id="full"),
+        pytest.param("57P03", asyncpg.CannotConnectNowError, id="starting up"),
+        pytest.param("XX000", asyncpg.InternalServerError, id="Neon's proxy"),
+        pytest.param("ZZ999", asyncpg.PostgresError, id="unknown"),
+    ],
+)
+def test_an_error_response_becomes_asyncpgs_own_exception(sqlstate: str, cls: type[asyncpg.PostgresError]) -> None:
+    error = _errors.server_error(error_response(S="FATAL", V="FATAL", C=sqlstate, M="nö", D="why", H="do this"))
+    assert isinstance(error, cls)
+    assert error.sqlstate == sqlstate
+    assert (error.args[0], getattr(error, "detail", None), getattr(error, "hint", None)) == ("nö", "why", "do this")
+
+
+@given(st.binary(max_size=200) | st.lists(st.binary(max_size=20), max_size=12).map(b"\0".join))
+def test_no_error_response_is_too_broken_to_become_an_exception(body: bytes) -> None:
+    error = _errors.server_error(body)
+    assert isinstance(error, asyncpg.PostgresError)
+    assert isinstance(str(error), str)
+    assert len(error.args) == 1
+
+
+def test_a_guarded_function_forgets_its_arguments_when_it_refuses() -> None:
+    @_errors.forget_arguments
+    def refuse(dsn: str) -> str:
+        try:
+            int(dsn)
+        except ValueError as error:
+            raise neon_async.ConfigurationError("refused") from error
+        return dsn
+
+    assert refuse("1") == "1"
+    with pytest.raises(neon_async.ConfigurationError) as caught:
+        refuse("s3cret")
+    frames = [entry.name for entry in caught.traceback]
+    assert frames == ["test_a_guarded_function_forgets_its_arguments_when_it_refuses", "wrapper"]
+    assert "s3cret" not in repr([entry.frame.f_locals for entry in list(caught.traceback)[1:]])
+    assert caught.value.__context__ is None
+    assert caught.value.__cause__ is None
+
+
+def test_a_guarded_function_keeps_its_name_and_the_errors_that_are_not_ours() -> None:
+    @_errors.forget_arguments
+    def fail(value: str) -> str:
+        """Fail."""
+        raise KeyError(value)
+
+    assert (fail.__name__, fail.__doc__) == ("fail", "Fail.")
+    with pytest.raises(KeyError, match="here"):
+        fail("here")
+
+
+# From a real server
+
+
+@pytest.fixture
+async def admin(postgres: LocalPostgres) -> AsyncIterator[Any]:
+    connection = await neon_async.connect(postgres.dsn, trust_anchor=postgres.trust_anchor)
+    try:
+        yield connection
+    finally:
+        await connection.close()
+
+
+@contextlib.asynccontextmanager
+async def a_role(admin: Any, name: str, options: str) -> AsyncIterator[None]:
+    await admin.execute(f"CREATE ROLE {name} PASSWORD 'role password' {options}")
+    try:
+        yield
+    finally:
+        await admin.execute(f"DROP ROLE {name}")
+
+
+@pytest.mark.anyio
+async def test_a_real_wrong_password_is_both_ours_and_asyncpgs(postgres: LocalPostgres) -> None:
+    with pytest.raises(neon_async.InvalidPasswordError, match="password authentication failed") as caught:
+        await neon_async.connect(postgres.dsn, trust_anchor=postgres.trust_anchor, password="not this one")
+    assert isinstance(caught.value, asyncpg.InvalidPasswordError)
+    assert caught.value.sqlstate == "28P01"
+    assert pickle.loads(pickle.dumps(caught.value)).sqlstate == "28P01"
+
+
+@pytest.mark.anyio
+async def test_an_unknown_role_looks_like_a_wrong_password(postgres: LocalPostgres) -> None:
+    with pytest.raises(asyncpg.InvalidPasswordError) as caught:
+        await neon_async.connect(postgres.dsn, trust_anchor=postgres.trust_anchor, user="nobody here")
+    assert type(caught.value) is neon_async.InvalidPasswordError
+
+
+@pytest.mark.anyio
+async def test_a_real_missing_database_is_both_ours_and_asyncpgs(postgres: LocalPostgres) -> None:
+    with pytest.raises(asyncpg.InvalidCatalogNameError, match='"no such database" does not exist') as caught:
+        await neon_async.connect(postgres.dsn, trust_anchor=postgres.trust_anchor, database="no such database")
+    assert type(caught.value) is neon_async.DatabaseNotFoundError
+    assert postgres.host in str(caught.value)
+
+
+@pytest.mark.anyio
+async def test_a_real_connection_limit_is_both_ours_and_asyncpgs(postgres: LocalPostgres, admin: Any) -> None:
+    async with a_role(admin, "limited", "LOGIN CONNECTION LIMIT 0"):
+        with pytest.raises(asyncpg.TooManyConnectionsError, match="too many connections for role") as caught:
+            await neon_async.connect(
+                postgres.dsn, trust_anchor=postgres.trust_anchor, user="limited", password="role password"
+            )
+    assert type(caught.value) is neon_async.TooManyConnectionsError
+    assert caught.value.retryable
+
+
+@pytest.mark.anyio
+async def test_a_role_without_login_is_an_authentication_error(postgres: LocalPostgres, admin: Any) -> None:
+    async with a_role(admin, "locked", "NOLOGIN"):
+        with pytest.raises(asyncpg.InvalidAuthorizationSpecificationError) as caught:
+            await neon_async.connect(
+                postgres.dsn, trust_anchor=postgres.trust_anchor, user="locked", password="role password"
+            )
+    assert type(caught.value) is neon_async.AuthenticationError
+
+
+@pytest.mark.anyio
+async def test_what_is_not_about_connecting_stays_asyncpgs(postgres: LocalPostgres) -> None:
+    with pytest.raises(asyncpg.PostgresError, match="unrecognized configuration parameter") as caught:
+        await neon_async.connect(
+            postgres.dsn, trust_anchor=postgres.trust_anchor, server_settings={"no_such_setting": "1"}
+        )
+    assert not isinstance(caught.value, neon_async.NeonAsyncError)
+    assert caught.value.sqlstate == "42704"

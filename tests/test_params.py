@@ -10,9 +10,10 @@ from urllib.parse import quote
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from psycopg import pq
+
 from neon_async import ConfigurationError, InsecureConfigurationError, NeonAsyncError, create_pool, harden_dsn
 from neon_async._params import ConnectionParameters, Password, parse
-from psycopg import pq
 
 HOST = "ep-cool-darkness-123456.us-east-2.aws.neon.tech"
 CONSOLE = "postgresql://alex:AbC123dEf@ep-cool-darkness-a1b2c3d4-pooler.us-east-2.aws.neon.tech/dbname"
@@ -46,24 +47,50 @@ def test_every_environment_variable_of_libpq_is_read() -> None:
 @pytest.mark.parametrize(
     ("dsn", "expected"),
     [
-        pytest.param(CONSOLE, {"user": "alex", "database": "dbname", "port": 5432, "sslnegotiation": None}, id="console"),
-        pytest.param(f"{CONSOLE}?sslmode=verify-full&channel_binding=require", {"channel_binding": "require"}, id="hardened"),
+        pytest.param(
+            CONSOLE, {"user": "alex", "database": "dbname", "port": 5432, "sslnegotiation": None}, id="console"
+        ),
+        pytest.param(
+            f"{CONSOLE}?sslmode=verify-full&channel_binding=require", {"channel_binding": "require"}, id="hardened"
+        ),
         pytest.param(f"postgres://a:b@{HOST}:6432", {"port": 6432, "database": "a"}, id="dbname defaults to user"),
         pytest.param(f"postgresql+asyncpg://a:b@{HOST}/x?ssl=verify-full", {"database": "x"}, id="SQLAlchemy's scheme"),
-        pytest.param(f"postgresql://a%40b:p%2Fw@{HOST}/d%20b", {"user": "a@b", "database": "d b"}, id="percent-encoded"),
+        pytest.param(
+            f"postgresql://a%40b:p%2Fw@{HOST}/d%20b", {"user": "a@b", "database": "d b"}, id="percent-encoded"
+        ),
         pytest.param(f"postgresql://a?b:c@{HOST}/d", {"user": "a?b"}, id="'?' in the user, as libpq reads it"),
         pytest.param(f"postgresql://{HOST}/d?user=u&password=p", {"user": "u"}, id="user and password as parameters"),
-        pytest.param("postgresql:///d?host=LOCALHOST&user=u&password=p", {"host": "localhost"}, id="host as a parameter"),
+        pytest.param(
+            "postgresql:///d?host=LOCALHOST&user=u&password=p", {"host": "localhost"}, id="host as a parameter"
+        ),
         pytest.param(f"postgresql://a:b@{HOST}/a/b", {"database": "a/b"}, id="a slash in dbname"),
         pytest.param(f"postgresql://a:b@{HOST}/?", {"database": "a"}, id="nothing behind '?'"),
         pytest.param(f"postgresql://a:b@{HOST}/d?hostaddr=::1&", {"hostaddr": "::1"}, id="IPv6 hostaddr"),
-        pytest.param(f"postgresql://a:b@{HOST}/d?options=-c%20jit%3Doff", {"startup_settings": {"options": "-c jit=off"}}, id="options"),
-        pytest.param(f"postgresql://a:b@{HOST}/d?options=endpoint=ep-x", {"startup_settings": {"options": "endpoint=ep-x"}}, id="'=' in a value"),
-        pytest.param(f"postgresql://a:b@{HOST}/d?application_name=a+b", {"startup_settings": {"application_name": "a+b"}}, id="'+' is no space"),
+        pytest.param(
+            f"postgresql://a:b@{HOST}/d?options=-c%20jit%3Doff",
+            {"startup_settings": {"options": "-c jit=off"}},
+            id="options",
+        ),
+        pytest.param(
+            f"postgresql://a:b@{HOST}/d?options=endpoint=ep-x",
+            {"startup_settings": {"options": "endpoint=ep-x"}},
+            id="'=' in a value",
+        ),
+        pytest.param(
+            f"postgresql://a:b@{HOST}/d?application_name=a+b",
+            {"startup_settings": {"application_name": "a+b"}},
+            id="'+' is no space",
+        ),
         pytest.param(f"postgresql://a:b@{HOST}/d?connect_timeout=2.5", {"connect_timeout": 2.5}, id="connect_timeout"),
         pytest.param(
             f"postgresql://a:b@{HOST}/d?keepalives=0&keepalives_idle=5&keepalives_interval=6&keepalives_count=7&tcp_user_timeout=0",
-            {"keepalives": False, "keepalives_idle": 5, "keepalives_interval": 6, "keepalives_count": 7, "tcp_user_timeout": 0},
+            {
+                "keepalives": False,
+                "keepalives_idle": 5,
+                "keepalives_interval": 6,
+                "keepalives_count": 7,
+                "tcp_user_timeout": 0,
+            },
             id="keepalive",
         ),
         pytest.param(
@@ -73,7 +100,7 @@ def test_every_environment_variable_of_libpq_is_read() -> None:
             id="settings that are met anyway",
         ),
     ],
-)  # fmt: skip
+)
 def test_a_dsn_is_read(dsn: str, expected: dict[str, object]) -> None:
     read = parse(dsn, {}, {})
     assert {name: getattr(read, name) for name in expected} == expected
@@ -89,7 +116,9 @@ def test_a_dsn_is_read(dsn: str, expected: dict[str, object]) -> None:
         pytest.param({"keepalives": 1}, {"keepalives": True}, id="keepalives=1"),
         pytest.param({"ssl": None, "port": None}, {"port": 5432}, id="None is not given"),
         pytest.param({"crl": "x.pem"}, {"sslcrl": "x.pem"}, id="crl"),
-        pytest.param({"fallback_application_name": "f"}, {"startup_settings": {"application_name": "f"}}, id="fallback"),
+        pytest.param(
+            {"fallback_application_name": "f"}, {"startup_settings": {"application_name": "f"}}, id="fallback"
+        ),
         pytest.param(
             {"application_name": "a", "fallback_application_name": "f"},
             {"startup_settings": {"application_name": "a"}},
@@ -124,7 +153,11 @@ def test_an_empty_environment_variable_is_unset() -> None:
 @pytest.mark.parametrize(
     ("dsn", "hardened"),
     [
-        pytest.param(f"{CONSOLE}?sslmode=require&channel_binding=require", f"{CONSOLE}?sslmode=verify-full&channel_binding=require", id="console"),
+        pytest.param(
+            f"{CONSOLE}?sslmode=require&channel_binding=require",
+            f"{CONSOLE}?sslmode=verify-full&channel_binding=require",
+            id="console",
+        ),
         pytest.param(CONSOLE, f"{CONSOLE}?sslmode=verify-full", id="no parameters"),
         pytest.param(f"{CONSOLE}?", f"{CONSOLE}?sslmode=verify-full", id="an empty query"),
         pytest.param(f"{CONSOLE}?a=%2F", f"{CONSOLE}?a=%2F&sslmode=verify-full", id="appended"),
@@ -133,7 +166,7 @@ def test_an_empty_environment_variable_is_unset() -> None:
         pytest.param(f"{CONSOLE}?sslm%6Fde=disable", f"{CONSOLE}?sslmode=verify-full", id="an encoded key"),
         pytest.param(f"{CONSOLE}?sslmode=verify-full", f"{CONSOLE}?sslmode=verify-full", id="hard already"),
     ],
-)  # fmt: skip
+)
 def test_harden_dsn_changes_sslmode_and_nothing_else(dsn: str, hardened: str) -> None:
     assert harden_dsn(dsn) == hardened
     assert harden_dsn(hardened) == hardened

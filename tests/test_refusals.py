@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from urllib.parse import quote
 
 import pytest
+
 from neon_async import ConfigurationError, InsecureConfigurationError, connect, create_pool
 
 HOST = "ep-cool-darkness-123456.us-east-2.aws.neon.tech"
@@ -176,9 +177,7 @@ def each_channel() -> Iterator[object]:
             }[name]
         else:
             base = url()
-        yield pytest.param(
-            Case(f"{base}?{name}={quote(value, safe='')}", {}, {}, insecure, name), id=f"DSN {label}"
-        )
+        yield pytest.param(Case(f"{base}?{name}={quote(value, safe='')}", {}, {}, insecure, name), id=f"DSN {label}")
         if name in ENVIRONMENT and "\0" not in value:
             others = {"host": HOST, "user": "alex", "password": SECRET} | {name: value}
             environment = {ENVIRONMENT[key]: text for key, text in others.items()}

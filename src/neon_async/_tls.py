@@ -195,7 +195,7 @@ _VERIFY_CODES = {
     20: ("its chain does not lead to the trust anchor", _OTHER_ROOT),
     21: ("the server sent no chain to the trust anchor", "The server must send its intermediate certificates."),
     23: ("it has been revoked", "Do not connect; tell the operator of the server."),
-    24: ("one of its issuers is not a CA", "Do not connect; tell the operator of the server."),
+    79: ("one of its issuers is not a CA", "Do not connect; tell the operator of the server."),
     25: ("its chain is longer than a CA in it allows", "Do not connect; tell the operator of the server."),
     26: ("it is not meant for servers", "The server must use a certificate with serverAuth."),
     62: ("it is for another name", "Check the host; the name is verified, wherever hostaddr leads."),

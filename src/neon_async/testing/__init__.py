@@ -1,0 +1,10 @@
+"""What tests of neon-async, and of code that uses it, need: a real server that is verified as Neon is.
+
+Needs the `testing` extra. It must not be imported by the package itself.
+"""
+
+from __future__ import annotations
+
+from neon_async.testing._local_postgres import LocalPostgres, LocalPostgresError
+
+__all__ = ("LocalPostgres", "LocalPostgresError")

@@ -1,0 +1,35 @@
+"""What every test shares: both event loops, one real PostgreSQL, and an environment with no say in the results."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from anyio.from_thread import start_blocking_portal
+
+from neon_async.testing import LocalPostgres
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param("asyncio", id="asyncio"), pytest.param(("asyncio", {"use_uvloop": True}), id="uvloop")],
+)
+def anyio_backend(request: pytest.FixtureRequest) -> Any:
+    """The event loops that async tests, marked `anyio`, run on."""
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def no_postgres_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hide the PG* variables of the machine, which libpq, asyncpg and neon_async read, and DATABASE_URL."""
+    for name in [name for name in os.environ if name.startswith("PG") or name == "DATABASE_URL"]:
+        monkeypatch.delenv(name)
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[LocalPostgres]:
+    """One running server for the whole session. It lives in an event loop of its own; tests must not stop it."""
+    with start_blocking_portal() as portal, portal.wrap_async_context_manager(LocalPostgres()) as server:
+        yield server

@@ -148,10 +148,10 @@ class Connector:
             return TLSError(f"The TLS handshake with {host} failed: {what}. {advice}")
         if isinstance(error, socket.gaierror):
             return ConnectError(f"The name {host} cannot be resolved ({error.strerror}). Check host, and the DNS here.")
+        if isinstance(error, asyncpg.PostgresError) and "sqlstate" in vars(error):  # the server's, not the client's own
+            return self._name_of_server_error(error)
         if isinstance(error, (OSError, asyncpg.PostgresConnectionError)):
             return ConnectError(f"{host} broke off the connection during {_DURING[step]}. Try again; check the server.")
-        if isinstance(error, asyncpg.PostgresError):
-            return self._name_of_server_error(error)
         return error
 
     def _name_of_server_error(self, error: asyncpg.PostgresError) -> Exception:

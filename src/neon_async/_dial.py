@@ -91,6 +91,7 @@ class Door:
             protocol = await self._open_session(protocol_factory, early=self._logins.mechanism)
         except ServerAsksOtherwiseError:
             self.abort()
+            self._logins.mechanism = None
             protocol = await self._open_session(protocol_factory, early=None)
         self._on_step = _say_nothing  # of the cancel requests
         assert self._mailbox is not None

@@ -1,4 +1,4 @@
-"""Answer the server's authentication requests in asyncpg's place, from its StartupMessage to AuthenticationOk.
+"""Answer the server's authentication requests in asyncpg's place, from its StartupMessage to ReadyForQuery.
 
 This module knows messages and their order. It knows nothing of TCP, TLS or what the keys are made of.
 """
@@ -24,6 +24,8 @@ Secret: TypeAlias = "Callable[[], str]"  # noqa: S105
 _MAX_MESSAGE = 8192
 _MAX_BUFFERED = 65536
 _MAX_NOTICES = 16
+# ParameterStatus, BackendKeyData, NoticeResponse, ReadyForQuery (PostgreSQL documentation, section 54.2.1).
+_AFTER_LOGIN = (b"S", b"K", b"N", b"Z")
 
 # PostgreSQL documentation, section 54.7, Authentication*.
 _OK, _SASL, _SASL_CONTINUE, _SASL_FINAL = 0, 10, 11, 12
@@ -54,7 +56,7 @@ class Logins:
 
 
 class Mailbox(asyncio.Protocol):
-    """Takes what the server sends before AuthenticationOk, and hands it out message by message."""
+    """Takes what the server sends before the session is ready, and hands it out message by message."""
 
     transport: asyncio.Transport
 
@@ -103,11 +105,24 @@ class Mailbox(asyncio.Protocol):
         return data
 
     async def hand_over(self, protocol: asyncio.Protocol) -> None:
-        """Wait for AuthenticationOk; then it, and all that follows, is `protocol`'s."""
-        await self._peek(_OK)
+        """Wait for AuthenticationOk and the ReadyForQuery behind it; then they, and all that follows, are `protocol`'s.
+
+        Between the two stand the session's settings and cancel key. An authentication request there crashes the process
+        with asyncpg 0.32, and has no business there.
+        """
+        position, kind = 9 + len(await self._peek(_OK)), b"R"
+        while kind != b"Z":
+            kind, body = await self._message(position)
+            position += 5 + len(body)
+            if kind == b"E":
+                raise server_error(body)
+            if kind not in _AFTER_LOGIN:
+                raise ProtocolError(f"{self._host} sent message {kind!r} behind the login, where it has no place.")
         self.transport.set_protocol(protocol)
         protocol.data_received(bytes(self._received))
         self._received.clear()
+        if self._end:  # the transport has told us, and tells nobody twice
+            protocol.connection_lost(self._end)
 
     async def _peek(self, code: int) -> bytes:
         """Return the data of the next authentication request, and leave it where it is."""
@@ -129,17 +144,17 @@ class Mailbox(asyncio.Protocol):
             )
         return body[4:]
 
-    async def _message(self) -> tuple[bytes, bytes]:
-        """Return type and body of the first message, once all of it is there."""
+    async def _message(self, position: int = 0) -> tuple[bytes, bytes]:
+        """Return type and body of the message at `position`, once all of it is there."""
         while True:
-            if len(self._received) >= 5:
-                kind, length = struct.unpack_from("!ci", self._received)
+            if len(self._received) >= position + 5:
+                kind, length = struct.unpack_from("!ci", self._received, position)
                 if not 4 <= length <= _MAX_MESSAGE:
                     raise ProtocolError(
                         f"{self._host} announced a message of {length} bytes during authentication; refused."
                     )
-                if len(self._received) >= 1 + length:
-                    return kind, bytes(self._received[5 : 1 + length])
+                if len(self._received) >= position + 1 + length:
+                    return kind, bytes(self._received[position + 5 : position + 1 + length])
             if self._end:
                 raise self._end
             self._waiter = asyncio.get_running_loop().create_future()

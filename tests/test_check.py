@@ -358,7 +358,8 @@ async def test_the_json_of_a_good_connection_has_the_documented_shape(postgres: 
     assert all(list(step) == ["name", "started", "seconds", "outcome", "detail"] for step in document["steps"])
     ran = [step for step in document["steps"] if step["outcome"] == "ok"]
     assert all(isinstance(step[key], float) for step in ran for key in ("started", "seconds"))
-    assert list(document["tls"]) == ["version", "cipher", "alpn", "negotiation", "server_name"]
+    assert list(document["tls"]) == ["version", "cipher", "alpn", "negotiation", "server_name", "mechanism"]
+    assert document["tls"]["mechanism"] == "SCRAM-SHA-256-PLUS"
     assert (document["tls"]["version"], document["tls"]["alpn"]) == ("TLSv1.3", "postgresql")
     assert list(document["certificate"]) == ["subject", "issuer", "not_after", "days_left", "sha256"]
     assert result.tls is not None
@@ -402,7 +403,7 @@ async def test_the_picture_tells_the_same_as_the_json(postgres: LocalPostgres) -
     document = json.loads(render_json(result))
     shown = facts(picture(lambda console: render(result, console), width=200))
     expected = document["tls"] | document["certificate"] | {"found_in": document["anchor"]["source"]}
-    for name in ("version", "cipher", "negotiation", "server_name", "issuer", "found_in"):
+    for name in ("version", "cipher", "negotiation", "server_name", "mechanism", "issuer", "found_in"):
         assert shown[name.replace("_", " ")] == expected[name]
     assert f"{document['certificate']['days_left']} days left" in shown["notAfter"]
 

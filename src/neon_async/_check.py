@@ -171,7 +171,7 @@ def _details(connector: Connector, tls: TLSReport | None, server_version: str | 
         "dns": parameters.host,
         "tcp": f"{parameters.hostaddr or ''} port {parameters.port}".strip(),
         "tls": f"{tls.version}, {tls.negotiation}" if tls else "",
-        "authentication": f"as {parameters.user}",
+        "authentication": f"as {parameters.user}, {tls.mechanism}" if tls else "",
         "query": f"PostgreSQL {server_version}",
     }
 
@@ -233,7 +233,8 @@ def render_json(result: CheckResult) -> str:
     - `target`: the DSN without its password, or null
     - `steps`: in order, each with `name`, `started` and `seconds` (floats from the start of the walk, or null when it
       did not run), `outcome` ("ok", "retried", "failed" or "skipped") and `detail`
-    - `tls`: `version`, `cipher`, `alpn`, `negotiation` ("direct" or "postgres") and `server_name`, or null
+    - `tls`: `version`, `cipher`, `alpn`, `negotiation` ("direct" or "postgres"), `server_name` and
+      `mechanism` (of the login inside; null before it), or null
     - `certificate`: of the leaf: `subject`, `issuer`, `not_after` (ISO 8601), `days_left`, `sha256`, or null
     - `anchor`: `subject`, `source` (where it was found) and `sha256`, or null
     - `server_version`: as PostgreSQL writes it, or null
@@ -245,7 +246,7 @@ def render_json(result: CheckResult) -> str:
         "seconds": result.seconds,
         "target": result.target,
         "steps": [dataclasses.asdict(step) for step in result.steps],
-        "tls": tls and _pick(tls, "version", "cipher", "alpn", "negotiation", "server_name"),
+        "tls": tls and _pick(tls, "version", "cipher", "alpn", "negotiation", "server_name", "mechanism"),
         "certificate": tls
         and {
             **_pick(tls, "subject", "issuer"),
@@ -292,7 +293,7 @@ _SIGNS = {
     "skipped": ("·", "-", "dim"),
 }
 _VERDICTS = {
-    "good": ("bold green", "Good: TLS 1.3, certificate and host name verified in full, SCRAM-SHA-256."),
+    "good": ("bold green", "Good: TLS 1.3, certificate and host name verified in full, login by SCRAM."),
     "refused": ("bold red", "Refused: neon-async makes no such connection."),
     "failed": ("bold red", "Failed: there is no working connection."),
 }
@@ -411,6 +412,7 @@ def _facts(result: CheckResult) -> Iterable[tuple[str, Sequence[tuple[str, str]]
                 ("ALPN", tls.alpn or "none"),
                 ("negotiation", tls.negotiation),
                 ("server name", tls.server_name),
+                ("mechanism", tls.mechanism or "none yet"),
             ),
         )
         yield (

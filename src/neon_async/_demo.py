@@ -141,6 +141,7 @@ async def _show_pool(postgres: LocalPostgres, console: Console) -> None:
         ("work", f"{_QUERIES} queries, {_CONNECTIONS} at a time, in {milliseconds(seconds)}"),
         *(("server sees", f"{row['connections']} connections, {row['version']}, {row['cipher']}") for row in seen),
         ("negotiation", f"{report.negotiation}, ALPN {report.alpn}"),
+        ("login", str(report.mechanism)),
         ("certificate", f"{report.subject}, for {report.server_name}"),
         ("trust anchor", report.anchor),
     ):

@@ -56,7 +56,7 @@ class Door:
         self._loop = asyncio.get_running_loop()
         self._parameters = parameters
         self._anchor = anchor
-        self._secret = secret
+        self._secret: Secret | None = secret
         self._logins = logins
         self._on_step = on_step
         self._addresses: list[_Address] = []
@@ -93,7 +93,9 @@ class Door:
             self.abort()
             self._logins.mechanism = None
             protocol = await self._open_session(protocol_factory, early=None)
-        self._on_step = _say_nothing  # of the cancel requests
+        finally:
+            # What follows are cancel requests: they need no password, and are no steps of a dial.
+            self._secret, self._on_step = None, _say_nothing
         assert self._mailbox is not None
         return self._mailbox.transport, protocol
 
@@ -102,6 +104,7 @@ class Door:
         self._mailbox, address, self.report = await self._open_tls()
         self._addresses = [address]  # a cancel request must reach the same server
         self._on_step("authentication")
+        assert self._secret is not None
         self._mailbox.require_silence()
         protocol = protocol_factory()
         protocol.connection_made(self._mailbox.transport)  # asyncpg sends its StartupMessage

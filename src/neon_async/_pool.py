@@ -133,6 +133,9 @@ def create_pool(
 
     `password`: a string, or a function, plain or async, that returns it; it is called for every new connection.
 
+    `channel_binding`: `prefer` (default) binds the login to the TLS channel wherever the server offers it; `require`
+    refuses a server that does not.
+
     `connect_timeout` (or asyncpg's `timeout`): seconds for everything one connection needs, DNS included; default 15.0,
     above 0, at most 3600.0. Neon advises 10 to 15 s, for a compute may have to wake.
 

@@ -141,26 +141,33 @@ class KeyCache:
     _SIZE = 8  # a password, its successor while it is being rotated, and what a proxy's several salts make of them
 
     def __init__(self) -> None:
-        self._keys: OrderedDict[tuple[str, bytes, int], Keys] = OrderedDict()
+        self._keys: OrderedDict[tuple[bytes, bytes, int], Keys] = OrderedDict()
 
     def __repr__(self) -> str:
         return f"<KeyCache of {len(self._keys)}>"
 
     def get(self, secret: Callable[[], str], salt: bytes, iterations: int) -> Keys | None:
         """Return the keys, if they are known."""
-        return self._keys.get((secret(), salt, iterations))
+        return self._keys.get((_digest(secret), salt, iterations))
 
     def put(self, secret: Callable[[], str], salt: bytes, iterations: int, keys: Keys) -> None:
         """Keep `keys`, which a server has accepted; the oldest ones go."""
-        self._keys[secret(), salt, iterations] = keys
-        self._keys.move_to_end((secret(), salt, iterations))
+        entry = _digest(secret), salt, iterations
+        self._keys[entry] = keys
+        self._keys.move_to_end(entry)
         while len(self._keys) > self._SIZE:
             self._keys.popitem(last=False)
 
     def evict(self, secret: Callable[[], str]) -> None:
         """Forget whatever came of a password that a server has just rejected."""
-        for key in [key for key in self._keys if key[0] == secret()]:
-            del self._keys[key]
+        rejected = _digest(secret)
+        for entry in [entry for entry in self._keys if entry[0] == rejected]:
+            del self._keys[entry]
+
+
+def _digest(secret: Callable[[], str]) -> bytes:
+    """Return what a password is known by here: it need not itself stay in memory."""
+    return hashlib.sha256(normalize(secret())).digest()
 
 
 class _Client(ScramClient):  # type: ignore[misc]  # scramp has no types

@@ -16,7 +16,7 @@ import pytest
 from anyio.from_thread import start_blocking_portal
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
-from probes import HANG, assert_secret_free
+from probes import HANG, assert_secret_free, until
 from relays import (
     OK,
     PLAIN,
@@ -572,6 +572,13 @@ async def test_a_certificate_renewed_between_two_dials_is_bound_to_anew(server: 
         pytest.param(authentication_request(12, b"v=AAAA"), id="SASLFinal, which crashes asyncpg"),
         pytest.param(OK, id="AuthenticationOk once more"),
         pytest.param(message(b"D", b"\0\0"), id="DataRow"),
+        pytest.param(message(b"S", b"TimeZone\0UTC"), id="ParameterStatus without its end"),
+        pytest.param(message(b"S", b"TimeZone\0"), id="ParameterStatus without a value"),
+        pytest.param(message(b"K", b"\0\0\0\1"), id="BackendKeyData cut short"),
+        pytest.param(message(b"N"), id="NoticeResponse that is empty"),
+        pytest.param(message(b"N", b"Mtext\0"), id="NoticeResponse without its end"),
+        pytest.param(message(b"Z"), id="ReadyForQuery without a state"),
+        pytest.param(message(b"Z", b"T"), id="ReadyForQuery in a transaction"),
     ],
 )
 async def test_nothing_but_the_sessions_settings_may_stand_behind_the_login(certificate: Signed, body: bytes) -> None:
@@ -592,3 +599,60 @@ async def test_an_error_behind_the_login_arrives_under_its_name(certificate: Sig
     ) as server:
         with pytest.raises(DatabaseNotFoundError, match="nope"):
             await neon_async.connect(server.dsn, trust_anchor=certificate.anchor)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        pytest.param(message(b"S", b"client_encoding\0NOSUCH\0"), id="an encoding that nobody knows"),
+        pytest.param(message(b"S", b"TimeZone\0\xff\0"), id="a setting that is not UTF-8"),
+    ],
+)
+async def test_settings_that_asyncpg_cannot_read_are_an_error_of_ours(certificate: Signed, body: bytes) -> None:
+    script = honest(PASSWORD, binding=binding_data(certificate.der), last=OK + body + WELCOME)
+    async with Impostor(
+        login(server_context(certificate.chain), script), trust_anchor=certificate.anchor, password=PASSWORD
+    ) as server:
+        with pytest.raises(ProtocolError, match="settings that asyncpg cannot read"):
+            async with asyncio.timeout(HANG):
+                await neon_async.connect(server.dsn, trust_anchor=certificate.anchor)
+
+
+async def test_a_server_that_ends_the_exchange_before_our_proof_is_refused(certificate: Signed) -> None:
+    binding = binding_data(certificate.der)
+
+    def hasty(conversation: Conversation) -> None:
+        """Go through the whole exchange in one piece. Only who knows the keys could make the verdict right."""
+        server = Honest(PASSWORD, binding=binding)
+        conversation.send(sasl(*BOTH))
+        challenge = server.challenge(conversation.read_message()[1])
+        conversation.send(challenge + authentication_request(12, b"v=" + b"A" * 43 + b"=") + OK + WELCOME)
+
+    async with Impostor(
+        login(server_context(certificate.chain), hasty), trust_anchor=certificate.anchor, password=PASSWORD
+    ) as server:
+        with pytest.raises(ProtocolError, match="before it was asked"):
+            async with asyncio.timeout(HANG):
+                await neon_async.connect(server.dsn, trust_anchor=certificate.anchor)
+        (conversation,) = await server.finish()
+        assert client_messages(conversation.decrypted)[-1] != "SASLResponse"
+
+
+async def test_a_connection_that_ends_with_the_login_is_not_handed_out(certificate: Signed) -> None:
+    """The server lets us in and is gone, in one go, while we are still deriving the keys."""
+    script = honest(PASSWORD, binding=binding_data(certificate.der))
+
+    def let_in_and_leave(conversation: Conversation) -> None:
+        script(conversation)
+        conversation.hang_up()
+
+    async with Impostor(
+        login(server_context(certificate.chain), let_in_and_leave), trust_anchor=certificate.anchor, password=PASSWORD
+    ) as server:
+        async with asyncio.timeout(HANG):
+            try:
+                connection = await neon_async.connect(server.dsn, trust_anchor=certificate.anchor)
+            except neon_async.ConnectError:
+                return
+        # Let in before the end arrived: then asyncpg is told of it.
+        await until(connection.is_closed)

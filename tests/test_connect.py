@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
-import os
 import socket
+import ssl
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ from certificates import issue, present, revocation_list
 from probes import HANG, assert_secret_free, black_hole, nothing_is_left, open_sockets, until
 
 import neon_async
-from neon_async import _connect
+from neon_async import _connect, _dial
+from neon_async._tls import build_context
 from neon_async.testing import LocalPostgres
 from neon_async.testing._impostor import Conversation, Impostor, authentication_request, login, server_context
 
@@ -125,33 +127,22 @@ def stalled_scram(folder: Path, patch: pytest.MonkeyPatch) -> Any:
 
 @contextlib.asynccontextmanager
 async def stalled_crl(folder: Path, patch: pytest.MonkeyPatch) -> AsyncIterator[Stalled]:
-    """The CRL file has become a pipe nobody writes to: the thread that reads it stands still."""
+    """The disk with the CRL file is slow: the thread that reads it stands still."""
     path = folder / "crl.pem"
     path.write_bytes(revocation_list(ROOT))
-    opened = []
+    reading, released = threading.Event(), threading.Event()
 
-    def become_a_pipe() -> str:
-        path.unlink()
-        os.mkfifo(path)
-        opened.append(1)
-        return SECRET
+    def read_slowly(*args: Any, **keywords: Any) -> ssl.SSLContext:
+        reading.set()
+        released.wait(HANG)
+        return build_context(*args, **keywords)
 
-    def a_reader_waits() -> bool:
-        """Whether somebody has opened the pipe; asking lets nobody go, for this end stays open."""
-        with contextlib.suppress(OSError):
-            ends.append(os.open(path, os.O_WRONLY | os.O_NONBLOCK))
-        return bool(ends)
-
-    ends: list[int] = []
     async with Impostor(silent) as impostor:
-        dsn = impostor.dsn.replace(f":{impostor.password}@", "@")
+        patch.setattr(_dial, "build_context", read_slowly)
         try:
-            yield dsn, {"password": become_a_pipe, "sslcrl": str(path)}, lambda: opened and a_reader_waits()
+            yield impostor.dsn, {"sslcrl": str(path)}, reading.is_set
         finally:
-            if not ends:
-                await until(a_reader_waits)
-            for end in ends:
-                os.close(end)
+            released.set()
 
 
 STEPS: list[Any] = [
@@ -565,3 +556,37 @@ async def test_the_socket_of_a_session_is_a_stream(postgres: LocalPostgres) -> N
         sock = connection._transport.get_extra_info("socket")
         assert sock.family in (socket.AF_INET, socket.AF_INET6)
         assert sock.type == socket.SOCK_STREAM
+
+
+class Alike(asyncpg.Connection):
+    """A caller's class whose instances all compare equal, and cannot be hashed."""
+
+    def __eq__(self, other: object) -> bool:
+        return True
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+async def test_each_connection_has_its_own_report_however_its_class_compares(postgres: LocalPostgres) -> None:
+    async with (
+        opened(postgres, connection_class=Alike, sslnegotiation="direct") as one,
+        opened(postgres, connection_class=Alike, sslnegotiation="postgres") as other,
+    ):
+        assert neon_async.connection_tls_report(one).negotiation == "direct"
+        assert neon_async.connection_tls_report(other).negotiation == "postgres"
+    remembered = id(one)
+    del one, other
+    gc.collect()
+    assert remembered not in _connect._reports
+
+
+async def test_a_connect_that_fails_leaves_nothing_for_the_garbage_collector(postgres: LocalPostgres) -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        with pytest.raises(neon_async.InvalidPasswordError):
+            await neon_async.connect(postgres.dsn, trust_anchor=postgres.trust_anchor, password="wrong")
+        await asyncio.sleep(0)
+        assert not [thing for thing in gc.get_objects() if isinstance(thing, _dial.Door)]
+    finally:
+        gc.enable()

@@ -88,6 +88,17 @@ async def test_a_server_without_direct_tls_is_asked_with_sslrequest_and_remember
             assert openings(relay) == expected
 
 
+async def test_that_a_server_has_no_direct_tls_is_forgotten_after_ten_minutes(postgres: LocalPostgres) -> None:
+    async with Relay(postgres.port, refuse=closes_on_direct_tls) as relay:
+        for age, expected in ((0.0, ["SSLRequest"]), (599.0, ["SSLRequest"]), (601.0, ["direct", "SSLRequest"])):
+            server = (postgres.host, "127.0.0.1", relay.port)
+            _dial._without_direct_tls[server] = asyncio.get_running_loop().time() - age
+            before = len(openings(relay))
+            async with connected(postgres, relay.dsn(postgres.dsn)) as connection:
+                assert neon_async.connection_tls_report(connection).negotiation == "postgres"
+            assert openings(relay)[before:] == expected
+
+
 async def test_a_server_that_resets_direct_tls_is_asked_with_sslrequest(postgres: LocalPostgres) -> None:
     def reset(conversation: Any) -> None:
         conversation.receive(1)

@@ -58,7 +58,6 @@ def test_every_environment_variable_of_libpq_is_read() -> None:
         pytest.param(
             f"postgresql://a%40b:p%2Fw@{HOST}/d%20b", {"user": "a@b", "database": "d b"}, id="percent-encoded"
         ),
-        pytest.param(f"postgresql://a?b:c@{HOST}/d", {"user": "a?b"}, id="'?' in the user, as libpq reads it"),
         pytest.param(f"postgresql://{HOST}/d?user=u&password=p", {"user": "u"}, id="user and password as parameters"),
         pytest.param(
             "postgresql:///d?host=LOCALHOST&user=u&password=p", {"host": "localhost"}, id="host as a parameter"

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
+import os
 import socket
 import ssl
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
@@ -90,6 +93,8 @@ EVERYWHERE: tuple[tuple[str, str, bool], ...] = (
     ("host", "database", False),
     ("hostaddr", "neon.tech", False),
     ("hostaddr", "127.0.0.1,127.0.0.2", False),
+    ("hostaddr", "fe80::1%&sslmode=disable", False),
+    ("hostaddr", "fe80::1%a\nb", False),
     ("port", "0", False),
     ("port", "65536", False),
     ("port", "-1", False),
@@ -225,6 +230,10 @@ def only_in_a_dsn() -> Iterator[object]:
         ("'@' in the password", f"postgresql://alex:{SECRET}@x@{HOST}/neondb", False),
         ("'/' in the password", f"postgresql://alex:x/{SECRET}@{HOST}/neondb", False),
         ("'/' and '?' in the password", f"postgresql://alex:5/{SECRET}?a=b@{HOST}/neondb", False),
+        ("'?' in the user", f"postgresql://al?ex:{SECRET}@{HOST}/neondb", False),
+        ("'#' in the password", f"postgresql://alex:{SECRET}#x@{HOST}/neondb", False),
+        ("'#' in dbname, where asyncpg would cut sslmode off", url().replace("neondb", "neon#db"), False),
+        ("'&' in a password", f"postgresql://{HOST}/neondb?user=alex&password=x&{SECRET}=y", False),
         ("broken percent-encoding", f"postgresql://alex:{SECRET}%zz@{HOST}/neondb", False),
         ("percent-encoding that is not UTF-8", url(query="application_name=%FF"), False),
         ("a parameter without value", url(query="sslmode"), False),
@@ -256,6 +265,17 @@ def only_in_code() -> Iterator[object]:
         ("port=list", {"port": [5432]}, False),
         ("port=True", {"port": True}, False),
         ("port=5432.0", {"port": 5432.0}, False),
+        ("port of 5,000 digits", {"port": 10**5000}, False),
+        ("sslsni of 5,000 digits", {"sslsni": 10**5000}, False),
+        ("connect_timeout of 5,000 digits", {"connect_timeout": 10**5000}, False),
+        ("command_timeout of 400 digits", {"command_timeout": 10**400}, False),
+        ("keepalives=1.0", {"keepalives": 1.0}, False),
+        ("user with half a surrogate pair", {"user": "al\ud800ex"}, False),
+        ("application_name that is not UTF-8", {"application_name": "caf\udce9"}, False),
+        ("server_settings that are not UTF-8", {"server_settings": {"a.b": "caf\udce9"}}, False),
+        ("application_name longer than a StartupMessage", {"application_name": "x" * 20_000}, False),
+        ("connection_class=int", {"connection_class": int}, False),
+        ("record_class=object", {"record_class": object()}, False),
         ("password=bytes", {"password": SECRET.encode()}, False),
         ("password empty", {"password": ""}, False),
         ("password=int", {"password": 7}, False),
@@ -304,8 +324,9 @@ def only_in_a_pool() -> Iterator[object]:
         ("max_queries=0", {"max_queries": 0}),
         ("max_inactive_connection_lifetime=-1", {"max_inactive_connection_lifetime": -1}),
         ("max_inactive_connection_lifetime=nan", {"max_inactive_connection_lifetime": float("nan")}),
-        ("connection_class=int", {"connection_class": int}),
-        ("record_class=object", {"record_class": object()}),
+        ("max_size of 5,000 digits", {"max_size": 10**5000}),
+        ("max_inactive_connection_lifetime of 400 digits", {"max_inactive_connection_lifetime": 10**400}),
+        ("init=text", {"init": "SELECT 1"}),
     )
     for label, keywords in table:
         yield pytest.param(Case(url(), keywords, {}, insecure=False), id=f"pool {label}")
@@ -395,3 +416,31 @@ def test_a_weak_keyword_is_refused_although_dsn_and_environment_are_strict(monke
     monkeypatch.setenv("PGSSLMODE", "verify-full")
     with pytest.raises(InsecureConfigurationError, match="keyword argument"):
         create_pool(url(query="sslmode=verify-full"), sslmode="require")
+
+
+def test_an_environment_variable_that_is_not_utf_8_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PGAPPNAME", os.fsdecode(b"caf\xe9"))
+    with pytest.raises(ConfigurationError, match=r"application_name .*PGAPPNAME.*UTF-8"):
+        create_pool(url())
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+@pytest.mark.parametrize("name", ["sslrootcert", "sslcrl", "sslcert", "trust_anchor"])
+def test_a_pipe_in_place_of_a_file_is_refused_and_not_waited_for(name: str, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    keywords: dict[str, Any] = {name: str(tmp_path / "pipe")}
+    with pytest.raises(ConfigurationError, match=name):
+        create_pool(url(), **keywords)
+
+
+def test_an_error_of_another_kind_leaves_no_frame_with_the_dsn_either() -> None:
+    class Broken:
+        def __fspath__(self) -> str:
+            raise RuntimeError("the caller's own")
+
+    keywords: dict[str, Any] = {"sslcrl": Broken()}
+    with pytest.raises(RuntimeError, match="the caller's own") as caught:
+        create_pool(url(), **keywords)
+    frames = [frame.frame.f_locals for frame in inspect.getinnerframes(caught.tb) if "neon_async" in frame.filename]
+    assert frames
+    assert SECRET not in repr(frames)

@@ -277,7 +277,7 @@ NO_CA = issue(subject="root", also=[(x509.BasicConstraints(False, None), True)])
         pytest.param(b"/etc/ssl/cert.pem", "holds no certificate", id="a path as bytes"),
         pytest.param("", "cannot be read", id="empty text"),
         pytest.param("/nowhere/root.pem", "cannot be read: No such file", id="missing file"),
-        pytest.param("/", "cannot be read: Is a directory", id="a folder"),
+        pytest.param("/", "cannot be read: not a regular file", id="a folder"),
         pytest.param("a\0b", "cannot be read: not a path", id="NUL in the path"),
         pytest.param("a" * 5000, "cannot be read: File name too long", id="an endless path"),
         pytest.param("\ud800", "cannot be read", id="a surrogate as path"),

@@ -22,11 +22,12 @@ from ._errors import (
     ConnectError,
     ConnectTimeoutError,
     NeonAsyncError,
+    ProtocolError,
     TLSError,
     UnsupportedEventLoopError,
     forget_arguments,
 )
-from ._login import Logins
+from ._login import Logins, Secret
 from ._neon import classify, short_name
 from ._params import ConnectionParameters, ConnectKeywords, parse
 from ._tls import TLSReport, build_context, explain
@@ -40,7 +41,13 @@ else:
     # What a pool hands out is an instance of this class too: asyncpg's metaclass sees to that.
     Connection = asyncpg.Connection
 
-_reports: weakref.WeakKeyDictionary[object, TLSReport] = weakref.WeakKeyDictionary()
+# By id(), for a caller's connection class may compare as it likes; a report goes with its connection.
+_reports: dict[int, TLSReport] = {}
+
+
+def _remember(connection: object, report: TLSReport) -> None:
+    _reports[id(connection)] = report
+    weakref.finalize(connection, _reports.pop, id(connection), None).atexit = False
 
 
 class Connector:
@@ -81,19 +88,23 @@ class Connector:
         deadline = asyncio.timeout(self.parameters.connect_timeout)
         try:
             async with deadline:
-                return await self._dial(begin, connection_class, record_class)
+                password = await self.parameters.password.resolve()
+                steps.append("start")
+                return await self._dial(password.reveal, begin, connection_class, record_class)
         except Exception as error:  # noqa: BLE001  every one is named below, or passed on
             raw = error
-        failure = self._name(raw, steps[-1], expired=deadline.expired())
-        if failure is raw:
-            raise failure
-        raise failure from raw
+        try:
+            failure = self._name(raw, steps[-1], expired=deadline.expired())
+            if failure is raw:
+                raise failure
+            raise failure from raw
+        finally:
+            del raw, failure  # an error whose traceback leads here and back to itself would wait for the collector
 
     async def _dial(
-        self, begin: Callable[[str], None], connection_class: type[Any], record_class: type[Any]
+        self, secret: Secret, begin: Callable[[str], None], connection_class: type[Any], record_class: type[Any]
     ) -> asyncpg.Connection[Any]:
-        password = await self.parameters.password.resolve()
-        door = Door(self.parameters, self.anchor, secret=password.reveal, logins=self._logins, on_step=begin)
+        door = Door(self.parameters, self.anchor, secret=secret, logins=self._logins, on_step=begin)
         try:
             connection = await self._connect_through(door, connection_class, record_class)
         except BaseException:
@@ -101,7 +112,7 @@ class Connector:
             raise
         finally:
             self.tls_report = door.report or self.tls_report
-        _reports[connection] = cast(TLSReport, door.report)
+        _remember(connection, cast(TLSReport, door.report))
         return connection
 
     async def _connect_through(
@@ -147,11 +158,14 @@ class Connector:
             what, advice = _TLS_REASONS.get(reason, (reason, "Check the server."))
             return TLSError(f"The TLS handshake with {host} failed: {what}. {advice}")
         if isinstance(error, socket.gaierror):
-            return ConnectError(f"The name {host} cannot be resolved ({error.strerror}). Check host, and the DNS here.")
+            name = self.parameters.hostaddr or f"The name {host}"
+            return ConnectError(f"{name} cannot be resolved ({error.strerror}). Check host, and the DNS here.")
         if isinstance(error, asyncpg.PostgresError) and "sqlstate" in vars(error):  # the server's, not the client's own
             return self._name_of_server_error(error)
         if isinstance(error, (OSError, asyncpg.PostgresConnectionError)):
             return ConnectError(f"{host} broke off the connection during {_DURING[step]}. Try again; check the server.")
+        if step == "authentication" and isinstance(error, (LookupError, ValueError)):
+            return ProtocolError(f"{host} sent settings that asyncpg cannot read ({error}). Check options and server.")
         return error
 
     def _name_of_server_error(self, error: asyncpg.PostgresError) -> Exception:
@@ -167,12 +181,14 @@ class Connector:
 
 _WAITED_FOR = {
     "password": "the password function had not returned",
+    "start": "nothing had been tried yet",
     "dns": "its name had not been resolved. Check this machine's DNS",
     "tcp": "nothing had answered at its address. Check host, port and firewall",
     "tls": "the TLS handshake had not ended. Check that this is a PostgreSQL server's port",
     "authentication": "authentication had not ended. A suspended compute may need longer: try again",
 }
 _DURING = {
+    "start": "connecting",
     "dns": "name resolution",
     "tcp": "connecting",
     "tls": "the TLS handshake",
@@ -213,6 +229,16 @@ def require_asyncio() -> None:
     )
 
 
+def check_classes(connection_class: object, record_class: object) -> None:
+    """Raise `ConfigurationError` for what asyncpg could not make connections or records of."""
+    for name, cls, base in (
+        ("connection_class", connection_class, asyncpg.Connection),
+        ("record_class", record_class, asyncpg.Record),
+    ):
+        if not (isinstance(cls, type) and issubclass(cls, base)):
+            raise ConfigurationError(f"{name} must be a subclass of asyncpg.{base.__name__}.")
+
+
 @forget_arguments
 def prepare(dsn: str | None, *, trust_anchor: AnchorSource | None = None, **keywords: object) -> Connector:
     """Judge the parameters, find the trust anchor, read the files they name, and return what makes the connections.
@@ -244,6 +270,7 @@ def connect(
     Takes what `create_pool()` takes, but for the pool's own parameters. Raises `ConfigurationError` in the call itself,
     and the other `NeonAsyncError`s when awaited.
     """
+    check_classes(connection_class, record_class)
     connector = prepare(dsn, trust_anchor=trust_anchor, **keywords)
     return connector.connect(connection_class=connection_class, record_class=record_class)
 
@@ -255,8 +282,7 @@ def connection_tls_report(connection: Connection) -> TLSReport:
     and for one that has been released to its pool.
     """
     # asyncpg's private name: a pool hands out a proxy, and only this attribute tells the connection behind it.
-    behind = getattr(connection, "_con", connection)
-    report = _reports.get(behind) if isinstance(behind, asyncpg.Connection) else None
+    report = _reports.get(id(getattr(connection, "_con", connection)))
     if report is None:
         raise ConfigurationError("This is not an open connection of neon-async. Pass one while it is acquired.")
     return report

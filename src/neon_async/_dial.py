@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import itertools
+import math
 import os
 import socket
 import ssl
@@ -28,14 +30,16 @@ _SSL_REQUEST = struct.pack("!ii", 8, 80877103)  # PostgreSQL documentation, sect
 
 # RFC 8305, section 5: the recommended delay before the next address is tried beside the ones under way.
 _ATTEMPT_DELAY = 0.25
-# A peer that does not answer our close_notify is cut off after this; asyncio would wait for 30 s.
+# A peer that does not answer our close_notify within a round trip or two is cut off; asyncio would wait for 30 s.
 _SHUTDOWN_TIMEOUT = 2.0
 
 _Address: TypeAlias = tuple[socket.AddressFamily, tuple[Any, ...]]
 _ProtocolFactory: TypeAlias = Callable[[], asyncio.Protocol]
 
-# The servers that turned out not to speak direct TLS, by (host, hostaddr, port). Both modes verify the same.
-_without_direct_tls: set[tuple[str, str | None, int]] = set()
+# When a server turned out not to speak direct TLS, by (host, hostaddr, port). Both modes verify the same. Forgotten
+# after a while, for what looked like it may have been a server on its way down.
+_without_direct_tls: dict[tuple[str, str | None, int], float] = {}
+_MEMORY = 600.0
 
 
 class Door:
@@ -140,9 +144,9 @@ class Door:
         """Open TLS in the mode that the parameters name or the server is known to speak; by default direct first."""
         parameters = self._parameters
         server = (parameters.host, parameters.hostaddr, parameters.port)
-        if parameters.sslnegotiation == "postgres" or (
-            parameters.sslnegotiation is None and server in _without_direct_tls
-        ):
+        learned = _without_direct_tls.get(server, -math.inf)
+        known = parameters.sslnegotiation is None and self._loop.time() - learned < _MEMORY
+        if known or parameters.sslnegotiation == "postgres":
             return await self._open_tls_as("postgres")
         try:
             return await self._open_tls_as("direct")
@@ -150,7 +154,7 @@ class Door:
             if parameters.sslnegotiation == "direct":
                 raise TLSError(f"{parameters.host} does not speak direct TLS. Leave sslnegotiation out.") from None
         opened = await self._open_tls_as("postgres")
-        _without_direct_tls.add(server)
+        _without_direct_tls[server] = self._loop.time()
         return opened
 
     async def _open_tls_as(self, negotiation: str) -> tuple[Mailbox, _Address, TLSReport]:
@@ -199,7 +203,7 @@ class Door:
         host = self._parameters.host
         if answer == b"N":
             raise TLSError(f"{host} offers no TLS. Neon always does: check host, hostaddr and port.")
-        if answer[:1] == b"S":
+        if answer.startswith(b"S"):
             raise TLSError(
                 f"{host} sent plaintext behind its consent to TLS, as an attacker in between would; refused."
             )
@@ -209,27 +213,24 @@ class Door:
 
     async def _build_context(self) -> ssl.SSLContext:
         parameters = self._parameters
-        if parameters.sslcrl is None:
-            return build_context(self._anchor, client_certificate=client_certificate(parameters))
-        # A CRL is a file of any size, read anew so that it can be renewed under a running service.
-        return await self._loop.run_in_executor(
-            None,
-            lambda: build_context(
-                self._anchor, crl=parameters.sslcrl, client_certificate=client_certificate(parameters)
-            ),
-        )
+        if parameters.sslcrl is None and parameters.sslcert is None:
+            return build_context(self._anchor)
+        # Files, read anew so that they can be renewed under a running service; and a key takes long to decrypt.
+        certificate = client_certificate(parameters)
+        build = functools.partial(build_context, self._anchor, crl=parameters.sslcrl, client_certificate=certificate)
+        return await self._loop.run_in_executor(None, build)
 
     async def _handshake(self, sock: socket.socket, context: ssl.SSLContext, negotiation: str) -> Mailbox:
         parameters = self._parameters
-        inode = os.fstat(sock.fileno()).st_ino
+        inode = _inode(sock)
         try:
             _, mailbox = await self._loop.create_connection(
                 lambda: Mailbox(parameters.host),
                 sock=sock,
                 ssl=context,
                 server_hostname=parameters.host,
-                # The deadline over the whole dial comes first; this one only has to come later.
-                ssl_handshake_timeout=parameters.connect_timeout + 60.0,
+                # The deadline over the whole dial is the one that counts; asyncio's own has to come later.
+                ssl_handshake_timeout=2 * parameters.connect_timeout,
                 ssl_shutdown_timeout=_SHUTDOWN_TIMEOUT,
             )
         except BaseException as error:
@@ -341,17 +342,20 @@ async def _connect_to(
     return sock
 
 
-def _disown(sock: socket.socket, inode: int) -> None:
+def _inode(sock: socket.socket) -> int | None:
+    try:
+        return os.fstat(sock.fileno()).st_ino
+    except OSError:  # closed, or a socket of Windows, which has no uvloop
+        return None
+
+
+def _disown(sock: socket.socket, inode: int | None) -> None:
     """Leave `sock` to the loop that has failed to make a transport of it, and will close it.
 
     uvloop ties the two together late: a transport that was reset before has closed the descriptor, which the socket
     still holds, and would close once more when it may be somebody else's.
     """
-    try:
-        still_ours = sock.fileno() == -1 or os.fstat(sock.fileno()).st_ino == inode
-    except OSError:
-        still_ours = False
-    if not still_ours:
+    if inode is not None and _inode(sock) != inode:
         sock.detach()
 
 

@@ -120,7 +120,7 @@ class DatabaseNotFoundError(EndpointError, asyncpg.InvalidCatalogNameError):
     """The endpoint answers, and has no database of this name."""
 
 
-ServerError = asyncpg.PostgresError
+ServerError = asyncpg.PostgresError  # what an ErrorResponse becomes
 
 
 def server_error(body: bytes) -> asyncpg.PostgresError:
@@ -131,7 +131,7 @@ def server_error(body: bytes) -> asyncpg.PostgresError:
 
 
 def forget_arguments(function: Callable[_P, _T]) -> Callable[_P, _T]:
-    """Let a `NeonAsyncError` leave `function` without the frames, and so the arguments, that lead to it.
+    """Let an exception leave `function` without the frames, and so the arguments, that lead to it.
 
     A DSN holds a password, and error trackers record the locals of every frame of a traceback. The caller's own frames
     are the caller's; below them only this wrapper stays, with nothing in it.
@@ -141,7 +141,7 @@ def forget_arguments(function: Callable[_P, _T]) -> Callable[_P, _T]:
     def wrapper(*args: _P.args, **kwargs: _P.kwargs) -> _T:
         try:
             return function(*args, **kwargs)
-        except NeonAsyncError as error:
+        except Exception as error:  # noqa: BLE001  raised again below
             failure = error.with_traceback(None)
         failure.__cause__ = failure.__context__ = None
         del args, kwargs

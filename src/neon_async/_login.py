@@ -6,6 +6,7 @@ This module knows messages and their order. It knows nothing of TCP, TLS or what
 from __future__ import annotations
 
 import asyncio
+import re
 import struct
 from typing import TYPE_CHECKING, TypeAlias, cast
 
@@ -22,10 +23,17 @@ Secret: TypeAlias = "Callable[[], str]"  # noqa: S105
 # Messages before AuthenticationOk are short: libpq allows 2,000 bytes, for errors 30,000 (fe-connect.c), and servers
 # stay far below both. A server that talks on and on is none.
 _MAX_MESSAGE = 8192
-_MAX_BUFFERED = 65536
-_MAX_NOTICES = 16
-# ParameterStatus, BackendKeyData, NoticeResponse, ReadyForQuery (PostgreSQL documentation, section 54.2.1).
-_AFTER_LOGIN = (b"S", b"K", b"N", b"Z")
+_MAX_BUFFERED = 8 * _MAX_MESSAGE
+_MAX_NOTICES = 16  # PostgreSQL sends none here
+
+# What may come between AuthenticationOk and the first ReadyForQuery, and its form (PostgreSQL documentation, sections
+# 54.2.1 and 54.7; protocol 3.0).
+_AFTER_LOGIN = {
+    b"S": rb"[^\0]+\0[^\0]*\0",  # ParameterStatus: name and value
+    b"K": rb"(?s:.{8})",  # BackendKeyData: process and secret key
+    b"N": rb"(?:[^\0]+\0)*\0",  # NoticeResponse: fields
+    b"Z": rb"I",  # ReadyForQuery, outside of a transaction
+}
 
 # PostgreSQL documentation, section 54.7, Authentication*.
 _OK, _SASL, _SASL_CONTINUE, _SASL_FINAL = 0, 10, 11, 12
@@ -85,9 +93,9 @@ class Mailbox(asyncio.Protocol):
         self.transport.abort()
 
     def require_silence(self) -> None:
-        """Raise where the server spoke before it was asked, or has gone: it has had no message of ours yet."""
+        """Raise where the server has spoken before its turn, or has gone."""
         if self._received:
-            raise ProtocolError(f"{self._host} spoke before it was asked; that is no PostgreSQL server.")
+            raise ProtocolError(f"{self._host} spoke before it was asked, as no PostgreSQL server does.")
         if self._end:
             raise self._end
 
@@ -116,13 +124,16 @@ class Mailbox(asyncio.Protocol):
             position += 5 + len(body)
             if kind == b"E":
                 raise server_error(body)
-            if kind not in _AFTER_LOGIN:
+            if kind not in _AFTER_LOGIN or not re.fullmatch(_AFTER_LOGIN[kind], body):
                 raise ProtocolError(f"{self._host} sent message {kind!r} behind the login, where it has no place.")
+        if self._end:  # the transport has told us, and would tell nobody else
+            raise self._end
         self.transport.set_protocol(protocol)
-        protocol.data_received(bytes(self._received))
+        try:
+            protocol.data_received(bytes(self._received))
+        except Exception:  # noqa: BLE001  asyncpg's parser, on what no PostgreSQL sends
+            raise ProtocolError(f"{self._host} sent something malformed behind the login.") from None
         self._received.clear()
-        if self._end:  # the transport has told us, and tells nobody twice
-            protocol.connection_lost(self._end)
 
     async def _peek(self, code: int) -> bytes:
         """Return the data of the next authentication request, and leave it where it is."""
@@ -224,6 +235,7 @@ async def _prove(mailbox: Mailbox, exchange: Exchange, challenge: bytes, secret:
     keys = cache.get(secret, salt, iterations)
     if keys is None:  # PBKDF2 takes milliseconds, or as many seconds as the server likes: off the event loop
         keys = await asyncio.get_running_loop().run_in_executor(None, Keys, secret, salt, iterations)
+    mailbox.require_silence()
     mailbox.send(exchange.final(keys))
     try:
         exchange.finish(await mailbox.request(_SASL_FINAL))

@@ -82,7 +82,6 @@ _TEXTS: tuple[tuple[str, type[NeonAsyncError], str], ...] = (
     ),
     ("exceeded the compute time quota", QuotaExceededError, _QUOTA),
     ("exceeded the data transfer quota", QuotaExceededError, _QUOTA),
-    ("exceeded the active time quota", QuotaExceededError, _QUOTA),
     ("active time quota", QuotaExceededError, _QUOTA),
     ("written data quota", QuotaExceededError, _QUOTA),
     ("logical size quota", QuotaExceededError, _QUOTA),

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import inspect
 import ipaddress
-import math
 import os
 import re
 import urllib.parse
@@ -93,7 +92,7 @@ class ConnectionParameters:
     def redacted_dsn(self) -> str:
         """A DSN that says where this leads, and no secret."""
         user, database = (urllib.parse.quote(text, safe="") for text in (self.user, self.database))
-        hostaddr = f"&hostaddr={self.hostaddr}" if self.hostaddr else ""
+        hostaddr = f"&hostaddr={urllib.parse.quote(self.hostaddr, safe=':')}" if self.hostaddr else ""
         return f"postgresql://{user}@{self.host}:{self.port}/{database}?sslmode=verify-full{hostaddr}"
 
 
@@ -159,9 +158,11 @@ class _Given:
 
     @property
     def shown(self) -> str:
-        if not isinstance(self.value, str):
-            return f"a value of type {type(self.value).__name__}"
-        return repr(self.value if len(self.value) <= 80 else self.value[:77] + "...")
+        if isinstance(self.value, str):
+            return repr(self.value if len(self.value) <= 80 else self.value[:77] + "...")
+        if isinstance(self.value, (int, float)) and -_COUNT_MAX <= self.value <= _COUNT_MAX:
+            return repr(self.value)
+        return f"a value of type {type(self.value).__name__}"
 
     def text(self) -> str:
         """The value as text that can stand in a startup message, where NUL ends a string."""
@@ -171,6 +172,20 @@ class _Given:
         if "\0" in value:
             self.refuse("contains a NUL character; remove it.")
         return value
+
+    def unicode(self) -> str:
+        """The value as text that UTF-8 has bytes for, unlike what Python makes of other bytes in the environment."""
+        if not _is_unicode(self.text()):
+            self.refuse("is not text in UTF-8; write it anew.")
+        return self.text()
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 _Reader: TypeAlias = Callable[[_Given], object]
@@ -251,9 +266,13 @@ def _is_ip_literal(host: str) -> bool:
 
 def _read_hostaddr(given: _Given) -> str:
     try:
-        return str(ipaddress.ip_address(given.text()))
+        address = ipaddress.ip_address(given.text())
     except ValueError:
         given.refuse(f"{given.shown} is not an IP address. hostaddr says where to connect, host what to verify.")
+    zone = getattr(address, "scope_id", None)
+    if zone is not None and not re.fullmatch(r"[A-Za-z0-9_.-]{1,15}", zone):  # IFNAMSIZ of Linux and macOS, with NUL
+        given.refuse(f"{given.shown} names no interface behind '%'.")
+    return str(address)
 
 
 def _integer(minimum: int, maximum: int, unit: str = "") -> _Reader:
@@ -262,8 +281,7 @@ def _integer(minimum: int, maximum: int, unit: str = "") -> _Reader:
         if isinstance(value, str) and re.fullmatch(r"[0-9]{1,10}", value):
             value = int(value)
         if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= maximum:
-            shown = value if isinstance(value, int) else given.shown
-            given.refuse(f"expected a whole number{unit} from {minimum} to {maximum}, got {shown}.")
+            given.refuse(f"expected a whole number{unit} from {minimum} to {maximum}, got {given.shown}.")
         return value
 
     return read
@@ -275,17 +293,17 @@ def _seconds(maximum: float) -> _Reader:
         if isinstance(value, str) and re.fullmatch(r"[0-9]{1,10}(\.[0-9]{1,9})?", value):
             value = float(value)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= maximum:
-            shown = value if isinstance(value, (int, float)) else given.shown
-            limit = "" if math.isinf(maximum) else f" and at most {maximum:g}"
-            given.refuse(f"expected seconds above 0{limit}, got {shown}. Every wait has an end.")
+            given.refuse(
+                f"expected seconds above 0 and at most {maximum:,.0f}, got {given.shown}. Every wait has an end."
+            )
         return float(value)
 
     return read
 
 
 def _flag(given: _Given) -> bool:
-    if given.value in (0, 1, "0", "1"):  # False and True are 0 and 1
-        return str(given.value) in ("1", "True")
+    if given.value in ("0", "1") or (isinstance(given.value, int) and given.value in (False, True)):
+        return bool(int(given.value))
     given.refuse(f"expected 0 or 1, got {given.shown}.")
 
 
@@ -293,11 +311,13 @@ def _choice(*accepted: str, instead: str, weakens: str | None = None) -> _Reader
     """Accept the values named. `weakens` tells how any other value asks for less than verify-full, where it does."""
 
     def read(given: _Given) -> str:
-        value = str(int(given.value)) if isinstance(given.value, (bool, int)) else given.text()
-        if value not in accepted:
-            why = weakens if weakens and value else "is not accepted"
-            given.refuse(f"{value!r} {why}. {instead}", insecure=why is weakens)
-        return value
+        # Flags may be given as numbers or as booleans, too.
+        value = str(int(given.value)) if isinstance(given.value, int) and given.value in (0, 1) else given.text()
+        if value in accepted:
+            return value
+        if value and weakens:
+            given.refuse(f"{given.shown} {weakens}. {instead}", insecure=True)
+        given.refuse(f"{given.shown} is not accepted. {instead}")
 
     return read
 
@@ -310,11 +330,15 @@ def _refused(why: str, *, insecure: bool = False) -> _Reader:
 
 
 def _read_text(given: _Given) -> str:
-    return given.text()
+    return given.unicode()
 
 
 def _read_name(given: _Given) -> str:
-    return given.text() or given.refuse("is empty; write a name, or leave it out.")
+    return given.unicode() or given.refuse("is empty; write a name, or leave it out.")
+
+
+def _read_path(given: _Given) -> str:
+    return given.text() or given.refuse("is empty; write a path, or leave it out.")
 
 
 def _read_encoding(given: _Given) -> str:
@@ -339,8 +363,8 @@ def _read_server_settings(given: _Given) -> Mapping[str, str]:
     if not isinstance(settings, Mapping) or not all(isinstance(x, str) for kv in settings.items() for x in kv):
         given.refuse("expected a dict of strings to strings.")
     for name, value in settings.items():
-        if not name or "\0" in name + value:
-            given.refuse("a name is empty, or a NUL character stands in a name or value; remove it.")
+        if not name or "\0" in name + value or not _is_unicode(name + value):
+            given.refuse("a name is empty, or a name or value holds a NUL character or is not text; mend it.")
         if name.lower() in _NOT_A_SETTING or name.startswith("_pq_."):
             given.refuse(f"{name!r} is a parameter of the connection, not a server setting; pass it by itself.")
     return dict(settings)
@@ -376,11 +400,11 @@ _LIBPQ: Mapping[str, tuple[str | None, _Reader]] = {
     "tcp_user_timeout": (None, _integer(0, _COUNT_MAX, " of milliseconds")),
     "sslmode": ("PGSSLMODE", _read_sslmode),
     "sslnegotiation": ("PGSSLNEGOTIATION", _choice("direct", "postgres", instead="Write direct or postgres.")),
-    "sslrootcert": ("PGSSLROOTCERT", _read_name),
-    "sslcrl": ("PGSSLCRL", _read_name),
+    "sslrootcert": ("PGSSLROOTCERT", _read_path),
+    "sslcrl": ("PGSSLCRL", _read_path),
     "sslcrldir": ("PGSSLCRLDIR", _refused("folders of CRLs are not read. Name one file with sslcrl.")),
-    "sslcert": ("PGSSLCERT", _read_name),
-    "sslkey": ("PGSSLKEY", _read_name),
+    "sslcert": ("PGSSLCERT", _read_path),
+    "sslkey": ("PGSSLKEY", _read_path),
     "sslpassword": (None, _read_text),
     "sslcertmode": (
         "PGSSLCERTMODE",
@@ -448,7 +472,7 @@ _LIBPQ: Mapping[str, tuple[str | None, _Reader]] = {
 
 # asyncpg's keywords and ours: arguments in code, refused anywhere else.
 _CODE_ONLY: Mapping[str, _Reader] = {
-    "command_timeout": _seconds(math.inf),
+    "command_timeout": _seconds(_COUNT_MAX),
     "statement_cache_size": _integer(0, _COUNT_MAX),
     "max_cached_statement_lifetime": _integer(0, _COUNT_MAX, " of seconds"),
     "max_cacheable_statement_size": _integer(0, _COUNT_MAX, " of bytes"),
@@ -465,6 +489,8 @@ _IN_CODE_ONLY = {"trust_anchor", "crl", "timeout", *_CODE_ONLY}
 _INSECURE_FROM_TEXT = {"trust_anchor", "direct_tls", "connect", "loop"}
 _SECRET = {"password", "sslpassword", "scram_client_key", "scram_server_key", "oauth_client_secret"}
 # Empty means unset in the environment (libpq), except where a value decides what is checked.
+# PostgreSQL's and Neon's bound (MAX_STARTUP_PACKET_LENGTH) is 10,000; the names of the fields take less than 100 of it.
+_MAX_STARTUP_SIZE = 9_900
 _JUDGED_WHEN_EMPTY = {"sslmode", "channel_binding", "require_auth"}
 
 # TCP: a silent peer is given up after idle + interval * count seconds, and unacknowledged data after the same time.
@@ -500,13 +526,17 @@ def parse(dsn: str | None, keywords: Mapping[str, object], environ: Mapping[str,
     given = _from_environment(environ)
     given |= _from_dsn(dsn) if dsn is not None else {}
     given |= _from_keywords(keywords)
+    if dsn is not None and "sslmode" in given and given["sslmode"].place == "DSN":
+        _judge_sslmode_of_dsn(given["sslmode"], dsn)
+    return _assemble({**_DEFAULTS, **{name: _reader(name)(value) for name, value in given.items()}})
+
+
+def _judge_sslmode_of_dsn(given: _Given, dsn: str) -> None:
+    """Refuse a weak sslmode together with the string to write instead, for there it can be told in full."""
     try:
-        read = {name: _reader(name)(value) for name, value in given.items()}
+        _read_sslmode(given)
     except InsecureConfigurationError as error:
-        if dsn is not None and str(error).startswith("sslmode (DSN)"):
-            raise InsecureConfigurationError(f"{error} Hardened: {_redact(harden_dsn(dsn))}") from None
-        raise
-    return _assemble({**_DEFAULTS, **read})
+        raise InsecureConfigurationError(f"{error} Hardened: {_redact(harden_dsn(dsn))}") from None
 
 
 def _reader(name: str) -> _Reader:
@@ -530,6 +560,12 @@ def _assemble(read: dict[str, object]) -> ConnectionParameters:
         if read.get(name):
             settings.setdefault(setting, str(read[name]))
     read |= {"startup_settings": settings, "database": read.get("dbname", read["user"])}
+    size = sum(len(str(text).encode()) + 1 for text in (read["user"], read["database"], *settings, *settings.values()))
+    if size > _MAX_STARTUP_SIZE:
+        raise ConfigurationError(
+            f"user, dbname and server settings come to {size:,} bytes, and servers take {_MAX_STARTUP_SIZE:,}. "
+            "Shorten application_name, options or server_settings."
+        )
     fields = ConnectionParameters.__dataclass_fields__
     return ConnectionParameters(**{name: read.get(name) for name in fields})  # type: ignore[arg-type]
 
@@ -562,11 +598,17 @@ def _from_dsn(dsn: object) -> dict[str, _Given]:
             _add(given, key, _decode(text), "DSN", known=_LIBPQ)
     if url.path not in ("", "/"):
         _add(given, "dbname", _decode(url.path[1:]), "DSN", known=_LIBPQ)
+    behind_a_secret = False
     for item in filter(None, url.query.split("&")):
         key, equals, text = item.partition("=")
+        if behind_a_secret and _decode(key) not in (*_DSN_ALIASES, *_LIBPQ):
+            raise ConfigurationError(
+                "A parameter in the DSN is not known. If it belongs to a password, write '&' as %26."
+            )
         if not equals:
             raise ConfigurationError("A parameter in the DSN has no value. Write key=value pairs separated by '&'.")
         _add(given, _decode(key), _decode(text), "DSN", known=(*_DSN_ALIASES, *_LIBPQ))
+        behind_a_secret |= _decode(key) in _SECRET
     return given
 
 
@@ -624,13 +666,13 @@ def _split(dsn: object) -> _URL:
         is_scheme = separator and re.fullmatch(r"[A-Za-z0-9+.-]{1,40}", scheme)
         what = f"begins with {scheme + '://'!r}" if is_scheme else "is no URL"
         raise ConfigurationError(f"The DSN {what}; write postgresql://user:password@host/dbname?sslmode=verify-full.")
-    before_slash = rest.partition("/")[0]
-    if rest.count("@") != ("@" in before_slash):
+    login, _, rest = rest.rpartition("@")
+    # libpq takes the first '@' before the first '/', urllib the last one, and asyncpg cuts off what follows a '#'.
+    if any(mark in login for mark in "@/?#") or "#" in rest:
         raise ConfigurationError(
-            "The DSN has an '@' where none can stand. In user, password and parameters write '@' as %40, '/' as %2F, "
-            "':' as %3A, '?' as %3F and '#' as %23."
+            "The DSN has a character that must be encoded. In user, password and parameters write '@' as %40, '/' as "
+            "%2F, ':' as %3A, '?' as %3F and '#' as %23."
         )
-    login, _, rest = rest.partition("@") if "@" in rest else ("", "", rest)
     user, _, password = login.partition(":")
     authority_and_path, _, query = rest.partition("?")
     authority, slash, path = authority_and_path.partition("/")
@@ -678,7 +720,7 @@ def harden_dsn(dsn: str) -> str:
             items.append("sslmode=verify-full")
             placed = True
     if not placed:
-        items = [*items, "sslmode=verify-full"] if query else ["sslmode=verify-full"]
+        items = [*items, "sslmode=verify-full"] if query.strip("&") else ["sslmode=verify-full"]
     return f"{head}?{'&'.join(items)}"
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias, Unpack, cast
 
 import asyncpg
 
-from ._connect import Connection, Connector, prepare, require_asyncio
+from ._connect import Connection, Connector, check_classes, prepare, require_asyncio
 from ._errors import ConfigurationError, forget_arguments
 from ._neon import short_name
 from ._params import ConnectKeywords
@@ -26,6 +26,10 @@ else:
 
 # asyncpg 0.32 made min_size a floor that is kept, and init_size the number to begin with, which min_size was before.
 _ASYNCPG_HAS_INIT_SIZE = "init_size" in inspect.signature(asyncpg.Pool.__init__).parameters
+
+
+# Far above what anybody wants, and below what a timer of the event loop or a slot counter chokes on.
+_MAX_COUNT = 1_000_000_000
 
 
 class _RunningLoop:
@@ -157,12 +161,7 @@ def create_pool(
     init_size = min_size if init_size is None else init_size
     _check_sizes(min_size=min_size, init_size=init_size, max_size=max_size, max_queries=max_queries)
     _check_lifetime(max_inactive_connection_lifetime)
-    for name, cls, base in (
-        ("connection_class", connection_class, asyncpg.Connection),
-        ("record_class", record_class, asyncpg.Record),
-    ):
-        if not (isinstance(cls, type) and issubclass(cls, base)):
-            raise ConfigurationError(f"{name} must be a subclass of asyncpg.{base.__name__}.")
+    check_classes(connection_class, record_class)
     for name, callback in (("setup", setup), ("init", init), ("reset", reset)):
         if callback is not None and not callable(callback):
             raise ConfigurationError(f"{name} must be an async function that takes a connection.")
@@ -183,19 +182,18 @@ def create_pool(
 
 def _check_sizes(*, min_size: int, init_size: int, max_size: int, max_queries: int) -> None:
     bounds = (
-        ("max_size", max_size, 1, None),
+        ("max_size", max_size, 1, _MAX_COUNT),
         ("min_size", min_size, 0, max_size),
         ("init_size", init_size, min_size, max_size),
-        ("max_queries", max_queries, 1, None),
+        ("max_queries", max_queries, 1, _MAX_COUNT),
     )
     for name, value, minimum, maximum in bounds:
-        if isinstance(value, bool) or not isinstance(value, int) or value < minimum or (maximum and value > maximum):
-            limit = f"from {minimum} to {maximum}" if maximum else f"of at least {minimum}"
-            raise ConfigurationError(f"{name} must be a whole number {limit}, got {value!r}.")
+        if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= maximum:
+            raise ConfigurationError(f"{name} must be a whole number from {minimum} to {maximum}.")
 
 
 def _check_lifetime(seconds: float) -> None:
-    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 <= seconds < float("inf"):
+    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 <= seconds <= _MAX_COUNT:
         raise ConfigurationError(
-            f"max_inactive_connection_lifetime must be seconds, 0 for never or more, got {seconds!r}."
+            f"max_inactive_connection_lifetime must be seconds from 0, for never, to {_MAX_COUNT}."
         )

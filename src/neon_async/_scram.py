@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import hmac
+import secrets
 import unicodedata
 from base64 import b64encode
 from collections import OrderedDict
@@ -40,6 +41,8 @@ PLAIN, PLUS = "SCRAM-SHA-256", "SCRAM-SHA-256-PLUS"
 # RFC 7677, section 4 sets the floor. PostgreSQL's default is the floor, too; a million takes a second and is nobody's
 # honest choice for a login.
 _MIN_ITERATIONS, _MAX_ITERATIONS = 4096, 1_000_000
+
+_DIGEST_KEY = secrets.token_bytes(32)
 
 _PROHIBITED = (
     in_table_a1,
@@ -166,8 +169,8 @@ class KeyCache:
 
 
 def _digest(secret: Callable[[], str]) -> bytes:
-    """Return what a password is known by here: it need not itself stay in memory."""
-    return hashlib.sha256(normalize(secret())).digest()
+    """Return what a password is known by in this process: it need not itself stay in memory."""
+    return hmac.digest(_DIGEST_KEY, normalize(secret()), "sha256")
 
 
 class _Client(ScramClient):  # type: ignore[misc]  # scramp has no types

@@ -12,7 +12,14 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 from ._errors import CertificateError, ConfigurationError, InsecureConfigurationError
-from ._trust import AnchorSource, TrustAnchor, distinguished_name, find_isrg_root_x1, load_trust_anchor
+from ._trust import (
+    AnchorSource,
+    TrustAnchor,
+    distinguished_name,
+    find_isrg_root_x1,
+    load_trust_anchor,
+    require_regular_file,
+)
 
 # PostgreSQL 17 refuses direct TLS without this protocol name (libpq, ALPN; IANA registry).
 ALPN = "postgresql"
@@ -101,6 +108,7 @@ def build_context(
 def _load_crl(context: ssl.SSLContext, path: str) -> None:
     reason = "holds no certificate revocation list"
     try:
+        require_regular_file(path)
         context.load_verify_locations(cafile=path)
     except ssl.SSLError:
         pass
@@ -119,6 +127,8 @@ def _load_crl(context: ssl.SSLContext, path: str) -> None:
 
 def _load_client_certificate(context: ssl.SSLContext, certificate: ClientCertificate) -> None:
     try:
+        for path in filter(None, (certificate.certfile, certificate.keyfile)):
+            require_regular_file(path)
         # A password function, even for no password: without one OpenSSL asks on the terminal, and waits.
         context.load_cert_chain(certificate.certfile, certificate.keyfile, password=lambda: certificate.password)
     except (OSError, ValueError) as error:
@@ -195,10 +205,10 @@ _VERIFY_CODES = {
     20: ("its chain does not lead to the trust anchor", _OTHER_ROOT),
     21: ("the server sent no chain to the trust anchor", "The server must send its intermediate certificates."),
     23: ("it has been revoked", "Do not connect; tell the operator of the server."),
-    79: ("one of its issuers is not a CA", "Do not connect; tell the operator of the server."),
     25: ("its chain is longer than a CA in it allows", "Do not connect; tell the operator of the server."),
     26: ("it is not meant for servers", "The server must use a certificate with serverAuth."),
     62: ("it is for another name", "Check the host; the name is verified, wherever hostaddr leads."),
+    79: ("one of its issuers is not a CA", "Do not connect; tell the operator of the server."),
 }
 _ODD_CERTIFICATE = "The server must use a certificate that conforms to RFC 5280."
 

@@ -6,6 +6,7 @@ nothing of pools, DSNs or connections.
 
 from __future__ import annotations
 
+import errno
 import functools
 import hashlib
 import os
@@ -124,6 +125,7 @@ def _read_pem(source: AnchorSource) -> tuple[bytes, str]:
     if not isinstance(source, (str, os.PathLike)):
         raise ConfigurationError(f"trust_anchor is of type {type(source).__name__}; pass PEM bytes, text, or a path.")
     try:
+        require_regular_file(source)
         return Path(source).read_bytes(), f"trust_anchor {os.fspath(source)!r}"
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "not a path"
@@ -163,9 +165,16 @@ def _certificates(name: str, location: str) -> Iterator[bytes]:
         return
     for file in files:
         try:
+            require_regular_file(file)
             yield from _pem_to_der(file.read_bytes())
         except (OSError, ValueError):
             continue
+
+
+def require_regular_file(path: str | os.PathLike[str]) -> None:
+    """Raise `OSError` for what is no plain file: a pipe or a device could be read for ever."""
+    if Path(path).exists() and not Path(path).is_file():
+        raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
 
 
 def _windows_certificates() -> Iterator[bytes]:

@@ -583,9 +583,7 @@ async def test_a_certificate_renewed_between_two_dials_is_bound_to_anew(server: 
 )
 async def test_nothing_but_the_sessions_settings_may_stand_behind_the_login(certificate: Signed, body: bytes) -> None:
     script = honest(PASSWORD, binding=binding_data(certificate.der), last=OK + body + WELCOME)
-    async with Impostor(
-        login(server_context(certificate.chain), script), trust_anchor=certificate.anchor, password=PASSWORD
-    ) as server:
+    async with impostor(script, shown=certificate) as server:
         with pytest.raises(ProtocolError, match="behind the login"):
             async with asyncio.timeout(HANG):
                 await neon_async.connect(server.dsn, trust_anchor=certificate.anchor)
@@ -594,9 +592,7 @@ async def test_nothing_but_the_sessions_settings_may_stand_behind_the_login(cert
 async def test_an_error_behind_the_login_arrives_under_its_name(certificate: Signed) -> None:
     refusal = error_response('database "nope" does not exist')
     script = honest(PASSWORD, binding=binding_data(certificate.der), last=OK + refusal)
-    async with Impostor(
-        login(server_context(certificate.chain), script), trust_anchor=certificate.anchor, password=PASSWORD
-    ) as server:
+    async with impostor(script, shown=certificate) as server:
         with pytest.raises(DatabaseNotFoundError, match="nope"):
             await neon_async.connect(server.dsn, trust_anchor=certificate.anchor)
 
@@ -610,9 +606,7 @@ async def test_an_error_behind_the_login_arrives_under_its_name(certificate: Sig
 )
 async def test_settings_that_asyncpg_cannot_read_are_an_error_of_ours(certificate: Signed, body: bytes) -> None:
     script = honest(PASSWORD, binding=binding_data(certificate.der), last=OK + body + WELCOME)
-    async with Impostor(
-        login(server_context(certificate.chain), script), trust_anchor=certificate.anchor, password=PASSWORD
-    ) as server:
+    async with impostor(script, shown=certificate) as server:
         with pytest.raises(ProtocolError, match="settings that asyncpg cannot read"):
             async with asyncio.timeout(HANG):
                 await neon_async.connect(server.dsn, trust_anchor=certificate.anchor)
@@ -628,9 +622,7 @@ async def test_a_server_that_ends_the_exchange_before_our_proof_is_refused(certi
         challenge = server.challenge(conversation.read_message()[1])
         conversation.send(challenge + authentication_request(12, b"v=" + b"A" * 43 + b"=") + OK + WELCOME)
 
-    async with Impostor(
-        login(server_context(certificate.chain), hasty), trust_anchor=certificate.anchor, password=PASSWORD
-    ) as server:
+    async with impostor(hasty, shown=certificate) as server:
         with pytest.raises(ProtocolError, match="before it was asked"):
             async with asyncio.timeout(HANG):
                 await neon_async.connect(server.dsn, trust_anchor=certificate.anchor)
@@ -646,9 +638,7 @@ async def test_a_connection_that_ends_with_the_login_is_not_handed_out(certifica
         script(conversation)
         conversation.hang_up()
 
-    async with Impostor(
-        login(server_context(certificate.chain), let_in_and_leave), trust_anchor=certificate.anchor, password=PASSWORD
-    ) as server:
+    async with impostor(let_in_and_leave, shown=certificate) as server:
         async with asyncio.timeout(HANG):
             try:
                 connection = await neon_async.connect(server.dsn, trust_anchor=certificate.anchor)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ._connect import Connection, connect, connection_tls_report
+from ._dsn import harden_dsn
 from ._errors import (
     AuthenticationError,
     CertificateError,
@@ -25,7 +26,6 @@ from ._errors import (
     TooManyConnectionsError,
     UnsupportedEventLoopError,
 )
-from ._params import harden_dsn
 from ._pool import Pool, create_pool
 from ._tls import TLSReport, create_ssl_context
 from ._trust import ISRG_ROOT_X1_SHA256

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TypeAlias
 
 from . import __version__, _check, _trust
+from ._dsn import harden_dsn
 from ._errors import ConfigurationError, NeonAsyncError
-from ._params import harden_dsn
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -16,11 +16,10 @@ from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import NoReturn, TypeAlias, TypedDict, cast
 
-from ._errors import ConfigurationError, InsecureConfigurationError, forget_arguments
+from ._dsn import decode, harden_dsn, redact, split
+from ._errors import ConfigurationError, InsecureConfigurationError
 
 PasswordSource: TypeAlias = str | Callable[[], str] | Callable[[], Awaitable[str]]
-
-_SCHEMES = ("postgresql", "postgres", "postgresql+asyncpg")
 
 
 class Password:
@@ -488,6 +487,7 @@ _DSN_ALIASES = ("database", "ssl")
 _IN_CODE_ONLY = {"trust_anchor", "crl", "timeout", *_CODE_ONLY}
 _INSECURE_FROM_TEXT = {"trust_anchor", "direct_tls", "connect", "loop"}
 _SECRET = {"password", "sslpassword", "scram_client_key", "scram_server_key", "oauth_client_secret"}
+_PUBLIC = {*_DSN_ALIASES, *_LIBPQ} - _SECRET
 # Empty means unset in the environment (libpq), except where a value decides what is checked.
 # PostgreSQL's and Neon's bound (MAX_STARTUP_PACKET_LENGTH) is 10,000; the names of the fields take less than 100 of it.
 _MAX_STARTUP_SIZE = 9_900
@@ -536,7 +536,7 @@ def _judge_sslmode_of_dsn(given: _Given, dsn: str) -> None:
     try:
         _read_sslmode(given)
     except InsecureConfigurationError as error:
-        raise InsecureConfigurationError(f"{error} Hardened: {_redact(harden_dsn(dsn))}") from None
+        raise InsecureConfigurationError(f"{error} Hardened: {redact(harden_dsn(dsn), public=_PUBLIC)}") from None
 
 
 def _reader(name: str) -> _Reader:
@@ -591,24 +591,24 @@ def _from_keywords(keywords: Mapping[str, object]) -> dict[str, _Given]:
 
 
 def _from_dsn(dsn: object) -> dict[str, _Given]:
-    url = _split(dsn)
+    url = split(dsn)
     given: dict[str, _Given] = {}
     for key, text in (("user", url.user), ("password", url.password), ("host", url.host), ("port", url.port)):
         if text:
-            _add(given, key, _decode(text), "DSN", known=_LIBPQ)
+            _add(given, key, decode(text), "DSN", known=_LIBPQ)
     if url.path not in ("", "/"):
-        _add(given, "dbname", _decode(url.path[1:]), "DSN", known=_LIBPQ)
+        _add(given, "dbname", decode(url.path[1:]), "DSN", known=_LIBPQ)
     behind_a_secret = False
     for item in filter(None, url.query.split("&")):
         key, equals, text = item.partition("=")
-        if behind_a_secret and _decode(key) not in (*_DSN_ALIASES, *_LIBPQ):
+        if behind_a_secret and decode(key) not in (*_DSN_ALIASES, *_LIBPQ):
             raise ConfigurationError(
                 "A parameter in the DSN is not known. If it belongs to a password, write '&' as %26."
             )
         if not equals:
             raise ConfigurationError("A parameter in the DSN has no value. Write key=value pairs separated by '&'.")
-        _add(given, _decode(key), _decode(text), "DSN", known=(*_DSN_ALIASES, *_LIBPQ))
-        behind_a_secret |= _decode(key) in _SECRET
+        _add(given, decode(key), decode(text), "DSN", known=(*_DSN_ALIASES, *_LIBPQ))
+        behind_a_secret |= decode(key) in _SECRET
     return given
 
 
@@ -630,109 +630,3 @@ def _refuse_unknown(key: str, place: str, known: Collection[str]) -> NoReturn:
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     advice = f"Did you mean {close[0]}?" if close else "Leave it out; server settings go into server_settings=."
     raise ConfigurationError(f"{key[:60]!r} ({place}) is not a connection parameter. {advice}")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# DSN text
-
-
-@dataclass(frozen=True, slots=True)
-class _URL:
-    """The raw, still percent-encoded parts of a connection URL."""
-
-    scheme: str
-    user: str
-    password: str = field(repr=False)
-    host: str
-    port: str
-    path: str
-    query: str = field(repr=False)
-
-
-def _split(dsn: object) -> _URL:
-    """Split a connection URL as libpq does (conninfo_uri_parse_options), refusing what parsers disagree about.
-
-    No message shows a part of the text: in a DSN with a character that should have been encoded, any part may hold a
-    piece of the password.
-    """
-    if not isinstance(dsn, str):
-        raise ConfigurationError(
-            f"The DSN is of type {type(dsn).__name__}; pass a str such as postgresql://user@host/db."
-        )
-    if dsn != dsn.strip() or any(ord(character) < 32 for character in dsn):
-        raise ConfigurationError("The DSN contains a line break, control character or outer white space; remove it.")
-    scheme, separator, rest = dsn.partition("://")
-    if not separator or scheme not in _SCHEMES:
-        is_scheme = separator and re.fullmatch(r"[A-Za-z0-9+.-]{1,40}", scheme)
-        what = f"begins with {scheme + '://'!r}" if is_scheme else "is no URL"
-        raise ConfigurationError(f"The DSN {what}; write postgresql://user:password@host/dbname?sslmode=verify-full.")
-    login, _, rest = rest.rpartition("@")
-    # libpq takes the first '@' before the first '/', urllib the last one, and asyncpg cuts off what follows a '#'.
-    if any(mark in login for mark in "@/?#") or "#" in rest:
-        raise ConfigurationError(
-            "The DSN has a character that must be encoded. In user, password and parameters write '@' as %40, '/' as "
-            "%2F, ':' as %3A, '?' as %3F and '#' as %23."
-        )
-    user, _, password = login.partition(":")
-    authority_and_path, _, query = rest.partition("?")
-    authority, slash, path = authority_and_path.partition("/")
-    host, port = _split_authority(authority)
-    return _URL(scheme, user, password, host, port, slash + path, query)
-
-
-def _split_authority(authority: str) -> tuple[str, str]:
-    if authority.startswith("["):
-        host, bracket, rest = authority.partition("]")
-        return host + bracket, rest.removeprefix(":")
-    host, _, port = authority.partition(":")
-    if port and not re.fullmatch(r"[0-9]+(,[0-9]+)*", urllib.parse.unquote(port)):
-        raise ConfigurationError(
-            "The port in the DSN is not a number. If it belongs to a password, write '/' as %2F and '@' as %40."
-        )
-    return host, port
-
-
-def _decode(text: str) -> str:
-    if re.search(r"%(?![0-9A-Fa-f]{2})", text):
-        raise ConfigurationError("The DSN has a '%' that two hex digits do not follow; write a plain '%' as %25.")
-    try:
-        return urllib.parse.unquote_to_bytes(text).decode()
-    except UnicodeDecodeError:
-        pass
-    raise ConfigurationError("The DSN has percent-encoded bytes that are not UTF-8; encode the UTF-8 form of the text.")
-
-
-@forget_arguments
-def harden_dsn(dsn: str) -> str:
-    """Return the same connection string with `sslmode=verify-full`, everything else kept byte for byte.
-
-    `dsn`: a connection URL (`postgresql://`, `postgres://` or `postgresql+asyncpg://`). An `sslmode` or `ssl` it has is
-    replaced where it stands, further ones are removed, and one is appended where there is none. The rest is not judged:
-    `create_pool()` does that. Raises `ConfigurationError` when the text is not such a URL.
-    """
-    query = _split(dsn).query
-    head = dsn[: len(dsn) - len(query)].removesuffix("?")
-    items, placed = [], False
-    for item in query.split("&"):
-        if _decode(item.partition("=")[0]) not in ("sslmode", "ssl"):
-            items.append(item)
-        elif not placed:
-            items.append("sslmode=verify-full")
-            placed = True
-    if not placed:
-        items = [*items, "sslmode=verify-full"] if query.strip("&") else ["sslmode=verify-full"]
-    return f"{head}?{'&'.join(items)}"
-
-
-def _redact(dsn: str) -> str:
-    """Return `dsn` with the password, and every value that could be one, as `***`."""
-    url = _split(dsn)
-    login = f"{url.user}:***@" if url.password else f"{url.user}@" if url.user else ""
-    port = f":{url.port}" if url.port else ""
-    items = []
-    for item in filter(None, url.query.split("&")):
-        key = _decode(item.partition("=")[0])
-        public = key in _DSN_ALIASES or (key in _LIBPQ and key not in _SECRET)
-        items.append(item if public else f"{item.partition('=')[0]}=***")
-    query = f"?{'&'.join(items)}" if items else ""
-    return f"{url.scheme}://{login}{url.host}{port}{url.path}{query}"

@@ -10,25 +10,11 @@ import functools
 import hashlib
 import hmac
 import secrets
+import stringprep
 import unicodedata
 from base64 import b64encode
 from collections import OrderedDict
 from collections.abc import Callable
-from stringprep import (
-    in_table_a1,
-    in_table_b1,
-    in_table_c3,
-    in_table_c4,
-    in_table_c5,
-    in_table_c6,
-    in_table_c7,
-    in_table_c8,
-    in_table_c9,
-    in_table_c12,
-    in_table_c21_c22,
-    in_table_d1,
-    in_table_d2,
-)
 
 from asn1crypto.x509 import Certificate
 from scramp import ScramClient
@@ -44,16 +30,17 @@ _MIN_ITERATIONS, _MAX_ITERATIONS = 4096, 1_000_000
 
 _DIGEST_KEY = secrets.token_bytes(32)
 
+# RFC 4013, section 2.3, and RFC 3454, table A.1: what SASLprep does not let pass.
 _PROHIBITED = (
-    in_table_a1,
-    in_table_c21_c22,
-    in_table_c3,
-    in_table_c4,
-    in_table_c5,
-    in_table_c6,
-    in_table_c7,
-    in_table_c8,
-    in_table_c9,
+    stringprep.in_table_a1,
+    stringprep.in_table_c21_c22,
+    stringprep.in_table_c3,
+    stringprep.in_table_c4,
+    stringprep.in_table_c5,
+    stringprep.in_table_c6,
+    stringprep.in_table_c7,
+    stringprep.in_table_c8,
+    stringprep.in_table_c9,
 )
 
 
@@ -120,7 +107,11 @@ def normalize(password: str) -> bytes:
     """
     if password.isascii():
         return password.encode()
-    mapped = [" " if in_table_c12(char) else char for char in password if in_table_c12(char) or not in_table_b1(char)]
+    mapped = [
+        " " if stringprep.in_table_c12(char) else char
+        for char in password
+        if stringprep.in_table_c12(char) or not stringprep.in_table_b1(char)
+    ]
     if mapped and not _is_prohibited(mapped):
         return unicodedata.normalize("NFKC", "".join(mapped)).encode()
     try:
@@ -133,9 +124,11 @@ def _is_prohibited(chars: list[str]) -> bool:
     """Tell whether RFC 3454 has SASLprep refuse `chars`: sections 5 and 7, and 6 for text from right to left."""
     if any(table(char) for table in _PROHIBITED for char in chars):
         return True
-    if not any(map(in_table_d1, chars)):
+    if not any(map(stringprep.in_table_d1, chars)):
         return False
-    return any(map(in_table_d2, chars)) or not (in_table_d1(chars[0]) and in_table_d1(chars[-1]))
+    return any(map(stringprep.in_table_d2, chars)) or not (
+        stringprep.in_table_d1(chars[0]) and stringprep.in_table_d1(chars[-1])
+    )
 
 
 class KeyCache:

@@ -93,8 +93,8 @@ class Connector:
                 return await self._dial(password.reveal, begin, connection_class, record_class)
         except Exception as error:  # noqa: BLE001  every one is named below, or passed on
             raw = error
+        failure = self._name(raw, steps[-1], expired=deadline.expired())
         try:
-            failure = self._name(raw, steps[-1], expired=deadline.expired())
             if failure is raw:
                 raise failure
             raise failure from raw

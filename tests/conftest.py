@@ -8,8 +8,13 @@ from typing import Any
 
 import pytest
 from anyio.from_thread import start_blocking_portal
+from hypothesis import settings
 
 from neon_async.testing import LocalPostgres
+
+# How long an example takes says something of the machine only.
+settings.register_profile("neon-async", settings(), deadline=None)
+settings.load_profile("neon-async")
 
 
 @pytest.fixture(

@@ -21,7 +21,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, ed448, ed25519
 from cryptography.hazmat.primitives.serialization import Encoding
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from probes import HANG, assert_secret_free, until
 from psycopg import sql
@@ -137,7 +137,6 @@ def test_what_is_no_certificate_gives_no_binding(der: bytes) -> None:
 GENUINE = [signed(rsa_key(), hashes.SHA384(), pss=True).der, signed(p256(), hashes.SHA256()).der]
 
 
-@settings(deadline=None)
 @given(
     der=st.sampled_from(GENUINE),
     changes=st.lists(st.tuples(st.integers(0, 1500), st.integers(0, 255)), max_size=5),
@@ -433,7 +432,6 @@ FRAGMENTS = st.sampled_from(
 )
 
 
-@settings(deadline=None)
 @given(parts=st.lists(FRAGMENTS | st.text(max_size=8), max_size=12), noise=st.binary(max_size=8))
 def test_any_challenge_is_taken_within_the_bounds_or_refused(parts: list[str], noise: bytes) -> None:
     exchange, nonce = started()
@@ -447,7 +445,6 @@ def test_any_challenge_is_taken_within_the_bounds_or_refused(parts: list[str], n
     assert data.startswith(b"r=" + nonce.encode())
 
 
-@settings(deadline=None)
 @given(
     data=st.binary(max_size=60)
     | st.text("vem=,ABCabc+/", max_size=60).map(str.encode)
@@ -805,7 +802,6 @@ def verdict_in(data: bytes) -> bytes:
 
 
 @pytest.mark.anyio
-@settings(deadline=None)
 @given(damage=DAMAGE, cut=CUTS, early=EARLY, binding=MODES)
 async def test_a_damaged_login_succeeds_only_with_the_right_signature(
     damage: Damage, cut: Cut, early: str | None, binding: str
@@ -845,7 +841,6 @@ SAYINGS = st.lists(REQUESTS | CHALLENGES | ANY_MESSAGE | st.binary(max_size=30),
 
 
 @pytest.mark.anyio
-@settings(deadline=None)
 @given(replies=st.tuples(SAYINGS | CHALLENGES, SAYINGS), cut=CUTS, early=EARLY, binding=MODES)
 async def test_a_server_that_does_not_know_the_password_is_never_believed(
     replies: tuple[bytes, bytes], cut: Cut, early: str | None, binding: str
@@ -855,7 +850,6 @@ async def test_a_server_that_does_not_know_the_password_is_never_believed(
 
 
 @pytest.mark.anyio
-@settings(deadline=None)
 @given(said=SAYINGS, cut=CUTS, early=EARLY, binding=MODES)
 async def test_a_server_that_says_anything_at_first_is_never_believed(
     said: bytes, cut: Cut, early: str | None, binding: str

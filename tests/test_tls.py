@@ -600,7 +600,7 @@ def material(client: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -
     }
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_whatever_is_accepted_yields_a_context_as_strong_as_the_design(
     data: st.DataObject, material: dict[str, list[object]]
@@ -620,7 +620,7 @@ def test_whatever_is_accepted_yields_a_context_as_strong_as_the_design(
     assert_policy(context, expected, crl=crl is not None)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     trust_anchor=st.one_of(
         st.none(),

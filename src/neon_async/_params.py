@@ -488,9 +488,9 @@ _IN_CODE_ONLY = {"trust_anchor", "crl", "timeout", *_CODE_ONLY}
 _INSECURE_FROM_TEXT = {"trust_anchor", "direct_tls", "connect", "loop"}
 _SECRET = {"password", "sslpassword", "scram_client_key", "scram_server_key", "oauth_client_secret"}
 _PUBLIC = {*_DSN_ALIASES, *_LIBPQ} - _SECRET
-# Empty means unset in the environment (libpq), except where a value decides what is checked.
 # PostgreSQL's and Neon's bound (MAX_STARTUP_PACKET_LENGTH) is 10,000; the names of the fields take less than 100 of it.
 _MAX_STARTUP_SIZE = 9_900
+# Empty means unset in the environment (libpq), except where a value decides what is checked.
 _JUDGED_WHEN_EMPTY = {"sslmode", "channel_binding", "require_auth"}
 
 # TCP: a silent peer is given up after idle + interval * count seconds, and unacknowledged data after the same time.
@@ -599,16 +599,18 @@ def _from_dsn(dsn: object) -> dict[str, _Given]:
     if url.path not in ("", "/"):
         _add(given, "dbname", decode(url.path[1:]), "DSN", known=_LIBPQ)
     behind_a_secret = False
+    known = (*_DSN_ALIASES, *_LIBPQ)
     for item in filter(None, url.query.split("&")):
-        key, equals, text = item.partition("=")
-        if behind_a_secret and decode(key) not in (*_DSN_ALIASES, *_LIBPQ):
+        encoded_key, equals, text = item.partition("=")
+        key = decode(encoded_key)
+        if behind_a_secret and key not in known:
             raise ConfigurationError(
                 "A parameter in the DSN is not known. If it belongs to a password, write '&' as %26."
             )
         if not equals:
             raise ConfigurationError("A parameter in the DSN has no value. Write key=value pairs separated by '&'.")
-        _add(given, decode(key), decode(text), "DSN", known=(*_DSN_ALIASES, *_LIBPQ))
-        behind_a_secret |= decode(key) in _SECRET
+        _add(given, key, decode(text), "DSN", known=known)
+        behind_a_secret |= key in _SECRET
     return given
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import re
 import socket
 import ssl
 import weakref
@@ -30,7 +29,7 @@ from ._errors import (
 from ._login import Logins, Secret
 from ._neon import classify, short_name
 from ._params import ConnectionParameters, ConnectKeywords, parse
-from ._tls import TLSReport, build_context, explain
+from ._tls import NOT_TLS_REASONS, TLSReport, build_context, explain, openssl_reason
 from ._trust import AnchorSource, TrustAnchor, find_isrg_root_x1, load_trust_anchor
 
 if TYPE_CHECKING:
@@ -154,7 +153,7 @@ class Connector:
         if isinstance(error, ssl.SSLCertVerificationError):
             return explain(error, server_name=host, anchor=self.anchor)
         if isinstance(error, ssl.SSLError):
-            reason = _openssl_reason(error)
+            reason = openssl_reason(error) or "it broke off"
             what, advice = _TLS_REASONS.get(reason, (reason, "Check the server."))
             return TLSError(f"The TLS handshake with {host} failed: {what}. {advice}")
         if isinstance(error, socket.gaierror):
@@ -201,18 +200,10 @@ _TLS_REASONS = {  # OpenSSL's names for what went wrong
     "TLSV1_ALERT_PROTOCOL_VERSION": _OLD_TLS,
     "UNSUPPORTED_PROTOCOL": _OLD_TLS,
     "WRONG_SSL_VERSION": _OLD_TLS,
-    "WRONG_VERSION_NUMBER": _NOT_TLS,
-    "RECORD_LAYER_FAILURE": _NOT_TLS,
-    "PACKET_LENGTH_TOO_LONG": _NOT_TLS,
+    **dict.fromkeys(NOT_TLS_REASONS, _NOT_TLS),
     "TLSV1_ALERT_NO_APPLICATION_PROTOCOL": _NO_ALPN,
     "TLSV13_ALERT_CERTIFICATE_REQUIRED": ("it demands a client certificate", "Give sslcert and sslkey."),
 }
-
-
-def _openssl_reason(error: ssl.SSLError) -> str:
-    """Return OpenSSL's name for the reason. Python's table of them may be older than OpenSSL; the text has them all."""
-    text = re.search(r"\] (.+?) \(_ssl", str(error))
-    return error.reason or (text[1].upper().replace(" ", "_") if text else "it broke off")
 
 
 def require_asyncio() -> None:

@@ -23,7 +23,15 @@ from typing import Any, TypeAlias
 from ._errors import ConnectError, TLSError
 from ._login import Logins, Mailbox, Secret, ServerAsksOtherwiseError, log_in
 from ._params import ConnectionParameters
-from ._tls import ALPN, ClientCertificate, TLSReport, build_context, check_handshake
+from ._tls import (
+    ALPN,
+    NOT_TLS_REASONS,
+    ClientCertificate,
+    TLSReport,
+    build_context,
+    check_handshake,
+    openssl_reason,
+)
 from ._trust import TrustAnchor
 
 _SSL_REQUEST = struct.pack("!ii", 8, 80877103)  # PostgreSQL documentation, section 54.7, SSLRequest
@@ -274,7 +282,7 @@ def _says_no_tls(error: BaseException) -> bool:
     """Whether a failed handshake tells that the server knows no direct TLS, and not that TLS itself was refused."""
     if isinstance(error, (ConnectionError, ssl.SSLEOFError, ssl.SSLZeroReturnError)):
         return True
-    return getattr(error, "reason", None) in ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "PACKET_LENGTH_TOO_LONG")
+    return isinstance(error, ssl.SSLError) and openssl_reason(error) in NOT_TLS_REASONS
 
 
 # ---------------------------------------------------------------------------------------------------------------------

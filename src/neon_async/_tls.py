@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import re
 import ssl
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -122,7 +123,7 @@ def _load_crl(context: ssl.SSLContext, path: str) -> None:
             f"sslcrl {path!r} holds certificates besides revocation lists, which would become trusted. Take them out."
         )
     if not stored["crl"]:
-        raise ConfigurationError(f"sslcrl {path!r} {reason}. Name a PEM file of 'X509 CRL' blocks.") from None
+        raise ConfigurationError(f"sslcrl {path!r} {reason}. Name a PEM file of 'X509 CRL' blocks.")
     context.verify_flags |= ssl.VERIFY_CRL_CHECK_LEAF
 
 
@@ -212,6 +213,16 @@ _VERIFY_CODES = {
     79: ("one of its issuers is not a CA", "Do not connect; tell the operator of the server."),
 }
 _ODD_CERTIFICATE = "The server must use a certificate that conforms to RFC 5280."
+
+
+# OpenSSL's reasons for a handshake in which the other side answered with something that is not TLS.
+NOT_TLS_REASONS = ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "PACKET_LENGTH_TOO_LONG")
+
+
+def openssl_reason(error: ssl.SSLError) -> str | None:
+    """Return OpenSSL's name for the reason. Python's table of them may be older than OpenSSL; the text has them all."""
+    text = re.search(r"\] (.+?) \(_ssl", str(error))
+    return error.reason or (text[1].upper().replace(" ", "_") if text else None)
 
 
 def explain(error: ssl.SSLCertVerificationError, *, server_name: str, anchor: TrustAnchor) -> CertificateError:

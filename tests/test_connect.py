@@ -368,6 +368,28 @@ async def test_no_failure_of_authentication_shows_the_password(answer: bytes) ->
         pytest.param({"options": "-c application_name=a\\ b"}, "application_name", "a b", id="options with a space"),
         pytest.param({"server_settings": {"search_path": "orders"}}, "search_path", "orders", id="server_settings"),
         pytest.param({"server_settings": {"TimeZone": "Asia/Tokyo"}}, "timezone", "Asia/Tokyo", id="time zone"),
+        pytest.param({"server_settings": {"search_path": ""}}, "search_path", "", id="an empty value"),
+        pytest.param(
+            {"server_settings": {"application_name": "a b"}}, "application_name", "a b", id="name in settings"
+        ),
+        pytest.param(
+            {"server_settings": {"app.text": 'it\'s "a"\t\\b -c\n x=é\u2003 \\'}},
+            "app.text",
+            'it\'s "a"\t\\b -c\n x=é\u2003 \\',
+            id="everything in a value",
+        ),
+        pytest.param(
+            {"server_settings": {"statement_timeout": "1234"}, "options": "-c work_mem=1MB"},
+            "statement_timeout",
+            "1234ms",
+            id="server_settings behind options",
+        ),
+        pytest.param(
+            {"server_settings": {"statement_timeout": "1234"}, "options": "-c work_mem=1MB"},
+            "work_mem",
+            "1MB",
+            id="options before server_settings",
+        ),
         pytest.param({"client_encoding": "utf-8"}, "client_encoding", "UTF8", id="client_encoding"),
     ],
 )
@@ -485,12 +507,12 @@ async def test_what_is_no_connection_has_no_report(thing: Any) -> None:
 
 
 async def test_reports_are_forgotten_with_their_connections(postgres: LocalPostgres) -> None:
-    before = len(_connect._reports)
+    before = len(_connect._known)
     for _ in range(3):
         async with opened(postgres):
             pass
     gc.collect()
-    await until(lambda: len(_connect._reports) <= before)
+    await until(lambda: len(_connect._known) <= before)
 
 
 async def test_a_session_cannot_weaken_the_next_one_through_its_context(postgres: LocalPostgres) -> None:
@@ -577,7 +599,7 @@ async def test_each_connection_has_its_own_report_however_its_class_compares(pos
     remembered = id(one)
     del one, other
     gc.collect()
-    assert remembered not in _connect._reports
+    assert remembered not in _connect._known
 
 
 async def test_a_connect_that_fails_leaves_nothing_for_the_garbage_collector(postgres: LocalPostgres) -> None:

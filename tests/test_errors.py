@@ -43,6 +43,12 @@ TREE: list[Any] = [
         (neon_async.ComputeUnavailableError, (neon_async.EndpointError, asyncpg.CannotConnectNowError), True),
         (neon_async.TooManyConnectionsError, (neon_async.EndpointError, asyncpg.TooManyConnectionsError), True),
         (neon_async.DatabaseNotFoundError, (neon_async.EndpointError, asyncpg.InvalidCatalogNameError), False),
+        (neon_async.PooledHostError, (asyncpg.FeatureNotSupportedError,), False),
+        (neon_async.PoolTimeoutError, (TimeoutError, asyncio.TimeoutError), True),
+        (neon_async.PoolBusyError, (RuntimeError,), True),
+        (neon_async.PoolClosedError, (asyncpg.InterfaceError,), False),
+        (neon_async.CommitUnknownError, (asyncpg.TransactionResolutionUnknownError,), False),
+        (neon_async.TransactionAbortedError, (asyncpg.InFailedSQLTransactionError,), False),
     )
 ]
 TEXT = "ep-a-b-123456 was refused: ünwanted. Try 'this' instead"

@@ -13,42 +13,73 @@ ID = "ep-cool-darkness-123456"
 
 
 @pytest.mark.parametrize(
-    ("host", "endpoint"),
+    ("host", "endpoint", "direct_host"),
     [
-        pytest.param(f"{ID}.us-east-2.aws.neon.tech", Endpoint(ID, False, "us-east-2", "aws"), id="direct"),
-        pytest.param(f"{ID}-pooler.us-east-2.aws.neon.tech", Endpoint(ID, True, "us-east-2", "aws"), id="pooled"),
+        pytest.param(f"{ID}.us-east-2.aws.neon.tech", (ID, False, "us-east-2", "aws"), None, id="direct"),
+        pytest.param(
+            f"{ID}-pooler.us-east-2.aws.neon.tech",
+            (ID, True, "us-east-2", "aws"),
+            f"{ID}.us-east-2.aws.neon.tech",
+            id="pooled",
+        ),
         pytest.param(
             "ep-cool-darkness-a1b2c3d4-pooler.us-east-2.aws.neon.tech",
-            Endpoint("ep-cool-darkness-a1b2c3d4", True, "us-east-2", "aws"),
+            ("ep-cool-darkness-a1b2c3d4", True, "us-east-2", "aws"),
+            "ep-cool-darkness-a1b2c3d4.us-east-2.aws.neon.tech",
             id="8 base-36 characters",
         ),
-        pytest.param(f"{ID}.c-2.eu-central-1.aws.neon.tech", Endpoint(ID, False, "eu-central-1", "aws"), id="cell"),
+        pytest.param(f"{ID}.c-2.eu-central-1.aws.neon.tech", (ID, False, "eu-central-1", "aws"), None, id="cell"),
         pytest.param(
             f"{ID}-pooler.c-2.eu-central-1.aws.neon.tech",
-            Endpoint(ID, True, "eu-central-1", "aws"),
+            (ID, True, "eu-central-1", "aws"),
+            f"{ID}.c-2.eu-central-1.aws.neon.tech",
             id="cell and pooled",
         ),
-        pytest.param(f"{ID}.eastus2.azure.neon.tech", Endpoint(ID, False, "eastus2", "azure"), id="azure"),
-        pytest.param(f"{ID}-pooler.gwc.azure.neon.tech", Endpoint(ID, True, "gwc", "azure"), id="azure and pooled"),
+        pytest.param(f"{ID}.eastus2.azure.neon.tech", (ID, False, "eastus2", "azure"), None, id="azure"),
+        pytest.param(
+            f"{ID}-pooler.gwc.azure.neon.tech",
+            (ID, True, "gwc", "azure"),
+            f"{ID}.gwc.azure.neon.tech",
+            id="azure and pooled",
+        ),
+        pytest.param(
+            "ep-a-pooler-123456-pooler.us-east-2.aws.neon.tech",
+            ("ep-a-pooler-123456", True, "us-east-2", "aws"),
+            "ep-a-pooler-123456.us-east-2.aws.neon.tech",
+            id="an endpoint named pooler",
+        ),
         pytest.param(
             "ep-a-b-12345678901.ap-southeast-1.aws.neon.tech",
-            Endpoint("ep-a-b-12345678901", False, "ap-southeast-1", "aws"),
+            ("ep-a-b-12345678901", False, "ap-southeast-1", "aws"),
+            None,
             id="many digits",
         ),
-        pytest.param("localhost", None, id="localhost"),
-        pytest.param("db.example.com", None, id="somebody else's"),
-        pytest.param("console.neon.tech", None, id="Neon's console"),
-        pytest.param(f"{ID}.us-east-2.aws.neon.tech.example.com", None, id="Neon's name inside another"),
-        pytest.param(f"{ID}.us-east-2.aws.neon-tech", None, id="another top-level domain"),
-        pytest.param(f"{ID}.us-east-2.aws.neonxtech", None, id="the dot is a dot"),
-        pytest.param(f"x{ID}.us-east-2.aws.neon.tech", None, id="something in front"),
-        pytest.param(f"{ID}.us-east-2.aws.neon.tech\n", None, id="line break"),
-        pytest.param("", None, id="empty"),
     ],
 )
-def test_a_host_name_tells_its_endpoint(host: str, endpoint: Endpoint | None) -> None:
-    assert parse_host(host) == endpoint
-    assert short_name(host) == (endpoint.id if endpoint else host)
+def test_a_host_name_tells_its_endpoint(
+    host: str, endpoint: tuple[str, bool, str, str], direct_host: str | None
+) -> None:
+    assert parse_host(host) == Endpoint(*endpoint, direct_host or host)
+    assert short_name(host) == endpoint[0]
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        pytest.param("localhost", id="localhost"),
+        pytest.param("db.example.com", id="somebody else's"),
+        pytest.param("console.neon.tech", id="Neon's console"),
+        pytest.param(f"{ID}.us-east-2.aws.neon.tech.example.com", id="Neon's name inside another"),
+        pytest.param(f"{ID}.us-east-2.aws.neon-tech", id="another top-level domain"),
+        pytest.param(f"{ID}.us-east-2.aws.neonxtech", id="the dot is a dot"),
+        pytest.param(f"x{ID}.us-east-2.aws.neon.tech", id="something in front"),
+        pytest.param(f"{ID}.us-east-2.aws.neon.tech\n", id="line break"),
+        pytest.param("", id="empty"),
+    ],
+)
+def test_another_host_name_tells_nothing(host: str) -> None:
+    assert parse_host(host) is None
+    assert short_name(host) == host
 
 
 NO, YES = False, True
@@ -147,6 +178,8 @@ def test_the_text_decides_where_every_sqlstate_is_xx000(
         pytest.param("28000", neon_async.AuthenticationError, id="invalid authorization"),
         pytest.param("3D000", neon_async.DatabaseNotFoundError, id="missing database"),
         pytest.param("53300", neon_async.TooManyConnectionsError, id="too many connections"),
+        pytest.param("57P01", neon_async.ComputeUnavailableError, id="shutting down"),
+        pytest.param("57P02", neon_async.ComputeUnavailableError, id="crashed"),
         pytest.param("57P03", neon_async.ComputeUnavailableError, id="starting up"),
     ],
 )

@@ -165,9 +165,17 @@ def run(code: str, names: dict[str, Any]) -> None:
         asyncio.run(outcome)
 
 
+async def open_accounts(postgres: LocalPostgres) -> None:
+    connection = await neon_async.connect(postgres.dsn, trust_anchor=postgres.trust_anchor)
+    await connection.execute("DROP TABLE IF EXISTS accounts; CREATE TABLE accounts (id int, balance int)")
+    await connection.execute("INSERT INTO accounts VALUES (1, 100), (2, 0)")
+    await connection.close()
+
+
 @pytest.fixture
 def names(postgres: LocalPostgres, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What the README's code may take for granted. The one thing changed is whom to trust: the test server's CA."""
+    asyncio.run(open_accounts(postgres))
     for name in ("connect", "create_pool"):
         trusting = functools.partial(getattr(neon_async, name), trust_anchor=postgres.trust_anchor)
         monkeypatch.setattr(neon_async, name, trusting)

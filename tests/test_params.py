@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 import traceback
 from collections.abc import Callable
@@ -125,8 +126,23 @@ def test_a_dsn_is_read(dsn: str, expected: dict[str, object]) -> None:
         ),
         pytest.param(
             {"server_settings": {"application_name": "s", "jit": "off"}},
-            {"startup_settings": {"application_name": "s", "jit": "off"}},
+            {"startup_settings": {"application_name": "s", "options": "-c jit=off"}},
             id="server_settings",
+        ),
+        pytest.param(
+            {"options": "endpoint=ep-x -c a.b=1", "server_settings": {"jit": "off", "app.Who": "it is\\me"}},
+            {"startup_settings": {"options": "endpoint=ep-x -c a.b=1 -c jit=off -c app.Who=it\\ is\\\\me"}},
+            id="server_settings behind options",
+        ),
+        pytest.param(
+            {"server_settings": {"Application_Name": "", "search_path": ""}, "fallback_application_name": "f"},
+            {"startup_settings": {"options": "-c search_path="}},
+            id="empty server_settings",
+        ),
+        pytest.param(
+            {"options": "-c a.b=\\", "server_settings": {"jit": "off"}},
+            {"startup_settings": {"options": "-c a.b= -c jit=off"}},
+            id="a backslash without anything behind it",
         ),
     ],
 )
@@ -144,6 +160,95 @@ def test_a_keyword_wins_over_the_dsn_and_the_dsn_over_the_environment() -> None:
 
 def test_an_empty_environment_variable_is_unset() -> None:
     assert parse(None, MINIMAL, {"PGPORT": "", "PGSERVICE": "", "PGSSLROOTCERT": ""}).port == 5432
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+POOLED = HOST.replace(".", "-pooler.", 1)
+
+
+@pytest.mark.parametrize(
+    "keywords",
+    [
+        pytest.param({"server_settings": {"TimeZone": "UTC", "DATESTYLE": "ISO, DMY"}}, id="server_settings"),
+        pytest.param({"server_settings": {"application_name": "a", "IntervalStyle": "iso_8601"}}, id="mixed"),
+        pytest.param({"options": "-c timezone=UTC -cdatestyle=ISO --intervalstyle=iso_8601"}, id="three forms"),
+        pytest.param({"options": "endpoint=ep-x project=y neon_proxy_params_compat:true"}, id="Neon's own words"),
+        pytest.param({"options": "-c standard_conforming_strings=on -c client_encoding=UTF8"}, id="the other two"),
+        pytest.param({"options": ""}, id="nothing"),
+    ],
+)
+def test_a_pooled_host_takes_what_pgbouncer_tracks(keywords: dict[str, object]) -> None:
+    assert parse(None, MINIMAL | {"host": POOLED} | keywords, {}).host == POOLED
+
+
+@pytest.mark.parametrize(
+    ("keywords", "name"),
+    [
+        pytest.param({"server_settings": {"search_path": "a"}}, "search_path", id="server_settings"),
+        pytest.param({"server_settings": {"TimeZone": "UTC", "app.tenant": "7"}}, "app.tenant", id="a custom one"),
+        pytest.param({"options": "-c statement_timeout=5"}, "statement_timeout", id="-c name"),
+        pytest.param({"options": "-c timezone=UTC  -cwork_mem=5"}, "work_mem", id="-cname"),
+        pytest.param({"options": "endpoint=ep-x --jit=off"}, "jit", id="--name"),
+        pytest.param({"options": "-c\ttimezone=a\\ b -c\njit=off"}, "jit", id="white space"),
+        pytest.param({"options": "-c date-style=ISO"}, "date-style", id="a hyphen, which PgBouncer does not read as _"),
+        pytest.param({"options": "-e"}, "a switch other than -c", id="another switch"),
+        pytest.param(
+            {"options": "-c endpoint=ep-x jit=off"}, "jit", id="Neon's own word in between, which Neon takes out"
+        ),
+        pytest.param({"options": "-c"}, "a switch other than -c", id="a switch without its word"),
+    ],
+)
+def test_a_pooled_host_refuses_other_settings_and_names_the_direct_host(keywords: dict[str, object], name: str) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        parse(None, MINIMAL | {"host": POOLED} | keywords, {})
+    place = next(iter(keywords))
+    assert str(caught.value).startswith(f"{name} ({place}) cannot be set on the pooled host {POOLED}")
+    assert f"direct host {HOST}," in str(caught.value)
+    parse(None, MINIMAL | keywords, {})  # where they are the server's to judge
+
+
+def test_options_of_the_environment_are_judged_for_a_pooled_host_too() -> None:
+    with pytest.raises(ConfigurationError, match=r"work_mem \(options\) cannot be set on the pooled host"):
+        parse(None, MINIMAL | {"host": POOLED}, {"PGOPTIONS": "-c work_mem=1MB"})
+
+
+def split_like_postgres(options: str) -> list[str]:
+    """pg_split_opts() of src/backend/utils/init/postinit.c, in Python."""
+    words: list[str] = []
+    position = 0
+    while True:
+        while position < len(options) and options[position] in " \t\n\r\f\v":
+            position += 1
+        if position == len(options):
+            return words
+        word, escape = "", False
+        while position < len(options) and (escape or options[position] not in " \t\n\r\f\v"):
+            if not escape and options[position] == "\\":
+                escape = True
+            else:
+                word, escape = word + options[position], False
+            position += 1
+        words.append(word)
+
+
+VALUES = st.text(st.sampled_from(" \t\n\r\f\v\\'\"=-c;aé\u2003\u0085"), max_size=12)
+
+
+@given(VALUES, VALUES, VALUES)
+def test_every_value_arrives_whole_behind_any_options(options: str, first: str, second: str) -> None:
+    settings = {"app.first": first, "app.second": second}
+    read = parse(None, MINIMAL | {"options": options, "server_settings": settings}, {})
+    words = split_like_postgres(read.startup_settings["options"])
+    assert words[-4:] == ["-c", f"app.first={first}", "-c", f"app.second={second}"]
+    assert list(filter(None, words[:-4])) == list(filter(None, split_like_postgres(options)))
+
+
+@pytest.mark.parametrize("line", [HOST, POOLED], ids=["direct", "pooled"])
+@given(st.text(max_size=60))
+def test_no_options_break_the_parser(line: str, options: str) -> None:
+    with contextlib.suppress(ConfigurationError):
+        parse(None, MINIMAL | {"host": line, "options": options}, {})
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, Unpack, cast
 
 import asyncpg
 
-from ._dial import Door, client_certificate
+from ._dial import Door, Wire, client_certificate
 from ._errors import (
     ConfigurationError,
     ConnectError,
@@ -40,13 +40,18 @@ else:
     # What a pool hands out is an instance of this class too: asyncpg's metaclass sees to that.
     Connection = asyncpg.Connection
 
-# By id(), for a caller's connection class may compare as it likes; a report goes with its connection.
-_reports: dict[int, TLSReport] = {}
+# By id(), for a caller's connection class may compare as it likes; what is known goes with its connection.
+_known: dict[int, tuple[TLSReport, Wire]] = {}
 
 
-def _remember(connection: object, report: TLSReport) -> None:
-    _reports[id(connection)] = report
-    weakref.finalize(connection, _reports.pop, id(connection), None).atexit = False
+def _remember(connection: object, report: TLSReport, wire: Wire) -> None:
+    _known[id(connection)] = report, wire
+    weakref.finalize(connection, _known.pop, id(connection), None).atexit = False
+
+
+def wire_of(connection: object) -> Wire:
+    """Return the transport of a connection that a `Connector` has made."""
+    return _known[id(connection)][1]
 
 
 class Connector:
@@ -111,7 +116,7 @@ class Connector:
             raise
         finally:
             self.tls_report = door.report or self.tls_report
-        _remember(connection, cast(TLSReport, door.report))
+        _remember(connection, cast(TLSReport, door.report), cast(Wire, door.wire))
         return connection
 
     async def _connect_through(
@@ -273,7 +278,7 @@ def connection_tls_report(connection: Connection) -> TLSReport:
     and for one that has been released to its pool.
     """
     # asyncpg's private name: a pool hands out a proxy, and only this attribute tells the connection behind it.
-    report = _reports.get(id(getattr(connection, "_con", connection)))
-    if report is None:
+    known = _known.get(id(getattr(connection, "_con", connection)))
+    if known is None:
         raise ConfigurationError("This is not an open connection of neon-async. Pass one while it is acquired.")
-    return report
+    return known[0]

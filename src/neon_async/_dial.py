@@ -17,8 +17,8 @@ import socket
 import ssl
 import struct
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeAlias, cast
 
 from ._errors import ConnectError, TLSError
 from ._login import Logins, Mailbox, Secret, ServerAsksOtherwiseError, log_in
@@ -50,6 +50,27 @@ _without_direct_tls: dict[tuple[str, str | None, int], float] = {}
 _MEMORY = 600.0
 
 
+class Wire:
+    """The transport of a session, which counts what is written to it: nothing sent means nothing to reset."""
+
+    __slots__ = ("_transport", "writes")
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+        self.writes = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def write(self, data: bytes) -> None:
+        self.writes += 1
+        self._transport.write(data)
+
+    def writelines(self, chunks: Iterable[bytes]) -> None:
+        self.writes += 1
+        self._transport.writelines(chunks)
+
+
 class Door:
     """The `loop` of one asyncpg connection: the running loop, but for how connections are made.
 
@@ -73,6 +94,7 @@ class Door:
         self._on_step = on_step
         self._addresses: list[_Address] = []
         self._mailbox: Mailbox | None = None
+        self.wire: Wire | None = None
         self.report: TLSReport | None = None
 
     def __getattr__(self, name: str) -> Any:
@@ -108,8 +130,7 @@ class Door:
         finally:
             # What follows are cancel requests: they need no password, and are no steps of a dial.
             self._secret, self._on_step = None, _say_nothing
-        assert self._mailbox is not None
-        return self._mailbox.transport, protocol
+        return self.wire, protocol
 
     async def _open_session(self, protocol_factory: _ProtocolFactory, *, early: str | None) -> asyncio.Protocol:
         """Return asyncpg's protocol, authenticated, with the transport its own from here on."""
@@ -119,7 +140,8 @@ class Door:
         assert self._secret is not None
         self._mailbox.require_silence()
         protocol = protocol_factory()
-        protocol.connection_made(self._mailbox.transport)  # asyncpg sends its StartupMessage
+        self.wire = Wire(self._mailbox.transport)
+        protocol.connection_made(cast(asyncio.Transport, self.wire))  # asyncpg sends its StartupMessage
         mechanism = await log_in(
             self._mailbox,
             host=self._parameters.host,

@@ -120,6 +120,37 @@ class DatabaseNotFoundError(EndpointError, asyncpg.InvalidCatalogNameError):
     """The endpoint answers, and has no database of this name."""
 
 
+class PooledHostError(NeonAsyncError, asyncpg.FeatureNotSupportedError):
+    """The statement needs a session of its own, and a `-pooler` host has none to give. Use the direct host."""
+
+
+class PoolTimeoutError(NeonAsyncError, TimeoutError):
+    """The pool could not do it within the deadline. The cause, where there is one, is the latest failure to connect."""
+
+    retryable = True
+
+
+class PoolBusyError(NeonAsyncError, RuntimeError):
+    """As many callers wait for a connection as `max_waiting` allows."""
+
+    retryable = True
+
+
+class PoolClosedError(NeonAsyncError, asyncpg.InterfaceError):
+    """The pool is closed, or closes while the call waits."""
+
+    def __init__(self, message: str = "") -> None:  # asyncpg's wants one
+        super().__init__(message)
+
+
+class CommitUnknownError(NeonAsyncError, asyncpg.TransactionResolutionUnknownError):
+    """The connection was lost while COMMIT was under way: the transaction may have been committed, or not."""
+
+
+class TransactionAbortedError(NeonAsyncError, asyncpg.InFailedSQLTransactionError):
+    """A statement had failed and the work went on, so that COMMIT rolled everything back."""
+
+
 ServerError = asyncpg.PostgresError  # what an ErrorResponse becomes
 
 

@@ -27,12 +27,18 @@ from ._errors import (
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """What a Neon host name tells: `ep-<name>[-pooler][.c-<n>].<region>.<aws|azure|gcp>.neon.tech`."""
+    """What a Neon host name tells: `ep-<name>[-pooler][.c-<n>].<region>.<aws|azure|gcp>.neon.tech`.
+
+    `id`: the endpoint, as the Neon console and API name it. `pooled`: whether the name leads to Neon's PgBouncer, where
+    each transaction gets another session. `region` and `provider`: where it runs. `direct_host`: the host name of the
+    same endpoint without PgBouncer, which LISTEN, session locks and server settings need.
+    """
 
     id: str
     pooled: bool
     region: str
     provider: str
+    direct_host: str
 
 
 # The id is a name and 6 or more digits, or 8 base-36 characters (Neon's docs).
@@ -45,7 +51,10 @@ _HOST = re.compile(
 def parse_host(host: str) -> Endpoint | None:
     """Return what `host` says, or None when it is not an endpoint's name at Neon."""
     match = _HOST.fullmatch(host)
-    return match and Endpoint(match["id"], match["pooled"] is not None, match["region"], match["provider"])
+    if match is None:
+        return None
+    direct_host = host.replace("-pooler.", ".", 1) if match["pooled"] else host
+    return Endpoint(match["id"], match["pooled"] is not None, match["region"], match["provider"], direct_host)
 
 
 def short_name(host: str) -> str:
@@ -64,6 +73,7 @@ _BETWEEN = "Somebody may stand between you and the server. Do not go on; check h
 # (text the message contains, error, what to do); the first match counts.
 _TEXTS: tuple[tuple[str, type[NeonAsyncError], str], ...] = (
     ("password authentication failed for user", InvalidPasswordError, f"Check user and password. {_COPY}"),
+    ("SASL authentication failed", InvalidPasswordError, f"Check user and password. {_COPY}"),  # PgBouncer
     ("SCRAM channel binding", ChannelBindingError, _BETWEEN),  # PostgreSQL: check failed, negotiation error
     ("secure channel data mismatch", ChannelBindingError, _BETWEEN),  # Neon's proxy, scram/exchange.rs, and the next
     ("SCRAM-PLUS not used", ChannelBindingError, _BETWEEN),
@@ -106,6 +116,8 @@ _SQLSTATES: dict[str, tuple[type[NeonAsyncError], str]] = {
     "28000": (AuthenticationError, "Check the role, and what the server's pg_hba.conf allows."),
     "3D000": (DatabaseNotFoundError, "Check dbname, or create the database."),
     "53300": (TooManyConnectionsError, _FULL),
+    "57P01": (ComputeUnavailableError, _WAKING),  # admin_shutdown: the compute is being suspended
+    "57P02": (ComputeUnavailableError, _WAKING),
     "57P03": (ComputeUnavailableError, _WAKING),
 }
 # XX000 is all that Neon's proxy ever says; `database "..." does not exist` comes relayed.

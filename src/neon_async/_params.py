@@ -18,6 +18,8 @@ from typing import NoReturn, TypeAlias, TypedDict, cast
 
 from ._dsn import decode, harden_dsn, redact, split
 from ._errors import ConfigurationError, InsecureConfigurationError
+from ._neon import parse_host
+from ._sql import TRACKED_SETTINGS
 
 PasswordSource: TypeAlias = str | Callable[[], str] | Callable[[], Awaitable[str]]
 
@@ -366,10 +368,30 @@ def _read_server_settings(given: _Given) -> Mapping[str, str]:
             given.refuse("a name is empty, or a name or value holds a NUL character or is not text; mend it.")
         if name.lower() in _NOT_A_SETTING or name.startswith("_pq_."):
             given.refuse(f"{name!r} is a parameter of the connection, not a server setting; pass it by itself.")
+        if not _SETTING_NAME.fullmatch(name):
+            given.refuse(f"{name[:60]!r} is not the name of a setting: letters, digits, '_' and '$', joined by dots.")
+        if name.lower() in _WITHOUT_EFFECT:
+            given.refuse(f"{name!r} has no effect when a session starts. {_WITHOUT_EFFECT[name.lower()]}")
+    if len({name.lower() for name in settings}) < len(settings):
+        given.refuse("a name is given twice, in upper and lower case; write it once.")
     return dict(settings)
 
 
-_NOT_A_SETTING = {"user", "database", "replication", "client_encoding", "options", "password"}
+# `endpoint` and `project` are words of Neon's proxy, which takes them out of `options` (its source, proxy/src/auth).
+_NOT_A_SETTING = {
+    *("user", "database", "replication", "client_encoding", "options", "password"),
+    *("endpoint", "project"),
+}
+# PostgreSQL's valid_custom_variable_name(), src/backend/utils/misc/guc.c; '-' would be read as '_'.
+_SETTING_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_$]*(?:\.[A-Za-z_][A-Za-z0-9_$]*)*")
+# What PostgreSQL takes at the start of a session and forgets, or refuses for a reason that tells nothing.
+_WITHOUT_EFFECT = {
+    "seed": "Call setseed().",
+    "session_authorization": "Log in as that user, or set role.",
+    "transaction_isolation": "Write default_transaction_isolation.",
+    "transaction_read_only": "Write default_transaction_read_only.",
+    "transaction_deferrable": "Write default_transaction_deferrable.",
+}
 
 _GSS = "Neon has no GSSAPI; neon-async authenticates with SCRAM-SHA-256 inside TLS. Leave it out."
 _OAUTH = "OAuth is not supported; neon-async authenticates with SCRAM-SHA-256. Leave it out."
@@ -507,15 +529,8 @@ _DEFAULTS: Mapping[str, object] = {
     "statement_cache_size": 100,
     "max_cached_statement_lifetime": 300,
     "max_cacheable_statement_size": 15 * 1024,
+    "server_settings": {},
 }
-
-
-# What libpq sends besides user and database, in the order of precedence.
-_STARTUP_SETTINGS = (
-    ("application_name", "application_name"),
-    ("application_name", "fallback_application_name"),
-    ("options", "options"),
-)
 
 
 def parse(dsn: str | None, keywords: Mapping[str, object], environ: Mapping[str, str]) -> ConnectionParameters:
@@ -553,12 +568,7 @@ def _assemble(read: dict[str, object]) -> ConnectionParameters:
             )
     if "sslkey" in read and "sslcert" not in read:
         raise ConfigurationError("sslkey is given without sslcert. Write both, or neither.")
-    settings = dict(cast("Mapping[str, str]", read.get("server_settings", {})))
-    if read.get("application_name") and "application_name" in settings:
-        raise ConfigurationError("application_name is given by itself and in server_settings. Write it once.")
-    for setting, name in _STARTUP_SETTINGS:
-        if read.get(name):
-            settings.setdefault(setting, str(read[name]))
+    settings = _startup_settings(read)
     read |= {"startup_settings": settings, "database": read.get("dbname", read["user"])}
     size = sum(len(str(text).encode()) + 1 for text in (read["user"], read["database"], *settings, *settings.values()))
     if size > _MAX_STARTUP_SIZE:
@@ -568,6 +578,76 @@ def _assemble(read: dict[str, object]) -> ConnectionParameters:
         )
     fields = ConnectionParameters.__dataclass_fields__
     return ConnectionParameters(**{name: read.get(name) for name in fields})  # type: ignore[arg-type]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a session starts with
+
+
+def _startup_settings(read: Mapping[str, object]) -> dict[str, str]:
+    """Return what the StartupMessage says besides user and database: `application_name` and `options`.
+
+    Neon's proxy forwards no other parameter and drops the rest in silence, so that settings travel inside `options`.
+    """
+    settings = {name.lower(): (name, value) for name, value in cast("dict[str, str]", read["server_settings"]).items()}
+    _, name_of_application = settings.pop("application_name", ("", None))
+    if read.get("application_name") and name_of_application is not None:
+        raise ConfigurationError("application_name is given by itself and in server_settings. Write it once.")
+    if name_of_application is None:
+        name_of_application = str(read.get("application_name") or read.get("fallback_application_name") or "")
+    options = str(read.get("options", ""))
+    in_options = _settings_in(options)
+    for name in settings:
+        if name in in_options:
+            raise ConfigurationError(f"{name} is given in options and in server_settings. Write it once.")
+    _check_pooled_host(str(read["host"]), options=in_options, server_settings=settings)
+    assignments = [f"-c {name}={_escaped(value)}" for name, value in settings.values()]
+    if (len(options) - len(options.rstrip("\\"))) % 2:  # it would escape the space that ends it
+        options = options[:-1]
+    startup = {"application_name": name_of_application, "options": " ".join(filter(None, [options, *assignments]))}
+    return {name: value for name, value in startup.items() if value}
+
+
+# PostgreSQL's pg_split_opts() (src/backend/utils/init/postinit.c) ends a word at white space, unless a backslash stands
+# in front; Neon's proxy and PgBouncer read the same.
+_WORD = re.compile(r"(?:[^ \t\n\r\f\v\\]|\\.|\\\Z)+", re.DOTALL)
+_NEEDS_ESCAPE = re.compile(r"[ \t\n\r\f\v\\]")
+# What Neon's proxy takes for itself (proxy/src/auth/credentials.rs and proxy/src/proxy/mod.rs).
+_NEONS_OWN = re.compile(r"(?:endpoint|project)=|neon_\w+:.")
+_OTHER_SWITCH = "a switch other than -c"
+
+
+def _escaped(value: str) -> str:
+    return _NEEDS_ESCAPE.sub(r"\\\g<0>", value)
+
+
+def _settings_in(options: str) -> list[str]:
+    """Return the names that `options` sets as `-c name=value`, `-cname=value` or `--name=value`, in lower case."""
+    names = []
+    words = (word for word in _WORD.findall(options) if not _NEONS_OWN.match(word))
+    for word in words:
+        if word == "-c":
+            assignment = next(words, "")
+        elif word.startswith(("-c", "--")):
+            assignment = word[2:]
+        else:
+            assignment = _OTHER_SWITCH
+        names.append(assignment.partition("=")[0].lower() or _OTHER_SWITCH)
+    return names
+
+
+def _check_pooled_host(host: str, **names: Collection[str]) -> None:
+    """Refuse what PgBouncer would: everything but the settings it tracks for each of its clients."""
+    endpoint = parse_host(host)
+    if endpoint is None or not endpoint.pooled:
+        return
+    for place, given in names.items():
+        for name in given:
+            if name not in TRACKED_SETTINGS:
+                raise ConfigurationError(
+                    f"{name} ({place}) cannot be set on the pooled host {host}, where sessions are shared. Use the "
+                    f"direct host {endpoint.direct_host}, SET LOCAL in a transaction, or ALTER ROLE ... SET."
+                )
 
 
 # ---------------------------------------------------------------------------------------------------------------------

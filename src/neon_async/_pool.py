@@ -1,82 +1,140 @@
-"""`create_pool()` and the `Pool` it returns: asyncpg's pool, whose every connection is ours.
+"""`create_pool()` and the `Pool` it returns: asyncpg's pool, with our slots, deadlines and supply.
 
-This module decides who gets which connection. It knows no wire formats.
+This module decides what a caller gets, for how long it waits, and what happens to a connection that comes back. Which
+connection is next, and when one is made, checked and retired, is `_supply`'s. It knows no wire formats.
 """
 
 from __future__ import annotations
 
 import asyncio
-import inspect
+import functools
+import logging
+import math
+import time
+import traceback
+import warnings
 from collections.abc import Awaitable, Callable, Generator
-from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias, Unpack, cast
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias, TypeVar, Unpack, cast
 
 import asyncpg
+from asyncpg.pool import PoolAcquireContext
 
 from ._connect import Connection, Connector, check_classes, prepare, require_asyncio
-from ._errors import ConfigurationError, forget_arguments
-from ._neon import short_name
+from ._errors import (
+    ConfigurationError,
+    ConnectError,
+    ConnectTimeoutError,
+    NeonAsyncError,
+    PoolBusyError,
+    PoolClosedError,
+    PoolTimeoutError,
+    forget_arguments,
+)
+from ._line import TurnExpired
+from ._neon import Endpoint, parse_host, short_name
 from ._params import ConnectKeywords
+from ._session import Healing, session_class
+from ._slots import Place, Proxy, Slot, SlotPool, slot_of
+from ._stats import PoolStats, Tallies
+from ._supply import Supply
 from ._tls import TLSReport
+from ._transaction import run_transaction
 from ._trust import AnchorSource
 
 if TYPE_CHECKING:
-    _AsyncpgPool: TypeAlias = asyncpg.Pool[asyncpg.Record]
+    _AcquireContext: TypeAlias = PoolAcquireContext[asyncpg.Record]
 else:
-    _AsyncpgPool = asyncpg.Pool
+    _AcquireContext = PoolAcquireContext
 
-# asyncpg 0.32 made min_size a floor that is kept, and init_size the number to begin with, which min_size was before.
-_ASYNCPG_HAS_INIT_SIZE = "init_size" in inspect.signature(asyncpg.Pool.__init__).parameters
+_T = TypeVar("_T")
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+_Callback: TypeAlias = Callable[[Any], Awaitable[None]]
 
+_log = logging.getLogger("neon_async")
 
+# What is cancelled ends within an iteration or two of the event loop; closing waits no longer for anything else.
+_CANCEL_GRACE = 1.0
 # Far above what anybody wants, and below what a timer of the event loop or a slot counter chokes on.
 _MAX_COUNT = 1_000_000_000
 
 
-class _RunningLoop:
-    """The `loop` of a pool: whichever is running when it is used, so that a pool may be created before there is one."""
+class AcquireContext(_AcquireContext):
+    """What `pool.acquire()` returns: `await` it for a connection, or enter it with `async with`."""
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(asyncio.get_running_loop(), name)
+    __slots__ = ()
+
+    async def __aexit__(self, *_: object) -> None:
+        """Give the connection back, and return at once: what is left to do for the next caller is done behind."""
+        self.done = True
+        connection, self.connection = self.connection, None
+        cast(Pool, self.pool)._give_back(connection, None)
 
 
-class Pool(_AsyncpgPool):
+def _on_one_connection(method: _Method) -> _Method:
+    """Return asyncpg's `method` of a pool, with a `timeout` that is for the whole of it, `acquire()` included."""
+
+    name = method.__name__
+
+    @functools.wraps(method)
+    async def call(self: Pool, *args: Any, timeout: float | None = None, **keywords: Any) -> Any:  # noqa: ASYNC109
+        until = None if timeout is None else time.monotonic() + timeout
+        async with self.acquire(timeout=timeout) as connection:
+            left = None if until is None else until - time.monotonic()
+            return await getattr(connection, name)(*args, timeout=left, **keywords)
+
+    return cast(_Method, call)
+
+
+class Pool(SlotPool):
     """A pool of verified connections, made by `create_pool()`; everything that asyncpg's pool does, it does.
 
     Open it with `async with pool:` or `await pool`, and close it with `await pool.close()` where `async with` does not.
     """
 
-    def __init__(self, connector: Connector, *, min_size: int, init_size: int, **options: Any) -> None:
+    def __init__(
+        self,
+        connector: Connector,
+        supply: Supply,
+        *,
+        healing: Healing,
+        tallies: Tallies,
+        min_size: int,
+        init_size: int,
+        acquire_timeout: float,
+        release_timeout: float,
+        max_waiting: int | None,
+        leak_after: float | None,
+        setup: _Callback | None,
+        init: _Callback | None,
+        **options: Any,
+    ) -> None:
+        super().__init__(connect=self._make_connection, **options)
+        self._endpoint = parse_host(connector.parameters.host)
         self._connector = connector
+        self._supply = supply
+        self._healing = healing
+        self._tallies = tallies
         self._sizes = min_size, init_size
-        if _ASYNCPG_HAS_INIT_SIZE:
-            options["init_size"] = init_size
-        super().__init__(
-            min_size=min_size if _ASYNCPG_HAS_INIT_SIZE else init_size,
-            connect=cast(Any, self._make_connection),
-            loop=cast(asyncio.AbstractEventLoop, _RunningLoop()),
-            **options,
-        )
+        self._acquire_timeout = acquire_timeout
+        self._release_timeout = release_timeout
+        self._max_waiting = max_waiting
+        self._leak_after = leak_after
+        self._on_acquire = setup
+        self._on_connect = init
+        self._name = short_name(connector.parameters.host)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Seeing
 
     def __repr__(self) -> str:
-        idle = self.get_idle_size()
+        in_use, idle = self._slots.count(Place.IN_USE), sum(slot.is_connected() for slot in self._slots.idle)
         state = ", closed" if self.is_closing() else ""
-        name = short_name(self._connector.parameters.host)
-        return f"<Pool {name}: {self.get_size() - idle} in use, {idle} idle{state}>"
+        return f"<Pool {self._name}: {in_use} in use, {idle} idle, {len(self._supply.line)} waiting{state}>"
 
-    def __await__(self) -> Generator[Any, None, Pool]:
-        return self.__aenter__().__await__()
-
-    async def __aenter__(self) -> Pool:
-        """Open the pool, with `init_size` connections, and return it. What fails here leaves no connection behind."""
-        require_asyncio()
-        try:
-            await super().__aenter__()
-        except asyncpg.InterfaceError:  # closed already, or being opened by another task, which goes on
-            raise
-        except BaseException:
-            self.terminate()
-            raise
-        return self
+    @property
+    def endpoint(self) -> Endpoint | None:
+        """What the host name says, or None when it is not an endpoint's name at Neon."""
+        return self._endpoint
 
     def get_min_size(self) -> int:
         """Return the number of connections that are kept while nobody needs them."""
@@ -90,6 +148,88 @@ class Pool(_AsyncpgPool):
         """Return what the latest TLS handshake of this pool came to, or None before the first."""
         return self._connector.tls_report
 
+    def stats(self) -> PoolStats:
+        """Return what the pool is doing, and what it has done since it was made."""
+        for slot in list(self._slots.idle):
+            if not slot.is_connected():
+                self._supply.bury(slot)
+        count = self._slots.count
+        self._tallies.heals.count, self._tallies.heals.seconds = self._healing.heals, self._healing.seconds
+        return PoolStats(
+            max_size=self._maxsize,
+            min_size=self._sizes[0],
+            size=sum(slot.born is not None for slot in self._slots),
+            in_use=count(Place.IN_USE),
+            idle=count(Place.IDLE) + count(Place.GIVEN),
+            checking=count(Place.CHECKING),
+            resetting=count(Place.RESETTING),
+            connecting=count(Place.CONNECTING),
+            vacant=self._maxsize - self._slots.connected - count(Place.CONNECTING),
+            waiting=len(self._supply.line),
+            **self._tallies.snapshot(),
+        )
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Opening
+
+    def __await__(self) -> Generator[Any, None, Pool]:
+        return self.__aenter__().__await__()
+
+    async def __aenter__(self) -> Pool:
+        """Open the pool, with `init_size` connections, and return it. What fails here leaves no connection behind."""
+        require_asyncio()
+        await super().__aenter__()
+        return self
+
+    async def _warm_up(self) -> None:
+        """Serve `SlotPool`, which opens with this: make the first connections."""
+        self._supply.slots = self._slots
+        began = time.monotonic()
+        warming = [
+            asyncio.ensure_future(self._wait_in_line(self._acquire_timeout, began)) for _ in range(self._sizes[1])
+        ]
+        try:
+            slots = await asyncio.gather(*warming)
+        except BaseException:
+            for one in warming:
+                one.cancel()
+            self._closing = True
+            self._shut()
+            await asyncio.gather(*warming, return_exceptions=True)
+            raise
+        for slot in slots:
+            self._supply.offer(slot)
+
+    async def _make_connection(
+        self, *_: object, connection_class: type[Any], record_class: type[Any], **__: object
+    ) -> asyncpg.Connection[Any]:
+        """Serve asyncpg's holders, which fill themselves with this."""
+        connection = await self._connector.connect(connection_class=connection_class, record_class=record_class)
+        if self._on_connect is not None:
+            await self._run_init(self._on_connect, connection)
+        return connection
+
+    async def _run_init(self, init: _Callback, connection: asyncpg.Connection[Any]) -> None:
+        """Run the caller's `init` within `connect_timeout`. A connection that it fails on is not used."""
+        limit = self._connector.parameters.connect_timeout
+        deadline = asyncio.timeout(limit)
+        failure: NeonAsyncError
+        try:
+            async with deadline:
+                await init(connection)
+        except BaseException as error:
+            lost = connection.is_closed()
+            connection.terminate()
+            if isinstance(error, TimeoutError) and deadline.expired():
+                failure = ConnectTimeoutError(
+                    f"init had not returned within connect_timeout={limit:g} s. Let it do less."
+                )
+            elif isinstance(error, Exception) and lost:
+                failure = ConnectError(f"{self._name} broke off the connection while init ran. Try again.")
+            else:
+                raise
+            raise failure from error
+
     def set_connect_args(self, dsn: str | None = None, **connect_kwargs: Any) -> NoReturn:
         """Refuse: what connections are made with is judged once, by `create_pool()`.
 
@@ -100,14 +240,260 @@ class Pool(_AsyncpgPool):
             "that changes, pass a function as password=."
         )
 
-    async def _make_connection(
-        self, *_: object, connection_class: type[Any], record_class: type[Any], **__: object
-    ) -> asyncpg.Connection[Any]:
-        connection = await self._connector.connect(connection_class=connection_class, record_class=record_class)
-        if self.is_closing():  # asyncpg 0.31 does not look, and would keep it for ever
-            connection.terminate()
-            raise asyncpg.InterfaceError("pool is closing")
-        return connection
+    # -----------------------------------------------------------------------------------------------------------------
+    # Acquire
+
+    def acquire(self, *, timeout: float | None = None) -> AcquireContext:
+        """Return a connection: `async with pool.acquire() as connection`, or `await` and `release()`.
+
+        `timeout`: seconds for all of it, the wait for a compute that wakes included; default `acquire_timeout`.
+
+        Raises `PoolTimeoutError` when that has passed, `PoolBusyError` when `max_waiting` callers wait, and
+        `PoolClosedError`. When the server cannot be reached for a reason that will not pass by itself, such as a wrong
+        password, raises that error at once.
+        """
+        return AcquireContext(self, timeout)
+
+    execute = _on_one_connection(SlotPool.execute)
+    executemany = _on_one_connection(SlotPool.executemany)
+    fetchval = _on_one_connection(SlotPool.fetchval)
+    copy_from_table = _on_one_connection(SlotPool.copy_from_table)
+    copy_from_query = _on_one_connection(SlotPool.copy_from_query)
+    copy_to_table = _on_one_connection(SlotPool.copy_to_table)
+    copy_records_to_table = _on_one_connection(SlotPool.copy_records_to_table)
+    if not TYPE_CHECKING:  # overloaded in asyncpg's stubs, which no assignment can repeat
+        fetch = _on_one_connection(SlotPool.fetch)
+        fetchrow = _on_one_connection(SlotPool.fetchrow)
+        fetchmany = _on_one_connection(SlotPool.fetchmany)
+
+    async def run_transaction(
+        self,
+        work: Callable[[Connection], Awaitable[_T]],
+        *,
+        attempts: int = 3,
+        isolation: str | None = None,
+        readonly: bool = False,
+        deferrable: bool = False,
+    ) -> _T:
+        """Run `work(connection)` in a transaction, commit, and return what it returned."""
+        return await run_transaction(
+            self.acquire,
+            work,
+            attempts=attempts,
+            isolation=isolation,
+            readonly=readonly,
+            deferrable=deferrable,
+            on_retry=self._tallies.retries.add,
+        )
+
+    async def _acquire(self, timeout: float | None) -> Proxy:  # noqa: ASYNC109  asyncpg's name
+        """Serve `AcquireContext`."""
+        self._require_open()
+        self._require_initialized()
+        began = time.monotonic()
+        limit = self._acquire_timeout if timeout is None else timeout
+        slot = None if self._supply.line else self._supply.usable_idle(began)  # nobody overtakes
+        if slot is None:
+            slot = await self._wait_in_line(limit, began)
+        proxy = await slot.lend()
+        self._begin_loan(slot, began)
+        if self._on_acquire is not None:
+            await self._run_setup(self._on_acquire, slot, proxy, began + limit)
+        return proxy
+
+    def _require_open(self) -> None:
+        if self.is_closing():
+            raise PoolClosedError(f"The pool is {'closed' if self._closed else 'closing'}: {self._name}. Make another.")
+
+    async def _wait_in_line(self, limit: float, began: float) -> Slot:
+        """Return a slot that is connected, and this caller's."""
+        supply = self._supply
+        if self._max_waiting is not None and len(supply.line) >= self._max_waiting:
+            raise PoolBusyError(
+                f"{self._state()}; max_waiting={self._max_waiting}. Try again later, or raise max_size or max_waiting."
+            )
+        until = asyncio.get_running_loop().time() + limit
+        in_vain = False
+        try:
+            while True:
+                self._require_open()
+                waiter = supply.line.join(until, first=in_vain)
+                supply.balance()
+                slot = await supply.line.turn(waiter)
+                if slot.is_connected():
+                    return slot
+                supply.bury(slot)  # it has ended since it was given
+                in_vain = True
+        except TurnExpired:
+            self._tallies.timeouts.since(began)
+            raise self._late(f"No connection within {limit:g} s") from supply.pace.last_failure
+        finally:
+            self._tallies.waits.since(began)
+
+    def _late(self, what: str) -> PoolTimeoutError:
+        task = asyncio.current_task()
+        held = sum(slot.owner is task for slot in self._slots if slot.place is Place.IN_USE)
+        if held and not self._slots.vacant:
+            step = f"This task itself holds {held} of them and would wait for itself: let it use the one it has."
+        elif self._supply.pace.last_failure is not None:
+            step = "The latest failure to connect is the cause of this error."
+        else:
+            step = "Hold connections for less time, raise max_size, or allow more with acquire_timeout=."
+        return PoolTimeoutError(f"{what}: {self._state()}. {step}")
+
+    def _state(self) -> str:
+        count = self._slots.count
+        return (
+            f"{self._name} has {count(Place.IN_USE)} of {self._maxsize} connections in use, "
+            f"{count(Place.CONNECTING)} connecting and {len(self._supply.line)} callers waiting"
+        )
+
+    async def _run_setup(self, setup: _Callback, slot: Slot, proxy: Proxy, until: float) -> None:
+        """Run the caller's `setup` within the acquire. A connection that it fails on is not used again."""
+        began = time.monotonic()
+        deadline = asyncio.timeout(until - began)
+        try:
+            async with deadline:
+                await setup(proxy)
+        except BaseException as error:
+            slot.discard()
+            if isinstance(error, TimeoutError) and deadline.expired():
+                self._tallies.timeouts.since(began)
+                raise self._late("setup had not returned when the time to acquire was over") from error
+            raise
+
+    def _begin_loan(self, slot: Slot, began: float) -> None:
+        self._slots.move(slot, Place.IN_USE)
+        slot.lent_at = time.monotonic()
+        slot.owner = asyncio.current_task()
+        self._tallies.acquires.add(slot.lent_at - began)
+        if self._leak_after is not None:
+            stack = traceback.StackSummary.extract(traceback.walk_stack(None), lookup_lines=False)
+            slot.leak_timer = asyncio.get_running_loop().call_later(self._leak_after, self._report_leak, stack)
+
+    def _report_leak(self, stack: traceback.StackSummary) -> None:
+        stack.reverse()  # as a traceback: the latest call comes last
+        lines = "".join(stack.format())
+        _log.warning(
+            "%s: a connection has not come back for %g s, acquired at:\n%s", self._name, self._leak_after, lines
+        )
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Release
+
+    async def release(self, connection: Any, *, timeout: float | None = None) -> None:  # noqa: ASYNC109  asyncpg's name
+        """Take a connection back, and wait until it is reset. `async with pool.acquire()` does not wait.
+
+        `timeout`: seconds, default `release_timeout`, after which the connection is terminated; its slot is free either
+        way, also when this call is cancelled. A connection that was released before is left alone.
+
+        Raises `PoolTimeoutError` in that case, and what the reset raises, as asyncpg does.
+        """
+        restoring = self._give_back(connection, timeout)
+        if restoring is None:
+            return
+        await asyncio.wait([restoring])  # which goes on when this call is cancelled
+        failure = None if restoring.cancelled() else restoring.result()  # cancelled: the pool was closed meanwhile
+        if failure is not None:
+            raise failure
+
+    def _give_back(self, connection: object, timeout: float | None) -> asyncio.Task[Exception | None] | None:
+        """End a loan. Returns the task that makes the connection fit for the next, where there is something to do."""
+        slot = slot_of(connection, self)
+        if slot is None:
+            return None
+        fit = slot.is_untouched() or slot.needs_no_reset()
+        restoring = None
+        try:
+            slot.recall()
+        finally:
+            if fit or not slot.is_connected():
+                slot.free()
+            else:
+                self._end_loan(slot)
+                limit = self._release_timeout if timeout is None else timeout
+                restoring = self._supply.mend(slot, self._restore(slot, limit), limit)
+        return restoring
+
+    async def _restore(self, slot: Slot, limit: float) -> Exception | None:
+        """Reset what a caller left, or end the connection. Returns what went wrong, for who waits for it."""
+        began = time.monotonic()
+        try:
+            await slot.restore(began)
+        except asyncio.CancelledError:
+            if time.monotonic() < slot.until:
+                raise  # the pool is closed
+            _log.info("%s: a connection was not reset within %g s and ends", self._name, limit)
+            slot.discard()
+            return PoolTimeoutError(
+                f"A connection of {self._name} was not reset within {limit:g} s and has been terminated; its slot is "
+                "free. The server, or the way to it, may be stuck."
+            )
+        except Exception as error:  # noqa: BLE001  told to who waits; the connection is not used again in any case
+            _log.info("%s: a connection could not be reset and ends (%s)", self._name, type(error).__name__)
+            slot.discard()  # asyncpg has, but for what it did not foresee
+            return error
+        self._tallies.resets.since(began)
+        return None
+
+    def _end_loan(self, slot: Slot) -> None:
+        self._tallies.releases.since(slot.lent_at)
+        slot.owner = None
+        if slot.leak_timer is not None:
+            slot.leak_timer.cancel()
+            slot.leak_timer = None
+
+    def _came_back(self, slot: Slot) -> None:
+        """Serve `SlotPool`: the loan of `slot` has ended, and its connection is reset or gone."""
+        if slot.place is Place.IN_USE:  # untouched, or its connection ended in its caller's hands
+            self._end_loan(slot)
+        self._supply.offer(slot)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Closing
+
+    async def close(self, *, timeout: float = 10.0) -> None:  # noqa: ASYNC109  psycopg_pool's name
+        """Close the pool in time: callers in line are told at once, idle connections close, then those that come back.
+
+        `timeout`: seconds, default 10.0, after which the connections still out are terminated. When this call is
+        cancelled they are terminated at once.
+        """
+        if self._closed:
+            return
+        self._require_initialized()
+        if not self._closing:
+            self._closing = True
+            self._wind_down()
+        try:
+            async with asyncio.timeout(timeout):
+                await self._supply.emptied.wait()
+        except TimeoutError:
+            _log.info("%s: %d connections did not come back in time", self._name, self._slots.count(Place.IN_USE))
+        finally:
+            self.terminate()
+        await self._supply.ended(_CANCEL_GRACE)
+
+    def terminate(self) -> None:
+        """Close the pool at once: callers in line are told, all connections terminated, also those in use."""
+        if self._closed:
+            return
+        self._require_initialized()
+        self._closing = True
+        self._shut()
+        super().terminate()
+        self._closing = False
+        _log.info("%s: the pool is closed", self._name)
+
+    def _wind_down(self) -> None:
+        self._supply.wind_down(lambda: PoolClosedError(f"The pool is closing: {self._name}. Make another."))
+
+    def _shut(self) -> None:
+        self._wind_down()
+        self._supply.end()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Making one
 
 
 @forget_arguments
@@ -118,8 +504,14 @@ def create_pool(
     min_size: int = 0,
     max_size: int = 10,
     init_size: int | None = None,
+    acquire_timeout: float = 30.0,
+    release_timeout: float = 5.0,
+    max_waiting: int | None = None,
     max_queries: int = 50_000,
+    max_lifetime: float = 3600.0,
     max_inactive_connection_lifetime: float = 240.0,
+    check_after_idle: float = 30.0,
+    leak_after: float | None = None,
     setup: Callable[[Connection], Awaitable[None]] | None = None,
     init: Callable[[asyncpg.Connection[Any]], Awaitable[None]] | None = None,
     reset: Callable[[asyncpg.Connection[Any]], Awaitable[None]] | None = None,
@@ -143,14 +535,27 @@ def create_pool(
     `connect_timeout` (or asyncpg's `timeout`): seconds for everything one connection needs, DNS included; default 15.0,
     above 0, at most 3600.0. Neon advises 10 to 15 s, for a compute may have to wake.
 
-    `min_size`: connections kept while nobody needs them, default 0. asyncpg 0.32 replaces those that a suspended
-    compute has closed, and so wakes it again and again; asyncpg 0.31 keeps no floor. `init_size`: connections to open
-    with, default `min_size`. `max_size`: the most connections, default 10, at least 1. `max_queries`: queries after
-    which a connection is replaced, default 50,000. `max_inactive_connection_lifetime`: seconds after which an idle
-    connection is closed, default 240.0, before Neon suspends the compute at 300 s; 0 for never.
+    `acquire_timeout`: seconds for all that an acquire does, default 30.0; within it failures that may pass are tried
+    again. `release_timeout`: seconds for reset and cancellation after a connection was given back, default 5.0; after
+    that it is terminated. Both above 0. `max_waiting`: how many callers may wait at once, default None for any number.
 
-    `setup`, `init`, `reset`, `connection_class`, `record_class`, and `command_timeout`, `statement_cache_size`,
-    `max_cached_statement_lifetime`, `max_cacheable_statement_size`, `server_settings` are asyncpg's.
+    `max_size`: the most connections, default 10, at least 1. `init_size`: connections to open with, default `min_size`.
+    `min_size`: connections kept while nobody needs them, default 0; each one that Neon closes when it suspends the
+    compute is made anew, which wakes it again.
+
+    `max_inactive_connection_lifetime`: seconds after which an idle connection is closed, default 240.0, before Neon
+    suspends the compute at 300 s. `max_lifetime`: seconds after which any connection is replaced, default 3600.0, up to
+    a tenth earlier by chance. Both 0 for never. `max_queries`: queries after which it is replaced, default 50,000.
+
+    `check_after_idle`: seconds of idleness after which a connection is pinged before it is handed out, default 30.0; 0
+    for always. `leak_after`: seconds after which the stack that acquired a connection is logged as a warning, if it has
+    not come back; default None for never, for every acquire then has to remember its stack.
+
+    `server_settings`: what the session starts with, by name; one that cannot apply is refused.
+
+    `setup` is called on every acquire, `init` on every new connection, and `reset` replaces the reset after use.
+    `connection_class`, `record_class`, and `command_timeout`, `statement_cache_size`, `max_cached_statement_lifetime`,
+    `max_cacheable_statement_size` are asyncpg's.
 
     `keepalives_idle`, `keepalives_interval`: seconds, default 60 and 10; `keepalives_count`: default 3;
     `tcp_user_timeout`: milliseconds, default 90,000, 0 for the system's.
@@ -159,41 +564,83 @@ def create_pool(
     any other that cannot be honoured, in the call itself. Awaiting the pool raises what `connect()` raises.
     """
     init_size = min_size if init_size is None else init_size
-    _check_sizes(min_size=min_size, init_size=init_size, max_size=max_size, max_queries=max_queries)
-    _check_lifetime(max_inactive_connection_lifetime)
-    check_classes(connection_class, record_class)
-    for name, callback in (("setup", setup), ("init", init), ("reset", reset)):
-        if callback is not None and not callable(callback):
-            raise ConfigurationError(f"{name} must be an async function that takes a connection.")
-    return Pool(
-        prepare(dsn, trust_anchor=trust_anchor, **keywords),
-        min_size=min_size,
-        init_size=init_size,
-        max_size=max_size,
-        max_queries=max_queries,
-        max_inactive_connection_lifetime=max_inactive_connection_lifetime,
-        setup=setup,
-        init=init,
-        reset=reset,
-        connection_class=connection_class,
-        record_class=record_class,
-    )
-
-
-def _check_sizes(*, min_size: int, init_size: int, max_size: int, max_queries: int) -> None:
-    bounds = (
+    for name, count, lowest, highest in (
         ("max_size", max_size, 1, _MAX_COUNT),
         ("min_size", min_size, 0, max_size),
         ("init_size", init_size, min_size, max_size),
         ("max_queries", max_queries, 1, _MAX_COUNT),
+        ("max_waiting", 0 if max_waiting is None else max_waiting, 0, _MAX_COUNT),
+    ):
+        _check_count(name, count, lowest, highest)
+    for name, seconds, meaning in (
+        ("acquire_timeout", acquire_timeout, None),
+        ("release_timeout", release_timeout, None),
+        ("leak_after", 1.0 if leak_after is None else leak_after, None),
+        ("max_lifetime", max_lifetime, "for never"),
+        ("max_inactive_connection_lifetime", max_inactive_connection_lifetime, "for never"),
+        ("check_after_idle", check_after_idle, "for always"),
+    ):
+        _check_seconds(name, seconds, zero=meaning)
+    check_classes(connection_class, record_class)
+    for name, callback in (("setup", setup), ("init", init), ("reset", reset)):
+        if callback is not None and not callable(callback):
+            raise ConfigurationError(f"{name} must be an async function that takes a connection.")
+    connector = prepare(dsn, trust_anchor=trust_anchor, **keywords)
+    host = connector.parameters.host
+    endpoint, healing, tallies = parse_host(host), Healing(), Tallies()
+    if min_size > 0 and endpoint is not None:
+        _warn_of_floor(min_size, endpoint)
+    supply = Supply(
+        short_name(host),
+        tallies,
+        min_size=min_size,
+        max_lifetime=max_lifetime or math.inf,
+        max_inactive=max_inactive_connection_lifetime or math.inf,
+        check_after_idle=check_after_idle,
+        close_timeout=release_timeout,
     )
-    for name, value, minimum, maximum in bounds:
-        if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= maximum:
-            raise ConfigurationError(f"{name} must be a whole number from {minimum} to {maximum}.")
+    return Pool(
+        connector,
+        supply,
+        healing=healing,
+        tallies=tallies,
+        min_size=min_size,
+        init_size=init_size,
+        max_size=max_size,
+        acquire_timeout=acquire_timeout,
+        release_timeout=release_timeout,
+        max_waiting=max_waiting,
+        max_queries=max_queries,
+        leak_after=leak_after,
+        setup=setup,
+        init=init,
+        reset=reset,
+        connection_class=session_class(connection_class, host=host, endpoint=endpoint, healing=healing),
+        record_class=record_class,
+    )
 
 
-def _check_lifetime(seconds: float) -> None:
-    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 <= seconds <= _MAX_COUNT:
-        raise ConfigurationError(
-            f"max_inactive_connection_lifetime must be seconds from 0, for never, to {_MAX_COUNT}."
-        )
+def _check_count(name: str, value: int, lowest: int, highest: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not lowest <= value <= highest:
+        raise ConfigurationError(f"{name} must be a whole number from {lowest} to {highest}.")
+
+
+def _check_seconds(name: str, value: float, *, zero: str | None) -> None:
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, (int, float))
+        or not 0 <= value <= _MAX_COUNT
+        or (value == 0 and zero is None)
+    ):
+        least = "above 0" if zero is None else f"from 0, {zero},"
+        raise ConfigurationError(f"{name} must be seconds {least} to {_MAX_COUNT}. Every wait has an end.")
+
+
+def _warn_of_floor(min_size: int, endpoint: Endpoint) -> None:
+    warnings.warn(
+        f"min_size={min_size} lets {endpoint.id} sleep no more: Neon closes the connections of a compute that it "
+        "suspends, the pool opens them anew, and that wakes it, and is billed, day and night. Leave min_size at 0; "
+        "where the first requests must not wait, open with init_size.",
+        UserWarning,
+        stacklevel=4,  # the caller of create_pool(), which is wrapped
+    )

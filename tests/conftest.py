@@ -1,4 +1,4 @@
-"""What every test shares: both event loops, one real PostgreSQL, and an environment with no say in the results."""
+"""What every test shares: both event loops, a real PostgreSQL and PgBouncer, and an environment without a say."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from anyio.from_thread import start_blocking_portal
 from hypothesis import settings
+from pgbouncer import MINIMUM_VERSION, LocalPgBouncer, installed_version
 
 from neon_async.testing import LocalPostgres
 
@@ -38,3 +39,21 @@ def postgres() -> Iterator[LocalPostgres]:
     """One running server for the whole session. It lives in an event loop of its own; tests must not stop it."""
     with start_blocking_portal() as portal, portal.wrap_async_context_manager(LocalPostgres()) as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def pgbouncer_installed() -> None:
+    """A PgBouncer that keeps prepared statements. CI installs one; a developer's machine may have none."""
+    found = installed_version()
+    if found is None or found < MINIMUM_VERSION:
+        wanted = ".".join(map(str, MINIMUM_VERSION))
+        here = "PATH holds none" if found is None else f"the one on PATH is {found[0]}.{found[1]}"
+        complaint = f"needs PgBouncer {wanted} or later, and {here}; `.ci/pgbouncer FOLDER` puts one into FOLDER/bin"
+        pytest.fail(complaint) if os.environ.get("CI") else pytest.skip(complaint)
+
+
+@pytest.fixture(scope="session")
+def pgbouncer(pgbouncer_installed: None, postgres: LocalPostgres) -> Iterator[LocalPgBouncer]:
+    """One running PgBouncer in front of `postgres` for the whole session; tests must not stop it."""
+    with start_blocking_portal() as portal, portal.wrap_async_context_manager(LocalPgBouncer(postgres)) as bouncer:
+        yield bouncer

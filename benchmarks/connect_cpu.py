@@ -57,7 +57,7 @@ async def measure(connections: int, rounds: int) -> dict[str, list[float]]:
     """Return the cost of one connection on each side in seconds, one per round, after one round that is not counted."""
     costs: dict[str, list[float]] = {OURS: [], SHARED: []}
     async with LocalPostgres(settings={"max_connections": str(2 * connections + 10)}) as server:
-        dsn, context = dsn_of(server), verified_context(server)
+        dsn, context = dsn_of(server), verified_context(server.trust_anchor)
         ours = partial(neon_async.create_pool, dsn, trust_anchor=server.trust_anchor)
         shared = partial(asyncpg.create_pool, dsn, ssl=context, direct_tls=True)
         sides: dict[str, CreatePool] = {

@@ -85,7 +85,7 @@ async def stall_of(open_pool: OpenPool, connections: int) -> float:
 
 def ways(server: LocalPostgres, connections: int, bundle: Path) -> dict[str, OpenPool]:
     """Return the three ways to open the pool, by name; `bundle` is a file of all public roots and the server's own."""
-    dsn, context = dsn_of(server), verified_context(server)
+    dsn, context = dsn_of(server), verified_context(server.trust_anchor)
     options = f"?{urlencode({'sslmode': 'verify-full', 'sslrootcert': str(bundle)}, quote_via=quote)}"
 
     async def ours() -> asyncpg.Pool:

@@ -16,7 +16,10 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeAlias
+
+import neon_async
+from neon_async.testing import LocalEndpoint, LocalPostgres
 
 HANG = 20.0  # Seconds after which something that should have happened counts as never happening.
 
@@ -199,3 +202,72 @@ def resolve_to(monkeypatch: Any, *addresses: tuple[str, int]) -> list[str]:
 
     monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", getaddrinfo)
     return asked
+
+
+def assert_balanced(pool: Any) -> None:
+    """Check that the pool's `stats()` add up: each slot in one place, each dial and each loan accounted for."""
+    stats = pool.stats()
+    places = (stats.in_use, stats.idle, stats.checking, stats.resetting, stats.connecting, stats.vacant)
+    assert sum(places) == stats.max_size, stats
+    assert stats.dials == stats.dial_failures + stats.terminations + stats.size, stats
+    assert stats.acquires == stats.releases + stats.in_use, stats
+
+
+async def assert_whole(pool: Any) -> None:
+    """Check that no slot is lost: the pool hands out all its connections at once, each works, and it adds up."""
+    async with asyncio.timeout(HANG):
+        connections = await asyncio.gather(*(pool.acquire(timeout=HANG) for _ in range(pool.get_max_size())))
+        backends = {await connection.fetchval("SELECT pg_backend_pid()") for connection in connections}
+        assert len(backends) == pool.get_max_size()
+        for connection in connections:
+            await pool.release(connection)
+    assert_balanced(pool)
+    stats = pool.stats()
+    assert (stats.in_use, stats.waiting, stats.idle + stats.vacant) == (0, 0, stats.max_size), stats
+
+
+Server: TypeAlias = LocalPostgres | LocalEndpoint
+
+
+def make_pool(server: Server, **keywords: Any) -> neon_async.Pool:
+    """Return a pool of connections to `server`, not open yet."""
+    return neon_async.create_pool(server.dsn, trust_anchor=server.trust_anchor, **keywords)
+
+
+@contextlib.asynccontextmanager
+async def connected(server: Server, **keywords: Any) -> AsyncIterator[Any]:
+    """One connection, besides those of any pool."""
+    connection = await neon_async.connect(server.dsn, trust_anchor=server.trust_anchor, **keywords)
+    try:
+        yield connection
+    finally:
+        await connection.close()
+
+
+async def sessions(admin: Any, name: str) -> int:
+    """Return how many sessions with this application name the server knows."""
+    count: int = await admin.fetchval("SELECT count(*) FROM pg_stat_activity WHERE application_name = $1", name)
+    return count
+
+
+async def until_gone(admin: Any, name: str) -> None:
+    """Wait until the server knows no session with this application name."""
+    async with asyncio.timeout(HANG):
+        while await sessions(admin, name):
+            await asyncio.sleep(0.001)
+
+
+def password_of(server: Server) -> str:
+    """Return the password of the one role."""
+    return server.dsn.split(":")[2].partition("@")[0]
+
+
+async def until_settled(pool: neon_async.Pool) -> None:
+    """Wait until the pool does nothing behind its callers, and check its books."""
+
+    def settled() -> bool:
+        now = pool.stats()
+        return now.checking == now.resetting == now.connecting == now.waiting == 0
+
+    await until(settled)
+    assert_balanced(pool)

@@ -1,11 +1,13 @@
-"""The pool is asyncpg's in all it does, on both event loops; only its dials, and what opening it leaves, are ours."""
+"""To who uses it the pool is asyncpg's, on both event loops: calls, classes, callbacks, opening; and what it tells."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import inspect
 import io
+import logging
 import pickle
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -14,10 +16,23 @@ import asyncpg
 import pytest
 import uvloop
 from certificates import issue
-from probes import HANG, Relay, assert_secret_free, black_hole, nothing_is_left, until
+from probes import (
+    HANG,
+    Relay,
+    assert_balanced,
+    assert_secret_free,
+    black_hole,
+    connected,
+    make_pool,
+    nothing_is_left,
+    password_of,
+    until,
+    until_gone,
+    until_settled,
+)
 
 import neon_async
-from neon_async.testing import LocalPostgres
+from neon_async.testing import LocalEndpoint, LocalPostgres
 from neon_async.testing._impostor import Impostor
 
 ROOT = issue(subject="root", ca=True)
@@ -26,30 +41,6 @@ NAME = "ep-cool-darkness-123456"
 
 # Made where most programs make theirs: at import, with no event loop running.
 MODULE_LEVEL_POOL = neon_async.create_pool(DSN, trust_anchor=ROOT.pem)
-
-
-def make_pool(postgres: LocalPostgres, **keywords: Any) -> neon_async.Pool:
-    return neon_async.create_pool(postgres.dsn, trust_anchor=postgres.trust_anchor, **keywords)
-
-
-@contextlib.asynccontextmanager
-async def connected(postgres: LocalPostgres, **keywords: Any) -> AsyncIterator[Any]:
-    connection = await neon_async.connect(postgres.dsn, trust_anchor=postgres.trust_anchor, **keywords)
-    try:
-        yield connection
-    finally:
-        await connection.close()
-
-
-async def sessions(admin: Any, name: str) -> int:
-    count: int = await admin.fetchval("SELECT count(*) FROM pg_stat_activity WHERE application_name = $1", name)
-    return count
-
-
-async def until_gone(admin: Any, name: str) -> None:
-    async with asyncio.timeout(HANG):
-        while await sessions(admin, name):
-            await asyncio.sleep(0.001)
 
 
 # It is asyncpg's pool
@@ -183,6 +174,15 @@ def test_pools_made_outside_of_any_loop_work_in_one_after_another(
             assert runner.run(use(pool)) == 20
 
 
+async def until_served(pool: neon_async.Pool, failure: type[Exception]) -> Any:
+    """Ask until the breaker, which answers with `failure`, has closed."""
+    while True:
+        try:
+            return await pool.fetchval("SELECT 1")
+        except failure:
+            await asyncio.sleep(0.01)
+
+
 # Sizes
 
 
@@ -200,7 +200,9 @@ def test_pools_made_outside_of_any_loop_work_in_one_after_another(
 async def test_a_pool_opens_with_init_size_connections(
     postgres: LocalPostgres, sizes: dict[str, int], opened: int
 ) -> None:
-    async with make_pool(postgres, **sizes) as pool:
+    with pytest.warns(UserWarning, match="min_size") if "min_size" in sizes else contextlib.nullcontext():
+        pool = make_pool(postgres, **sizes)
+    async with pool:
         assert (pool.get_size(), pool.get_idle_size()) == (opened, opened)
         assert pool.get_min_size() == sizes.get("min_size", 0)
         assert pool.get_init_size() == opened
@@ -222,6 +224,14 @@ async def test_a_pool_opens_with_init_size_connections(
             {"min_size": 2, "init_size": 1}, "init_size must be .* from 2 to 10", id="init_size below min_size"
         ),
         pytest.param({"init_size": 11}, "init_size", id="init_size above max_size"),
+        pytest.param({"max_waiting": -1}, "max_waiting must be a whole number from 0", id="max_waiting negative"),
+        pytest.param({"acquire_timeout": 0}, "acquire_timeout must be seconds above 0", id="acquire_timeout 0"),
+        pytest.param({"acquire_timeout": float("inf")}, "Every wait has an end", id="acquire_timeout infinite"),
+        pytest.param({"acquire_timeout": None}, "acquire_timeout must be seconds", id="acquire_timeout None"),
+        pytest.param({"release_timeout": 0}, "release_timeout must be seconds above 0", id="release_timeout 0"),
+        pytest.param({"leak_after": 0}, "leak_after must be seconds above 0", id="leak_after 0"),
+        pytest.param({"max_lifetime": -1}, "max_lifetime must be seconds from 0, for never", id="max_lifetime"),
+        pytest.param({"check_after_idle": -1}, "check_after_idle must be seconds from 0, for always", id="check"),
         pytest.param({"max_queries": 0}, "max_queries must be a whole number from 1 to", id="max_queries 0"),
         pytest.param({"max_inactive_connection_lifetime": -1}, "must be seconds", id="lifetime negative"),
         pytest.param({"max_inactive_connection_lifetime": float("nan")}, "must be seconds", id="lifetime not a number"),
@@ -259,12 +269,12 @@ def test_a_pool_is_not_pickled_with_its_password() -> None:
 @pytest.mark.anyio
 async def test_a_pool_shows_its_state_and_no_secret(postgres: LocalPostgres) -> None:
     pool = make_pool(postgres, init_size=2)
-    assert repr(pool) == f"<Pool {NAME}: 0 in use, 0 idle>"
+    assert repr(pool) == f"<Pool {NAME}: 0 in use, 0 idle, 0 waiting>"
     async with pool:
         async with pool.acquire():
-            assert repr(pool) == f"<Pool {NAME}: 1 in use, 1 idle>"
-        assert repr(pool) == f"<Pool {NAME}: 0 in use, 2 idle>"
-    assert repr(pool) == f"<Pool {NAME}: 0 in use, 0 idle, closed>"
+            assert repr(pool) == f"<Pool {NAME}: 1 in use, 1 idle, 0 waiting>"
+        assert repr(pool) == f"<Pool {NAME}: 0 in use, 2 idle, 0 waiting>"
+    assert repr(pool) == f"<Pool {NAME}: 0 in use, 0 idle, 0 waiting, closed>"
 
 
 # Opening that fails
@@ -414,7 +424,7 @@ async def test_a_callback_that_fails_costs_the_connection_and_not_the_slot(postg
         with pytest.raises(RuntimeError, match="first time"):
             await pool.fetchval("SELECT 1")
         assert pool.get_size() == 0
-        assert await pool.fetchval("SELECT 1") == 1
+        assert await until_served(pool, RuntimeError) == 1
 
 
 # Closing
@@ -476,6 +486,7 @@ async def test_fifty_tasks_share_five_connections(postgres: LocalPostgres) -> No
     async with make_pool(postgres, max_size=5) as pool, asyncio.timeout(HANG):
         assert await asyncio.gather(*(work(pool, number) for number in range(50))) == list(range(50))
         assert max(in_use) <= 5
+        await until_settled(pool)
         assert (pool.get_size(), pool.get_idle_size()) == (5, 5)
 
 
@@ -523,11 +534,11 @@ async def test_acquires_cancelled_at_any_moment_lose_no_slot(postgres: LocalPost
 
 @pytest.mark.anyio
 async def test_a_dial_that_fails_leaves_the_slot_usable(postgres: LocalPostgres) -> None:
-    answers = ["wrong", postgres.dsn.split(":")[2].partition("@")[0]]
+    answers = ["wrong", password_of(postgres)]
     async with make_pool(postgres, max_size=1, password=lambda: answers.pop(0)) as pool, asyncio.timeout(HANG):
         with pytest.raises(neon_async.InvalidPasswordError):
             await pool.fetchval("SELECT 1")
-        assert await pool.fetchval("SELECT 1") == 1
+        assert await until_served(pool, neon_async.InvalidPasswordError) == 1
 
 
 @pytest.mark.anyio
@@ -536,10 +547,12 @@ async def test_a_dial_in_a_pool_has_its_own_deadline() -> None:
         dsn = DSN.replace(".tech/", f".tech:{port}/") + "?hostaddr=127.0.0.1"
         pool = neon_async.create_pool(dsn, trust_anchor=ROOT.pem, connect_timeout=0.2, max_size=1)
         async with pool, asyncio.timeout(HANG):
-            for _ in range(2):
-                with pytest.raises(neon_async.ConnectTimeoutError) as caught:
-                    await pool.fetchval("SELECT 1")
+            for number in range(1, 3):
+                with pytest.raises(neon_async.PoolTimeoutError) as caught:
+                    await pool.fetchval("SELECT 1", timeout=1)
+                assert isinstance(caught.value.__cause__, neon_async.ConnectTimeoutError)
                 assert_secret_free(caught.value, "s3cret")
+                assert pool.stats().dial_failures >= number
 
 
 @pytest.mark.anyio
@@ -556,7 +569,151 @@ async def test_a_server_that_stops_and_starts_is_used_again() -> None:
     async with LocalPostgres() as server, make_pool(server, init_size=2) as pool, asyncio.timeout(HANG):
         await server.stop()
         await until(lambda: pool.get_size() == 0)
-        with pytest.raises(neon_async.ConnectError):
-            await pool.fetchval("SELECT 1")
+        with pytest.raises(neon_async.PoolTimeoutError) as caught:
+            await pool.fetchval("SELECT 1", timeout=0.3)
+        assert isinstance(caught.value.__cause__, neon_async.ConnectError)
         await server.start()
         assert await pool.fetchval("SELECT 1") == 1
+
+
+# Seeing
+
+
+@pytest.mark.anyio
+async def test_stats_tell_where_every_slot_is(postgres: LocalPostgres) -> None:
+    arrived, go_on = asyncio.Event(), asyncio.Event()
+
+    async def password() -> str:
+        if pool.stats().dials == 3:
+            arrived.set()
+            await go_on.wait()
+        return password_of(postgres)
+
+    async def reset(connection: Any) -> None:
+        await go_on.wait()
+
+    pool = make_pool(postgres, init_size=3, max_size=5, password=password, reset=reset)
+    async with pool, asyncio.timeout(HANG):
+        held = [await pool.acquire() for _ in range(2)]
+        await pool.execute("SELECT 1")
+        waiting = asyncio.ensure_future(pool.fetchval("SELECT 1"))
+        await arrived.wait()
+        now = pool.stats()
+        assert (now.in_use, now.idle, now.resetting, now.connecting, now.checking, now.vacant) == (2, 0, 1, 1, 0, 1)
+        assert (now.size, now.waiting, now.max_size, now.min_size) == (3, 1, 5, 0)
+        assert repr(pool) == f"<Pool {NAME}: 2 in use, 0 idle, 1 waiting>"
+        assert_balanced(pool)
+        go_on.set()
+        assert await waiting == 1
+        for connection in held:
+            await pool.release(connection)
+        await until_settled(pool)
+
+
+@pytest.mark.anyio
+async def test_stats_count_what_has_happened(postgres: LocalPostgres) -> None:
+    async with make_pool(postgres, max_size=1) as pool:
+        fresh = pool.stats()
+        counters = [name.removesuffix("_seconds") for name in dir(fresh) if name.endswith("_seconds")]
+        assert len(counters) == 11
+        assert {getattr(fresh, name, None) for name in dir(fresh) if name.endswith("_seconds")} == {0.0}
+
+        async with pool.acquire() as connection:
+            await connection.execute("SELECT pg_sleep(0.01)")
+            with pytest.raises(neon_async.PoolTimeoutError):
+                await pool.acquire(timeout=0.01)
+        await until_settled(pool)
+        await pool.expire_connections()
+        await pool.fetchval("SELECT 1")
+        await until_settled(pool)
+
+        now = pool.stats()
+        counted = (now.acquires, now.releases, now.waits, now.timeouts, now.dials, now.dial_failures, now.wakes)
+        assert counted == (2, 2, 3, 1, 2, 0, 2)
+        assert (now.resets, now.terminations, now.heals, now.retries) == (2, 1, 0, 0)
+        for seconds in (
+            now.acquire_seconds,
+            now.release_seconds,
+            now.wait_seconds,
+            now.timeout_seconds,
+            now.dial_seconds,
+            now.wake_seconds,
+            now.reset_seconds,
+            now.termination_seconds,
+        ):
+            assert 0 < seconds < HANG
+        assert now.release_seconds >= 0.01
+        assert fresh.acquires == 0  # a snapshot
+
+
+def test_stats_cannot_be_changed() -> None:
+    stats = MODULE_LEVEL_POOL.stats()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        stats.waiting = 7  # type: ignore[misc]
+    assert not hasattr(stats, "__dict__")
+
+
+@pytest.mark.anyio
+async def test_a_connection_that_does_not_come_back_is_reported_with_the_stack_that_acquired_it(
+    postgres: LocalPostgres, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def forgetful() -> Any:
+        return await pool.acquire()
+
+    async with make_pool(postgres, leak_after=0.05) as pool:
+        async with pool.acquire():
+            pass  # comes back
+        connection = await forgetful()
+        await until(lambda: caplog.records)
+        await asyncio.sleep(0.1)
+        await pool.release(connection)
+    [record] = [record for record in caplog.records if record.name == "neon_async"]
+    assert record.levelno == logging.WARNING
+    for part in (NAME, "0.05 s", "forgetful", "return await pool.acquire()", __file__):
+        assert part in record.getMessage()
+    assert password_of(postgres) not in record.getMessage()
+
+
+@pytest.mark.anyio
+async def test_changes_of_state_are_logged_in_one_line_each(
+    postgres: LocalPostgres, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "neon_async")
+    async with LocalEndpoint(postgres) as endpoint, make_pool(endpoint, init_size=2) as pool, asyncio.timeout(HANG):
+        for _ in range(5):
+            await pool.fetchval("SELECT 1")
+        await until_settled(pool)
+        endpoint.refuse()
+        endpoint.cut()
+        await until(lambda: pool.get_size() == 0)
+        waiting = asyncio.ensure_future(pool.fetchval("SELECT 1"))
+        await until(lambda: pool.stats().dial_failures >= 3)
+        endpoint.accept()
+        assert await waiting == 1
+        await pool.close()
+    records = [record for record in caplog.records if record.name.startswith("neon_async")]
+    assert {(record.name, record.levelno) for record in records} == {("neon_async", logging.INFO)}
+    lines = [record.getMessage() for record in records]
+    for line, part in zip(
+        lines, ["connected after", "no connection is open", "cannot connect", "connected after", "closed"], strict=True
+    ):
+        assert line.startswith(f"{NAME}: ")
+        assert part in line
+        assert "\n" not in line
+    assert password_of(postgres) not in caplog.text
+
+
+@pytest.mark.anyio
+async def test_the_text_of_an_error_of_the_callers_own_is_not_logged(
+    postgres: LocalPostgres, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+
+    def password() -> str:
+        raise RuntimeError("the secret is hunter2")
+
+    async with make_pool(postgres, password=password) as pool:
+        with pytest.raises(RuntimeError):
+            await pool.fetchval("SELECT 1")
+    assert "RuntimeError" in caplog.text
+    assert "hunter2" not in caplog.text

@@ -185,9 +185,9 @@ class Supply:
 
     def _worked_on(self, slot: Slot, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
-        if slot.task is task:
-            if task.cancelled():
-                slot.discard()
+        if slot.task is task and task.cancelled():
+            slot.discard()
+        if slot.task is task:  # asyncpg may have given it back just now, and it may be connecting again
             self.offer(slot)
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -217,8 +217,9 @@ class Supply:
             self._work_on(slots.vacant[-1], Place.CONNECTING, self._dial(slots.vacant[-1]))
 
     def _resume_in(self, pause: float) -> None:
-        if self._resumption is None:
-            self._resumption = asyncio.get_running_loop().call_later(pause, self._resume)
+        if self._resumption is not None:  # of an earlier pause, which may have been longer
+            self._resumption.cancel()
+        self._resumption = asyncio.get_running_loop().call_later(pause, self._resume)
 
     def _resume(self) -> None:
         self._resumption = None

@@ -190,12 +190,10 @@ class _Run:
             await self._transaction.__aexit__(type(error), error, error.__traceback__)
 
     async def _commit(self) -> None:
-        # Only a connection that is known to be closed by now was certainly lost before COMMIT was sent.
-        lost_before = self._session.is_closed()
         try:
             await self._transaction.__aexit__(None, None, None)
         except Exception as error:
-            if not lost_before and _leaves_commit_open(error):
+            if _leaves_commit_open(error):
                 raise CommitUnknownError(
                     "The connection was lost while COMMIT was under way: the transaction may have been committed, or "
                     "not. It is not run again; look for what it writes before you do."
@@ -240,7 +238,7 @@ def _is_conflict(error: BaseException) -> bool:
 
 def _leaves_commit_open(error: Exception) -> bool:
     """Whether `error`, raised by COMMIT, does not tell what became of the transaction."""
-    if type(error) is asyncpg.InterfaceError:  # asyncpg refused, and has sent nothing
+    if type(error) is asyncpg.InterfaceError:  # asyncpg refused to send it: the connection is closed, or in use
         return False
     if not isinstance(error, asyncpg.PostgresError):  # command_timeout, for one
         return True

@@ -6,6 +6,7 @@ It knows futures and when a waiter wants to leave, and not what is given.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Generic, TypeVar
@@ -33,6 +34,7 @@ class WaitingLine(Generic[_T]):
         # their service is stopped.
         self._waiters: OrderedDict[asyncio.Future[_T], float] = OrderedDict()
         self._timer: asyncio.TimerHandle | None = None
+        self._due = math.inf  # when it fires; uvloop's handles do not always tell
 
     def __len__(self) -> int:
         return len(self._waiters)
@@ -41,7 +43,7 @@ class WaitingLine(Generic[_T]):
         return f"<WaitingLine: {len(self)} waiting>"
 
     def join(self, until: float, *, first: bool = False) -> asyncio.Future[_T]:
-        """Stand in line until that time of the event loop; then await `turn()`.
+        """Stand in line until that time of the event loop. The same task awaits `turn()` before it waits for anything.
 
         `first`: in front of everybody, for who was served in vain.
         """
@@ -50,7 +52,7 @@ class WaitingLine(Generic[_T]):
         self._waiters[waiter] = until
         if first:
             self._waiters.move_to_end(waiter, last=False)
-        if self._timer is None or until < self._timer.when():
+        if self._timer is None or until < self._due:
             self._set_timer(until)
         return waiter
 
@@ -95,6 +97,7 @@ class WaitingLine(Generic[_T]):
     def _set_timer(self, until: float) -> None:
         if self._timer is not None:
             self._timer.cancel()
+        self._due = until
         self._timer = asyncio.get_running_loop().call_at(until, self._expire)
 
     def _expire(self) -> None:

@@ -5,6 +5,7 @@ Pure: time and chance are given, and nothing here waits. It knows how many conne
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable
 
@@ -14,7 +15,7 @@ from ._errors import NeonAsyncError
 # (AWS Architecture Blog, 2015). Neon advises 1 to 16 s for clients that start in step; a pool has one attempt under way
 # at a time, and may begin lower, for a wake takes a few hundred milliseconds.
 _BACKOFF_BASE = 0.25
-_BACKOFF_CAP = 8.0
+_BACKOFF_CAP = 4.0
 # Chance may not make a pause shorter than this: it alone bounds the connects a second.
 _PAUSE_FLOOR = 0.1
 
@@ -32,11 +33,12 @@ class Pace:
     `jitter`: returns a number from 0 to 1, by chance.
     """
 
-    __slots__ = ("_failures", "_jitter", "_not_before", "_refusal", "last_failure")
+    __slots__ = ("_failed_at", "_failures", "_jitter", "_not_before", "_refusal", "last_failure")
 
     def __init__(self, *, jitter: Callable[[], float] = random.random) -> None:
         self._jitter = jitter
         self._failures = 0
+        self._failed_at = -math.inf
         self._not_before = 0.0
         self._refusal: Exception | None = None
         self.last_failure: Exception | None = None  # since the latest success
@@ -63,13 +65,19 @@ class Pace:
     def succeeded(self) -> None:
         """A dial has made a connection."""
         self._failures = 0
+        self._failed_at = -math.inf
         self._not_before = 0.0
         self._refusal = self.last_failure = None
 
-    def failed(self, error: Exception, now: float) -> None:
-        """A dial has ended in `error` at `now`."""
-        doublings = min(self._failures, _MAX_DOUBLINGS)
-        self._failures += 1
+    def failed(self, error: Exception, *, began: float, now: float) -> None:
+        """A dial that was begun at one time has ended in `error` at another.
+
+        Dials that were under way together fail together, and count once.
+        """
+        if began >= self._failed_at:
+            self._failures += 1
+        self._failed_at = now
+        doublings = min(self._failures - 1, _MAX_DOUBLINGS)
         self.last_failure = error
         if may_pass(error):
             self._refusal = None

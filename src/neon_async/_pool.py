@@ -195,7 +195,9 @@ class Pool(SlotPool):
                 one.cancel()
             self._closing = True
             self._shut()
-            await asyncio.gather(*warming, return_exceptions=True)
+            for outcome in await asyncio.gather(*warming, return_exceptions=True):
+                if isinstance(outcome, Slot):
+                    self._supply.offer(outcome)
             raise
         for slot in slots:
             self._supply.offer(slot)
@@ -294,6 +296,7 @@ class Pool(SlotPool):
         limit = self._acquire_timeout if timeout is None else timeout
         slot = None if self._supply.line else self._supply.usable_idle(began)  # nobody overtakes
         if slot is None:
+            self._require_room()
             slot = await self._wait_in_line(limit, began)
         proxy = await slot.lend()
         self._begin_loan(slot, began)
@@ -305,13 +308,19 @@ class Pool(SlotPool):
         if self.is_closing():
             raise PoolClosedError(f"The pool is {'closed' if self._closed else 'closing'}: {self._name}. Make another.")
 
-    async def _wait_in_line(self, limit: float, began: float) -> Slot:
-        """Return a slot that is connected, and this caller's."""
-        supply = self._supply
-        if self._max_waiting is not None and len(supply.line) >= self._max_waiting:
+    def _require_room(self) -> None:
+        """Raise `PoolBusyError` where as many wait as may, besides those for whom a connection is to be had or made."""
+        if self._max_waiting is None:
+            return
+        free = self._maxsize - self._slots.count(Place.IN_USE) - self._slots.count(Place.RESETTING)
+        if len(self._supply.line) >= self._max_waiting + free - self._slots.count(Place.GIVEN):
             raise PoolBusyError(
                 f"{self._state()}; max_waiting={self._max_waiting}. Try again later, or raise max_size or max_waiting."
             )
+
+    async def _wait_in_line(self, limit: float, began: float) -> Slot:
+        """Return a slot that is connected, and this caller's."""
+        supply = self._supply
         until = asyncio.get_running_loop().time() + limit
         in_vain = False
         try:
@@ -320,9 +329,9 @@ class Pool(SlotPool):
                 waiter = supply.line.join(until, first=in_vain)
                 supply.balance()
                 slot = await supply.line.turn(waiter)
-                if slot.is_connected():
+                if slot.is_connected() and not slot.is_worn(time.monotonic()):
                     return slot
-                supply.bury(slot)  # it has ended since it was given
+                supply.offer(slot)  # it has ended, or grown too old, since it was given
                 in_vain = True
         except TurnExpired:
             self._tallies.timeouts.since(began)
@@ -385,13 +394,15 @@ class Pool(SlotPool):
         """Take a connection back, and wait until it is reset. `async with pool.acquire()` does not wait.
 
         `timeout`: seconds, default `release_timeout`, after which the connection is terminated; its slot is free either
-        way, also when this call is cancelled. A connection that was released before is left alone.
+        way, also when this call is cancelled. A task that is being cancelled does not wait. A connection that was
+        released before is left alone.
 
         Raises `PoolTimeoutError` in that case, and what the reset raises, as asyncpg does.
         """
         restoring = self._give_back(connection, timeout)
-        if restoring is None:
-            return
+        task = asyncio.current_task()
+        if restoring is None or (task is not None and task.cancelling()):
+            return  # being cancelled, and on the way out: it should not wait for a server that may not answer
         await asyncio.wait([restoring])  # which goes on when this call is cancelled
         failure = None if restoring.cancelled() else restoring.result()  # cancelled: the pool was closed meanwhile
         if failure is not None:
@@ -402,7 +413,10 @@ class Pool(SlotPool):
         slot = slot_of(connection, self)
         if slot is None:
             return None
-        fit = slot.is_untouched() or slot.needs_no_reset()
+        untouched = slot.is_untouched()
+        fit = untouched or slot.needs_no_reset()
+        if fit and not untouched:
+            slot.heard_at = time.monotonic()
         restoring = None
         try:
             slot.recall()
@@ -417,6 +431,8 @@ class Pool(SlotPool):
 
     async def _restore(self, slot: Slot, limit: float) -> Exception | None:
         """Reset what a caller left, or end the connection. Returns what went wrong, for who waits for it."""
+        if slot.task is not asyncio.current_task():
+            return None  # the connection has ended before this began, and asyncpg has given the slot back
         began = time.monotonic()
         try:
             await slot.restore(began)
@@ -434,6 +450,7 @@ class Pool(SlotPool):
             slot.discard()  # asyncpg has, but for what it did not foresee
             return error
         self._tallies.resets.since(began)
+        slot.heard_at = time.monotonic()
         return None
 
     def _end_loan(self, slot: Slot) -> None:
@@ -537,7 +554,8 @@ def create_pool(
 
     `acquire_timeout`: seconds for all that an acquire does, default 30.0; within it failures that may pass are tried
     again. `release_timeout`: seconds for reset and cancellation after a connection was given back, default 5.0; after
-    that it is terminated. Both above 0. `max_waiting`: how many callers may wait at once, default None for any number.
+    that it is terminated. Both above 0. `max_waiting`: how many callers may wait at once for a connection that another
+    has, default None for any number.
 
     `max_size`: the most connections, default 10, at least 1. `init_size`: connections to open with, default `min_size`.
     `min_size`: connections kept while nobody needs them, default 0; each one that Neon closes when it suspends the

@@ -17,6 +17,7 @@ from asyncpg.pool import PoolConnectionHolder, PoolConnectionProxy
 
 from ._connect import wire_of
 from ._dial import Wire
+from ._errors import ConnectError
 
 if TYPE_CHECKING:
     Proxy: TypeAlias = PoolConnectionProxy[asyncpg.Record]
@@ -51,6 +52,7 @@ class Slot(PoolConnectionHolder):
         "_writes",
         "born",
         "expires",
+        "heard_at",
         "idle_since",
         "leak_timer",
         "lent_at",
@@ -76,6 +78,7 @@ class Slot(PoolConnectionHolder):
         self.born: float | None = None  # None, too, once the end of the connection has been noted
         self.expires = 0.0
         self.idle_since = 0.0
+        self.heard_at = 0.0  # the server's latest known sign of life
         self.lent_at = 0.0
         self.owner: asyncio.Task[Any] | None = None  # who has borrowed the connection
         self.task: asyncio.Task[Any] | None = None  # what is being done to it, behind
@@ -96,9 +99,15 @@ class Slot(PoolConnectionHolder):
         return now >= self.expires or self._generation != self._pool._generation  # type: ignore[attr-defined]
 
     async def open(self) -> None:
-        """Make the connection."""
-        await self.connect()
-        assert self._con is not None
+        """Make the connection. One that ends at once, too, is a `ConnectError`: that may pass."""
+        lost: Exception | None = None
+        try:
+            await self.connect()
+        except asyncpg.ConnectionDoesNotExistError as error:  # asyncpg 0.31 does not look
+            lost = error
+        if lost is not None or not self.is_connected():
+            self.discard()
+            raise ConnectError("The server closed the connection as soon as it was made. Try again.") from lost
         self._wire = wire_of(self._con)
 
     async def ping(self) -> None:
@@ -148,6 +157,10 @@ class Slot(PoolConnectionHolder):
 
     async def restore(self, now: float) -> None:
         """Make the connection fit for the next: wait for a cancelled query, roll back, reset; or close it, worn out."""
+        if self._con._protocol._is_cancelling():
+            await self._con._protocol._wait_for_cancellation()
+            if self._con is None:
+                return  # it ended meanwhile; asyncpg 0.31 would go on
         if self.is_worn(now):
             await self._con.close()
         else:

@@ -69,7 +69,9 @@ class Supply:
         self.closing = False  # from then on connections end instead of being offered
         self.emptied = asyncio.Event()  # closing, and the last connection has ended
         self._tasks: set[asyncio.Task[Any]] = set()
+        # When a timer fires stands beside it: uvloop's handles do not always tell.
         self._reaper: asyncio.TimerHandle | None = None
+        self._reaper_due = math.inf
         self._warden: asyncio.TimerHandle | None = None
         self._warden_due = math.inf
         self._resumption: asyncio.TimerHandle | None = None
@@ -92,8 +94,8 @@ class Supply:
                 self.bury(slot)
             elif slot.is_worn(now):
                 self.retire(slot)
-            elif now - slot.idle_since >= self._check_after_idle:
-                return None  # and so are all below it
+            elif now - slot.heard_at >= self._check_after_idle:
+                return None  # those below it came back earlier still
             else:
                 return slot
         return None
@@ -103,7 +105,7 @@ class Supply:
         ahead = time.time() - time.monotonic()
         if abs(ahead - self._clock_ahead) > _CLOCK_LEAP:
             for slot in self.slots.idle:
-                slot.idle_since = -math.inf
+                slot.heard_at = -math.inf
             _log.info("%s: the clock has leapt; idle connections are checked before use", self._name)
         self._clock_ahead = ahead
 
@@ -208,8 +210,10 @@ class Supply:
         if refusal is not None:
             served = connecting + checking + slots.count(Place.RESETTING)
             line.refuse(len(line) - served, functools.partial(_twin, refusal))
-        # Resets do not count: whoever waits for one now is better served by one more connection from then on.
-        wanted = max(len(line) - checking, self._min_size - slots.connected) - connecting
+        # A reset takes one round trip and a dial five, so half of those under way end long before a dial begun now. Not
+        # all count: with one more connection a caller that goes on at once need not wait for its own reset.
+        soon = checking + slots.count(Place.RESETTING) // 2
+        wanted = max(len(line) - soon, self._min_size - slots.connected) - connecting
         if wanted > 0 and slots.vacant and (pause := self.pace.pause(now)):
             self._resume_in(pause)
             return
@@ -237,14 +241,14 @@ class Supply:
             raise
         except Exception as error:  # noqa: BLE001  told to the line, or to who waits in vain
             self._tallies.dial_failures.since(began)
-            self._note_failure(error.with_traceback(None))  # the frames would live as long as the pool
+            self._note_failure(error.with_traceback(None), began)  # the frames would live as long as the pool
         else:
             self._note_success(slot, began)
         finally:
             self._tallies.dials.since(began)
 
     def _note_success(self, slot: Slot, began: float) -> None:
-        slot.born = time.monotonic()
+        slot.born = slot.heard_at = time.monotonic()
         slot.expires = slot.born + self._max_lifetime * (1 - _LIFETIME_JITTER * random.random())  # noqa: S311
         assert slot.connection is not None
         slot.connection.add_termination_listener(functools.partial(self._note_end, slot))
@@ -255,13 +259,13 @@ class Supply:
             self._tallies.wakes.since(self._cold_since)
             self._cold_since = None
 
-    def _note_failure(self, error: Exception) -> None:
+    def _note_failure(self, error: Exception, began: float) -> None:
         before = self.pace.last_failure
         if before is None or may_pass(before) != may_pass(error):
             ours = isinstance(error, NeonAsyncError)  # the text of anybody else's may hold anything
             what = " ".join(str(error).split()) if ours else type(error).__name__
             _log.info("%s: cannot connect, %s: %s", self._name, "trying on" if may_pass(error) else "not trying", what)
-        self.pace.failed(error, time.monotonic())
+        self.pace.failed(error, began=began, now=time.monotonic())
         if not self.line:
             self._cold_since = None  # nobody waits for this wake any more
 
@@ -272,7 +276,7 @@ class Supply:
             self.balance()
 
     async def _check(self, slot: Slot) -> None:
-        """Ping a connection that was idle for long. Where it is silent, so is the way to all that were idle as long."""
+        """Ping a connection that was silent for long. Where it stays so, end all that were silent for as long."""
         deadline = asyncio.timeout(_PING_TIMEOUT)
         try:
             async with deadline:
@@ -281,22 +285,24 @@ class Supply:
             _log.info("%s: an idle connection did not answer and ends (%s)", self._name, type(error).__name__)
             slot.discard()
             if deadline.expired():
-                self._end_all_idle_since(slot.idle_since)
+                self._end_all_silent_since(slot.heard_at)
+        else:
+            slot.heard_at = time.monotonic()
 
-    def _end_all_idle_since(self, moment: float) -> None:
-        for slot in [slot for slot in self.slots.idle if slot.idle_since <= moment]:
+    def _end_all_silent_since(self, moment: float) -> None:
+        for slot in [slot for slot in self.slots.idle if slot.heard_at <= moment]:
             self.bury(slot)
 
     def _arm_reaper(self, end: float, now: float) -> None:
         """See to it that an idle connection ends in time."""
         if end == math.inf:
             return
-        loop = asyncio.get_running_loop()
         if self._reaper is not None:
-            if self._reaper.when() <= loop.time() + (end - now):
+            if self._reaper_due <= end:
                 return
             self._reaper.cancel()
-        self._reaper = loop.call_later(end - now, self._reap)
+        self._reaper_due = end
+        self._reaper = asyncio.get_running_loop().call_later(end - now, self._reap)
 
     def _reap(self) -> None:
         """End the connections that were idle for too long, down to `min_size`, and those that are too old."""
@@ -355,8 +361,8 @@ class Supply:
 
 def _twin(error: Exception) -> Exception:
     """Return `error` for one more waiter: each raises an object, and so a traceback, of its own."""
-    if not isinstance(error, NeonAsyncError):
-        return error
+    if not isinstance(error, NeonAsyncError):  # the caller's own, which may not bear to be copied
+        return error.with_traceback(None)
     twin = copy.copy(error)
     twin.__cause__ = error.__cause__
     return twin

@@ -221,6 +221,11 @@ class _Run:
         """Whether the connection is gone and `error` says just that: another error of the work's is the work's."""
         if isinstance(error, NeonAsyncError):
             return False
+        if isinstance(error, asyncpg.InternalClientError):
+            # The server's last words came between two statements, which asyncpg does not foresee: it refuses the next
+            # one, unsent, until the end of the stream comes, too. Nothing can be done with the connection but end it.
+            self._transaction.end_connection()
+            return True
         # What asyncpg raises for a connection that is closed, or was released because of it. Its subclasses are about
         # arguments, and not this.
         refused = type(error) is asyncpg.InterfaceError

@@ -500,7 +500,7 @@ async def test_a_foreign_connection_has_no_report(postgres: LocalPostgres) -> No
         await foreign.close()
 
 
-@pytest.mark.parametrize("thing", [None, object(), "connection", 7, [], {}], ids=repr)
+@pytest.mark.parametrize("thing", [None, object(), "connection", 7, [], {}], ids=lambda thing: type(thing).__name__)
 async def test_what_is_no_connection_has_no_report(thing: Any) -> None:
     with pytest.raises(neon_async.ConfigurationError):
         neon_async.connection_tls_report(thing)

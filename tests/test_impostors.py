@@ -699,7 +699,7 @@ async def test_a_forged_handshake_without_a_fault_is_let_in_up_to_the_login(capl
     await refuse(Misbehaviour("", well_forged(), ConnectTimeoutError, heard=STARTUP, silent=True), DEFAULT, caplog)
 
 
-@pytest.mark.parametrize("min_size", [0, 1], ids=["when-acquiring", "when-opening"])
+@pytest.mark.parametrize("init_size", [0, 1], ids=["when-acquiring", "when-opening"])
 @pytest.mark.parametrize(
     ("script", "error", "heard"),
     [
@@ -710,10 +710,10 @@ async def test_a_forged_handshake_without_a_fault_is_let_in_up_to_the_login(capl
     ],
 )
 async def test_a_pool_refuses_as_a_single_connection_does(
-    script: Script, error: Error, heard: tuple[str, ...], min_size: int, caplog: pytest.LogCaptureFixture
+    script: Script, error: Error, heard: tuple[str, ...], init_size: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with Impostor(script, trust_anchor=good_chain().anchor, password=PASSWORD) as impostor:
-        pool = neon_async.create_pool(impostor.dsn, trust_anchor=impostor.trust_anchor, min_size=min_size)
+        pool = neon_async.create_pool(impostor.dsn, trust_anchor=impostor.trust_anchor, init_size=init_size)
         async with asyncio.timeout(HANG):
             with pytest.raises(error) as caught:  # noqa: PT012 - the two ways to meet the server
                 await pool

@@ -9,6 +9,7 @@ import hmac
 import os
 import struct
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -1242,6 +1243,7 @@ async def test_a_rotated_password_needs_no_restart_and_a_wrong_one_is_forgotten(
         logins = pool._connector._logins
 
         async def log_in_anew() -> None:
+            await until(lambda: not pool._supply.pace.pause(time.monotonic()))  # the breaker of a wrong password
             async with pool.acquire() as connection:
                 assert await connection.fetchval("SELECT current_user") == "singer"
             await pool.expire_connections()

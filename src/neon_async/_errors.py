@@ -148,7 +148,7 @@ class CommitUnknownError(NeonAsyncError, asyncpg.TransactionResolutionUnknownErr
 
 
 class TransactionAbortedError(NeonAsyncError, asyncpg.InFailedSQLTransactionError):
-    """A statement had failed and the work went on, so that COMMIT rolled everything back."""
+    """The work of a transaction returned, and nothing was committed: a statement in it had failed, or it ended it."""
 
 
 ServerError = asyncpg.PostgresError  # what an ErrorResponse becomes

@@ -277,7 +277,25 @@ class Pool(SlotPool):
         readonly: bool = False,
         deferrable: bool = False,
     ) -> _T:
-        """Run `work(connection)` in a transaction, commit, and return what it returned."""
+        """Run `work(connection)` in a transaction, commit, and return what it returned.
+
+        The work runs again, on a connection acquired anew, when the server reports a serialization failure (40001) or a
+        deadlock (40P01), from a statement or from COMMIT, and when the connection is lost before COMMIT was sent. All
+        but the database must bear that. `connection.transaction()` inside makes a savepoint. The work must not end the
+        transaction itself; to roll back, raise an exception.
+
+        `work`: an async function that takes a connection. `attempts`: how often it may run in all, default 3, at least
+        1; the pauses in between are random, up to 20 ms at first, doubling to at most 1 s, and hold no connection.
+        `isolation`: `read_uncommitted`, `read_committed`, `repeatable_read` or `serializable`; default the server's.
+        `readonly`, `deferrable`: as in BEGIN. There is no deadline but the pool's and `command_timeout`; use
+        `asyncio.timeout()`.
+
+        Raises `CommitUnknownError` when no answer to COMMIT came: the transaction may have been committed, or not, and
+        is never run again. `TransactionAbortedError` when a statement had failed and the work went on, or the work
+        ended the transaction itself. `ConfigurationError` for a bad argument. Any other error of the work passes after
+        a ROLLBACK, and the last one when the attempts are used up. A cancellation passes, too; one during COMMIT leaves
+        the outcome unknown.
+        """
         return await run_transaction(
             self.acquire,
             work,

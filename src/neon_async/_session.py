@@ -13,6 +13,7 @@ pg_hint_plan reads the first comment; at the end of a `--` comment it is part of
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import logging
 import secrets
@@ -66,7 +67,10 @@ class Healing:
 
 
 def session_class(base: type[_C], *, endpoint: Endpoint | None, host: str, healing: Healing) -> type[_C]:
-    """Return the subclass of `base` that connections to `host` are of; its `transaction()` is ours, on every host.
+    """Return the subclass of `base` that connections to `host` are of.
+
+    On every host its `transaction()` is ours, and its calls that send many rows end at their deadline, or when they are
+    cancelled, where asyncpg's do not.
 
     `base`: the caller's connection class. `endpoint`: what `host` says, or None where it is not Neon's. `healing`: the
     pool's own.
@@ -80,7 +84,8 @@ def session_class(base: type[_C], *, endpoint: Endpoint | None, host: str, heali
     query has been executed but its rows are not as asyncpg knew them, the error passes, and what is prepared next is
     healed; a statement object that was prepared before the DDL stays stale.
     """
-    methods: dict[str, Any] = {"transaction": _transaction(base)}
+    base = _subclass(base, _bounded_methods(base))
+    methods: dict[str, Any] = {}
     if endpoint is not None and endpoint.pooled:
         methods |= _pooled_methods(base, _Pooled(host, endpoint, healing))
     elif base.get_reset_query is asyncpg.Connection.get_reset_query:  # a caller's own class knows better
@@ -107,6 +112,66 @@ _RESET = (
 @functools.wraps(asyncpg.Connection.get_reset_query)
 def _get_reset_query(_: object) -> str:
     return _RESET
+
+
+def _bounded_methods(base: type[Any]) -> dict[str, Any]:
+    return {
+        "transaction": _transaction(base),
+        **{name: _obedient(getattr(base, name)) for name in ("executemany", "fetchmany")},
+        **{name: _within_timeout(getattr(base, name)) for name in ("copy_to_table", "copy_records_to_table")},
+    }
+
+
+# Seconds that a cancelled call may take to end, for it may have to wait for what the server still sends.
+_CANCEL_GRACE = 0.5
+
+
+def _obedient(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `method`, which sends many rows, such that one cancellation ends it.
+
+    asyncpg's own swallows the one that comes while it waits for room in the send buffer, and then waits for an answer
+    to what it has not sent to the end (`finally: return await waiter` in `bind_execute_many`): for ever, however well
+    the server is. Such a connection is of no use any more, and is terminated.
+    """
+
+    @functools.wraps(method)
+    async def call(self: Any, *args: Any, **keywords: Any) -> Any:
+        running = asyncio.ensure_future(method(self, *args, **keywords))
+        try:
+            await asyncio.wait({running})
+        except BaseException:
+            running.cancel()
+            running.add_done_callback(_retrieve)
+            try:
+                await asyncio.wait({running}, timeout=_CANCEL_GRACE)
+            finally:
+                if not running.done():
+                    self.terminate()
+            raise
+        return running.result()
+
+    return call
+
+
+def _retrieve(ended: asyncio.Future[Any]) -> None:
+    if not ended.cancelled():
+        ended.exception()
+
+
+def _within_timeout(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `method`, a COPY to the server, such that `timeout=` ends it.
+
+    asyncpg's own timer ends neither the statement that asks for the columns, nor the wait for room in the send buffer,
+    and in between fails with AttributeError. A cancellation ends them all; asyncpg's timer stands behind.
+    """
+
+    @functools.wraps(method)
+    async def call(self: Any, *args: Any, timeout: float | None = None, **keywords: Any) -> Any:  # noqa: ASYNC109
+        later = None if timeout is None else timeout + _CANCEL_GRACE
+        async with asyncio.timeout(timeout):
+            return await method(self, *args, timeout=later, **keywords)
+
+    return call
 
 
 def _transaction(base: type[Any]) -> Callable[..., Transaction]:

@@ -27,7 +27,7 @@ from asyncpg.prepared_stmt import PreparedStatement
 
 from ._errors import PooledHostError
 from ._neon import Endpoint
-from ._sql import session_feature
+from ._sql import prepare, session_feature
 from ._transaction import Transaction
 
 _C = TypeVar("_C", bound="asyncpg.Connection[Any]")
@@ -87,6 +87,7 @@ def session_class(base: type[_C], *, endpoint: Endpoint | None, host: str, heali
     base = _subclass(base, _bounded_methods(base))
     methods: dict[str, Any] = {}
     if endpoint is not None and endpoint.pooled:
+        prepare()
         methods |= _pooled_methods(base, _Pooled(host, endpoint, healing))
     elif base.get_reset_query is asyncpg.Connection.get_reset_query:  # a caller's own class knows better
         methods["get_reset_query"] = _get_reset_query

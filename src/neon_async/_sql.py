@@ -34,7 +34,17 @@ _JUDGED = 65_536
 _REMEMBERED = 4_096
 
 # Without one of these words no text is refused. It costs a search at C speed, once for each text.
-_SUSPICIOUS = re.compile(r"listen|advisory_lock|set_config|(?:^|[;/\s])set\s", re.IGNORECASE)
+_SUSPICIOUS = r"listen|advisory_lock|set_config|(?:^|[;/\s])set\s"
+
+
+def prepare() -> None:
+    """Compile what the first judgement needs: it takes some 15 ms, too long for an event loop, and for an import."""
+    session_feature("LISTEN a; SELECT E''")
+
+
+@functools.cache
+def _compiled(pattern: str, flags: int = 0) -> re.Pattern[str]:
+    return re.compile(pattern, flags)
 
 
 def session_feature(query: str) -> SessionFeature | None:
@@ -43,7 +53,7 @@ def session_feature(query: str) -> SessionFeature | None:
 
 
 def _judge(query: str) -> SessionFeature | None:
-    if not _SUSPICIOUS.search(query):
+    if not _compiled(_SUSPICIOUS, re.IGNORECASE).search(query):
         return None
     return next(filter(None, map(_feature, _statements(query))), None)
 
@@ -58,8 +68,7 @@ _SPACE = r"[ \t\n\r\f\v]++"
 _PLAIN = r"'[^']*+(?:''[^']*+)*+'"
 _ESCAPED = r"'[^'\\]*+(?:(?:\\.|'')[^'\\]*+)*+'"
 # Every part is possessive, or a string without an end would be tried at each of its quotes.
-_TOKEN = re.compile(
-    rf"""(?P<gap>{_SPACE}|--[^\r\n]*+)
+_TOKEN = rf"""(?P<gap>{_SPACE}|--[^\r\n]*+)
     |(?P<comment>/\*)
     |(?P<escaped>[eE]{_ESCAPED})
     |(?P<string>(?:[bBxXnN]|[uU]&)?{_PLAIN})
@@ -68,19 +77,17 @@ _TOKEN = re.compile(
     |(?P<word>[A-Za-z_\x80-\U0010ffff][A-Za-z0-9_$\x80-\U0010ffff]*+)
     |(?P<number>[0-9][A-Za-z0-9_.]*+|\$[0-9]++)
     |(?P<open>['"])
-    |(?P<sign>.)""",
-    re.VERBOSE | re.DOTALL,
-)
-_CONTINUATION = re.compile(_ESCAPED, re.DOTALL)
-_COMMENT_EDGE = re.compile(r"/\*|\*/")
+    |(?P<sign>.)"""
+_COMMENT_EDGE = r"/\*|\*/"
 
 
 def _tokens(query: str) -> Iterator[str]:
     """Yield the tokens of `query` up to its end, or up to a string or comment that has none."""
+    token, continuation = _compiled(_TOKEN, re.VERBOSE | re.DOTALL), _compiled(_ESCAPED, re.DOTALL)
     position, after_escaped = 0, False
     while position < len(query):
         # A string behind an E'' string is the rest of it, and has its backslashes.
-        match = (after_escaped and _CONTINUATION.match(query, position)) or _TOKEN.match(query, position)
+        match = (after_escaped and continuation.match(query, position)) or token.match(query, position)
         assert match
         position, kind = match.end(), match.lastgroup or "escaped"
         if kind == "gap":
@@ -105,7 +112,7 @@ def _tokens(query: str) -> Iterator[str]:
 
 def _end_of_comment(query: str, position: int) -> int:
     depth = 1
-    for edge in _COMMENT_EDGE.finditer(query, position):
+    for edge in _compiled(_COMMENT_EDGE).finditer(query, position):
         depth += 1 if edge[0] == "/*" else -1
         if depth == 0:
             return edge.end()

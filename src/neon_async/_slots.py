@@ -118,7 +118,7 @@ class Slot(PoolConnectionHolder):
     async def lend(self) -> Proxy:
         """Return what the caller gets. Does not wait: the connection is there."""
         proxy = await self.acquire()
-        assert self._wire is not None
+        self._wire = wire_of(self._con)
         self._writes = self._wire.writes
         return proxy
 

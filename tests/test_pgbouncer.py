@@ -124,7 +124,7 @@ async def test_its_certificate_is_not_the_server_s(pgbouncer: LocalPgBouncer, po
 
 async def test_a_wrong_password_is_refused(pgbouncer: LocalPgBouncer) -> None:
     # In PgBouncer's own words. On Neon the proxy in front of it answers.
-    with pytest.raises(asyncpg.ProtocolViolationError, match="SASL authentication failed"):
+    with pytest.raises(neon_async.InvalidPasswordError, match="SASL authentication failed"):
         await neon_async.connect(pgbouncer.dsn, trust_anchor=pgbouncer.trust_anchor, password="wrong")
 
 

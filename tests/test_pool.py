@@ -226,7 +226,7 @@ async def test_a_pool_opens_with_init_size_connections(
         pytest.param({"init_size": 11}, "init_size", id="init_size above max_size"),
         pytest.param({"max_waiting": -1}, "max_waiting must be a whole number from 0", id="max_waiting negative"),
         pytest.param({"acquire_timeout": 0}, "acquire_timeout must be seconds above 0", id="acquire_timeout 0"),
-        pytest.param({"acquire_timeout": float("inf")}, "Every wait has an end", id="acquire_timeout infinite"),
+        pytest.param({"acquire_timeout": float("inf")}, "not inf", id="acquire_timeout infinite"),
         pytest.param({"acquire_timeout": None}, "acquire_timeout must be seconds", id="acquire_timeout None"),
         pytest.param({"release_timeout": 0}, "release_timeout must be seconds above 0", id="release_timeout 0"),
         pytest.param({"leak_after": 0}, "leak_after must be seconds above 0", id="leak_after 0"),

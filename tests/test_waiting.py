@@ -670,3 +670,27 @@ async def test_a_terminated_pool_tells_its_waiters(postgres: LocalPostgres) -> N
         assert pool.stats().vacant == 1
         assert_balanced(pool)
         del tasks, error
+
+
+@pytest.mark.parametrize("seconds", ["1", -1, float("nan"), float("inf"), True], ids=repr)
+@pytest.mark.parametrize(
+    "call",
+    [
+        pytest.param(lambda pool, proxy, timeout: pool.acquire(timeout=timeout).__aenter__(), id="acquire"),
+        pytest.param(lambda pool, proxy, timeout: pool.fetchval("SELECT 1", timeout=timeout), id="fetchval"),
+        pytest.param(lambda pool, proxy, timeout: pool.release(proxy, timeout=timeout), id="release"),
+        pytest.param(lambda pool, proxy, timeout: pool.close(timeout=timeout), id="close"),
+    ],
+)
+async def test_a_timeout_that_is_no_number_of_seconds_is_refused_and_changes_nothing(
+    postgres: LocalPostgres, call: Callable[..., Awaitable[Any]], seconds: Any
+) -> None:
+    async with make_pool(postgres, max_size=1) as pool, asyncio.timeout(HANG):
+        proxy = await pool.acquire()
+        with pytest.raises(
+            neon_async.ConfigurationError, match=r"timeout must be seconds from 0, for at once, to .* not"
+        ):
+            await call(pool, proxy, seconds)
+        assert await proxy.fetchval("SELECT 1") == 1
+        await pool.release(proxy)
+        assert await pool.fetchval("SELECT 1") == 1

@@ -148,7 +148,11 @@ class CommitUnknownError(NeonAsyncError, asyncpg.TransactionResolutionUnknownErr
 
 
 class TransactionAbortedError(NeonAsyncError, asyncpg.InFailedSQLTransactionError):
-    """The work of a transaction returned, and nothing was committed: a statement in it had failed, or it ended it."""
+    """The work of a transaction returned, and its COMMIT did not happen.
+
+    A statement had failed, and all of it is rolled back; or the work had ended the transaction itself, and what it
+    committed is kept.
+    """
 
 
 ServerError = asyncpg.PostgresError  # what an ErrorResponse becomes

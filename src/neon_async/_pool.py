@@ -77,6 +77,8 @@ def _on_one_connection(method: _Method) -> _Method:
 
     @functools.wraps(method)
     async def call(self: Pool, *args: Any, timeout: float | None = None, **keywords: Any) -> Any:  # noqa: ASYNC109
+        if timeout is not None:
+            _check_seconds("timeout", timeout, zero="for at once")
         until = None if timeout is None else time.monotonic() + timeout
         async with self.acquire(timeout=timeout) as connection:
             left = None if until is None else until - time.monotonic()
@@ -156,7 +158,7 @@ class Pool(SlotPool):
         count = self._slots.count
         self._tallies.heals.count, self._tallies.heals.seconds = self._healing.heals, self._healing.seconds
         return PoolStats(
-            max_size=self._maxsize,
+            max_size=self.get_max_size(),
             min_size=self._sizes[0],
             size=sum(slot.born is not None for slot in self._slots),
             in_use=count(Place.IN_USE),
@@ -164,7 +166,7 @@ class Pool(SlotPool):
             checking=count(Place.CHECKING),
             resetting=count(Place.RESETTING),
             connecting=count(Place.CONNECTING),
-            vacant=self._maxsize - self._slots.connected - count(Place.CONNECTING),
+            vacant=self.get_max_size() - self._slots.connected - count(Place.CONNECTING),
             waiting=len(self._supply.line),
             **self._tallies.snapshot(),
         )
@@ -193,7 +195,7 @@ class Pool(SlotPool):
         except BaseException:
             for one in warming:
                 one.cancel()
-            self._closing = True
+            self._begin_closing()
             self._shut()
             for outcome in await asyncio.gather(*warming, return_exceptions=True):
                 if isinstance(outcome, Slot):
@@ -254,6 +256,8 @@ class Pool(SlotPool):
         `PoolClosedError`. When the server cannot be reached for a reason that will not pass by itself, such as a wrong
         password, raises that error at once.
         """
+        if timeout is not None:
+            _check_seconds("timeout", timeout, zero="for at once")
         return AcquireContext(self, timeout)
 
     execute = _on_one_connection(SlotPool.execute)
@@ -324,13 +328,14 @@ class Pool(SlotPool):
 
     def _require_open(self) -> None:
         if self.is_closing():
-            raise PoolClosedError(f"The pool is {'closed' if self._closed else 'closing'}: {self._name}. Make another.")
+            state = "closed" if self._has_closed() else "closing"
+            raise PoolClosedError(f"The pool is {state}: {self._name}. Make another.")
 
     def _require_room(self) -> None:
         """Raise `PoolBusyError` where as many wait as may, besides those for whom a connection is to be had or made."""
         if self._max_waiting is None:
             return
-        free = self._maxsize - self._slots.count(Place.IN_USE) - self._slots.count(Place.RESETTING)
+        free = self.get_max_size() - self._slots.count(Place.IN_USE) - self._slots.count(Place.RESETTING)
         if len(self._supply.line) >= self._max_waiting + free - self._slots.count(Place.GIVEN):
             raise PoolBusyError(
                 f"{self._state()}; max_waiting={self._max_waiting}. Try again later, or raise max_size or max_waiting."
@@ -347,9 +352,9 @@ class Pool(SlotPool):
                 waiter = supply.line.join(until, first=in_vain)
                 supply.balance()
                 slot = await supply.line.turn(waiter)
-                if slot.is_connected() and not slot.is_worn(time.monotonic()):
+                if slot.is_connected() and not slot.is_outdated():
                     return slot
-                supply.offer(slot)  # it has ended, or grown too old, since it was given
+                supply.offer(slot)  # it has ended, or expired, since it was given
                 in_vain = True
         except TurnExpired:
             self._tallies.timeouts.since(began)
@@ -357,22 +362,28 @@ class Pool(SlotPool):
         finally:
             self._tallies.waits.since(began)
 
-    def _late(self, what: str) -> PoolTimeoutError:
-        task = asyncio.current_task()
+    def _late(self, what: str, step: str = "") -> PoolTimeoutError:
+        return PoolTimeoutError(f"{what}: {self._state()}. {step or self._next_step()}")
+
+    def _next_step(self) -> str:
+        task, count = asyncio.current_task(), self._slots.count
         held = sum(slot.owner is task for slot in self._slots if slot.place is Place.IN_USE)
         if held and not self._slots.vacant:
-            step = f"This task itself holds {held} of them and would wait for itself: let it use the one it has."
-        elif self._supply.pace.last_failure is not None:
-            step = "The latest failure to connect is the cause of this error."
-        else:
-            step = "Hold connections for less time, raise max_size, or allow more with acquire_timeout=."
-        return PoolTimeoutError(f"{what}: {self._state()}. {step}")
+            return f"This task itself holds {held} of them and would wait for itself: let it use the one it has."
+        if self._supply.pace.last_failure is not None:
+            return "The latest failure to connect is the cause of this error."
+        if count(Place.CONNECTING):
+            return "The compute may be waking. The connect goes on: try again, or allow more with acquire_timeout=."
+        if count(Place.CHECKING) or count(Place.RESETTING):
+            return "The server has not answered yet: try again, or allow more with acquire_timeout=."
+        return "Hold connections for less time, raise max_size, or allow more with timeout= or acquire_timeout=."
 
     def _state(self) -> str:
         count = self._slots.count
         return (
-            f"{self._name} has {count(Place.IN_USE)} of {self._maxsize} connections in use, "
-            f"{count(Place.CONNECTING)} connecting and {len(self._supply.line)} callers waiting"
+            f"{self._name} has {count(Place.IN_USE)} of {self.get_max_size()} connections in use, "
+            f"{count(Place.CONNECTING)} connecting, {count(Place.CHECKING) + count(Place.RESETTING)} checked or reset, "
+            f"and {len(self._supply.line)} callers waiting"
         )
 
     async def _run_setup(self, setup: _Callback, slot: Slot, proxy: Proxy, until: float) -> None:
@@ -386,7 +397,8 @@ class Pool(SlotPool):
             slot.discard()
             if isinstance(error, TimeoutError) and deadline.expired():
                 self._tallies.timeouts.since(began)
-                raise self._late("setup had not returned when the time to acquire was over") from error
+                late = self._late("The time to acquire was over before setup returned", "Let setup do less.")
+                raise late from error
             raise
 
     def _begin_loan(self, slot: Slot, began: float) -> None:
@@ -415,8 +427,11 @@ class Pool(SlotPool):
         way, also when this call is cancelled. A task that is being cancelled does not wait. A connection that was
         released before is left alone.
 
-        Raises `PoolTimeoutError` in that case, and what the reset raises, as asyncpg does.
+        Raises `PoolTimeoutError` when the connection was terminated for being late, what the reset raised, and
+        asyncpg's `InterfaceError` for what is not this pool's.
         """
+        if timeout is not None:
+            _check_seconds("timeout", timeout, zero="for at once")
         restoring = self._give_back(connection, timeout)
         task = asyncio.current_task()
         if restoring is None or (task is not None and task.cancelling()):
@@ -493,30 +508,33 @@ class Pool(SlotPool):
         `timeout`: seconds, default 10.0, after which the connections still out are terminated. When this call is
         cancelled they are terminated at once.
         """
-        if self._closed:
+        _check_seconds("timeout", timeout, zero="for at once")
+        if self._has_closed():
             return
         self._require_initialized()
-        if not self._closing:
-            self._closing = True
+        if self._begin_closing():
             self._wind_down()
         try:
             async with asyncio.timeout(timeout):
                 await self._supply.emptied.wait()
         except TimeoutError:
-            _log.info("%s: %d connections did not come back in time", self._name, self._slots.count(Place.IN_USE))
+            count = self._slots.count
+            _log.info(
+                "%s: not closed within %g s; terminating %d connections in use and %d being reset",
+                *(self._name, timeout, count(Place.IN_USE), count(Place.RESETTING)),
+            )
         finally:
             self.terminate()
         await self._supply.ended(_CANCEL_GRACE)
 
     def terminate(self) -> None:
         """Close the pool at once: callers in line are told, all connections terminated, also those in use."""
-        if self._closed:
+        if self._has_closed():
             return
         self._require_initialized()
-        self._closing = True
+        self._begin_closing()
         self._shut()
-        super().terminate()
-        self._closing = False
+        self._end()
         _log.info("%s: the pool is closed", self._name)
 
     def _wind_down(self) -> None:
@@ -589,7 +607,9 @@ def create_pool(
 
     `server_settings`: what the session starts with, by name; one that cannot apply is refused.
 
-    `setup` is called on every acquire, `init` on every new connection, and `reset` replaces the reset after use.
+    `setup` is called on every acquire with what the caller gets, within its deadline; `init` on every new connection,
+    within `connect_timeout`; `reset` replaces the reset after use, within `release_timeout`. What they raise ends the
+    connection.
     `connection_class`, `record_class`, and `command_timeout`, `statement_cache_size`, `max_cached_statement_lifetime`,
     `max_cacheable_statement_size` are asyncpg's.
 
@@ -597,7 +617,8 @@ def create_pool(
     `tcp_user_timeout`: milliseconds, default 90,000, 0 for the system's.
 
     Raises `InsecureConfigurationError` where a parameter asks for less than verify-full, and `ConfigurationError` for
-    any other that cannot be honoured, in the call itself. Awaiting the pool raises what `connect()` raises.
+    any other that cannot be honoured, in the call itself. Opening the pool connects only where `init_size` asks for it,
+    and then raises what an acquire does. Warns, with a `UserWarning`, of a `min_size` above 0 on a Neon host.
     """
     init_size = min_size if init_size is None else init_size
     for name, count, lowest, highest in (
@@ -656,20 +677,22 @@ def create_pool(
     )
 
 
-def _check_count(name: str, value: int, lowest: int, highest: int) -> None:
+def _check_count(name: str, value: object, lowest: int, highest: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not lowest <= value <= highest:
-        raise ConfigurationError(f"{name} must be a whole number from {lowest} to {highest}.")
+        of = " (max_size)" if name != "max_size" and highest != _MAX_COUNT else ""
+        raise ConfigurationError(f"{name} must be a whole number from {lowest} to {highest}{of}, not {_shown(value)}.")
 
 
-def _check_seconds(name: str, value: float, *, zero: str | None) -> None:
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, (int, float))
-        or not 0 <= value <= _MAX_COUNT
-        or (value == 0 and zero is None)
-    ):
+def _check_seconds(name: str, value: object, *, zero: str | None) -> None:
+    """`zero`: what 0 stands for, where it is allowed."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not 0 <= cast(float, value) <= _MAX_COUNT or (value == 0 and zero is None):
         least = "above 0" if zero is None else f"from 0, {zero},"
-        raise ConfigurationError(f"{name} must be seconds {least} to {_MAX_COUNT}. Every wait has an end.")
+        raise ConfigurationError(f"{name} must be seconds {least} to {_MAX_COUNT}, not {_shown(value)}.")
+
+
+def _shown(value: object) -> str:
+    return repr(value) if isinstance(value, (int, float)) else f"a value of type {type(value).__name__}"
 
 
 def _warn_of_floor(min_size: int, endpoint: Endpoint) -> None:

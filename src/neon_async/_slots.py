@@ -94,9 +94,17 @@ class Slot(PoolConnectionHolder):
         connection: _AsyncpgConnection | None = self._con
         return connection
 
+    def is_outdated(self) -> bool:
+        """Whether the connection was made before `expire_connections()`."""
+        return bool(self._generation != self._pool._generation)  # type: ignore[attr-defined]
+
     def is_worn(self, now: float) -> bool:
-        """Whether the connection is too old, or was made before `expire_connections()`."""
-        return now >= self.expires or self._generation != self._pool._generation  # type: ignore[attr-defined]
+        """Whether the connection is outdated or too old."""
+        return now >= self.expires or self.is_outdated()
+
+    def is_new(self) -> bool:
+        """Whether nobody has had the connection yet."""
+        return self.born is not None and self.lent_at < self.born
 
     async def open(self) -> None:
         """Make the connection. One that ends at once, too, is a `ConnectError`: that may pass."""
@@ -180,10 +188,6 @@ class Slot(PoolConnectionHolder):
         self.terminate()
         if self._con is not None:  # asyncpg 0.31 forgets idle ones only when it reconnects
             self._release_on_close()  # type: ignore[attr-defined]
-
-    def has_died(self) -> bool:
-        """Whether there was a connection and it has ended, on either side."""
-        return self.born is not None and not self.is_connected()
 
 
 def slot_of(connection: object, pool: object) -> Slot | None:
@@ -299,6 +303,22 @@ class SlotPool(_AsyncpgPool):
     def _came_back(self, slot: Slot) -> None:
         """The loan of `slot` has ended; its connection is reset, or gone."""
         raise NotImplementedError
+
+    def _has_closed(self) -> bool:
+        """Whether the pool is closed, and not only closing."""
+        return self._closed
+
+    def _begin_closing(self) -> bool:
+        """Let `is_closing()` be true from now on. Returns whether it was not."""
+        begins = not self.is_closing()
+        self._closing = True
+        return begins
+
+    def _end(self) -> None:
+        """Close the pool, and whatever connection it still has."""
+        self._closing = True
+        super().terminate()
+        self._closing = False
 
     def _require_initialized(self) -> None:
         """Raise asyncpg's `InterfaceError` unless the pool was opened."""

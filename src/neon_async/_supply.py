@@ -115,8 +115,8 @@ class Supply:
         now = time.monotonic()
         if not slot.is_connected():
             self.bury(slot)
-        elif self.closing or slot.is_worn(now):
-            self.retire(slot)
+        elif self.closing or slot.is_outdated() or (slot.is_worn(now) and not slot.is_new()):
+            self.retire(slot)  # a new one is used once, or a lifetime below that of a dial would make them for ever
         elif self.line.give(slot):
             self.slots.move(slot, Place.GIVEN)
         else:
@@ -308,7 +308,7 @@ class Supply:
         """End the connections that were idle for too long, down to `min_size`, and those that are too old."""
         self._reaper = None
         now = time.monotonic()
-        spare = self.slots.connected - self._min_size
+        spare = self.slots.connected - self.slots.count(Place.RESETTING) - self._min_size  # those may be closing
         for slot in list(self.slots.idle):  # from the bottom: idle for the longest time
             inactive_from = slot.idle_since + self._max_inactive
             if not slot.is_connected():

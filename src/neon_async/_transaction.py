@@ -209,8 +209,8 @@ class _Run:
     def _require_open(self) -> None:
         if not self._session.is_closed() and not self._is_open():
             raise TransactionAbortedError(
-                "The work ended the transaction itself, so that the rest of it ran in none. Leave COMMIT and ROLLBACK "
-                "to run_transaction(); to roll back, raise an exception."
+                "The work ended the transaction itself: what it committed is kept, and what followed ran in none. "
+                "Leave COMMIT and ROLLBACK to run_transaction(); to roll back, raise an exception."
             )
 
     def _is_open(self) -> bool:

@@ -533,7 +533,9 @@ def test_nothing_outlives_the_caller(
     with caller(*arguments) as process:
         assert process.stdout is not None
         ready = json.loads(process.stdout.readline())
-        [server] = [pid for pid, (_, _, command) in processes().items() if str(scene.folder) in command]
+        # A child that was forked a moment ago still has its parent's command line.
+        named = {pid: parent for pid, (parent, _, command) in processes().items() if str(scene.folder) in command}
+        [server] = [pid for pid, parent in named.items() if parent not in named]
         family = {pid for pid, (parent, _, _) in processes().items() if server in (pid, parent)} | {parent_of(server)}
         assert len(family) > 3
         die(process)

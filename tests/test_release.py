@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import logging
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
@@ -475,3 +476,100 @@ async def test_a_connection_that_expired_while_it_was_out_is_replaced(postgres: 
                 await pool.release(connection)
             assert await pool.fetchval("SELECT pg_backend_pid()") != pid
             await until_settled(pool)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is late does not reach the next caller
+
+
+async def test_a_call_that_was_not_begun_when_its_connection_went_back_does_not_run(postgres: LocalPostgres) -> None:
+    async with make_pool(postgres, max_size=1) as pool, asyncio.timeout(HANG):
+        await pool.fetchval("SELECT 1")
+        async with pool.acquire() as connection:
+            late = asyncio.ensure_future(connection.execute("SELECT set_config('app.tenant', 'alice', false)"))
+        async with pool.acquire() as connection:
+            with pytest.raises(asyncpg.InterfaceError, match=r"Connection.execute\(\): connection has been released"):
+                await late
+            assert await connection.fetchval("SELECT current_setting('app.tenant', true)") is None
+
+
+async def test_a_setup_whose_connection_has_ended_does_not_end_the_next_callers(postgres: LocalPostgres) -> None:
+    pids: list[int] = []
+
+    async def setup(connection: Any) -> None:
+        pids.append(await connection.fetchval("SELECT pg_backend_pid()"))
+        if len(pids) == 1:
+            await asyncio.Event().wait()  # something else than the database
+
+    async with (
+        connected(postgres) as admin,
+        make_pool(postgres, max_size=1, setup=setup) as pool,
+        asyncio.timeout(HANG),
+    ):
+        first = asyncio.ensure_future(pool.fetchval("SELECT 1"))
+        await until(lambda: pids)
+        await admin.execute("SELECT pg_terminate_backend($1)", pids[0])
+        async with pool.acquire() as connection:
+            first.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await first
+            assert await connection.fetchval("SELECT 1") == 1
+
+
+async def test_a_reset_whose_connection_has_ended_does_not_end_the_next_callers_loan(postgres: LocalPostgres) -> None:
+    resets: list[int] = []
+    go_on = asyncio.Event()
+
+    async def reset(connection: Any) -> None:
+        resets.append(connection.get_server_pid())
+        if len(resets) == 1:
+            await go_on.wait()  # something else than the database
+
+    async with (
+        connected(postgres) as admin,
+        make_pool(postgres, max_size=1, reset=reset) as pool,
+        asyncio.timeout(HANG),
+    ):
+        await pool.fetchval("SELECT 1")
+        await until(lambda: resets)
+        await admin.execute("SELECT pg_terminate_backend($1)", resets[0])
+        async with pool.acquire() as connection, connection.transaction():
+            go_on.set()
+            await asyncio.sleep(0.05)  # time for the late reset to do harm
+            assert await connection.fetchval("SELECT 1") == 1
+            assert pool.stats().in_use == 1
+        await until_settled(pool)
+        assert len(resets) == 2
+
+
+async def test_a_reset_of_the_callers_own_runs_also_where_nothing_was_sent(postgres: LocalPostgres) -> None:
+    resets: list[object] = []
+
+    async def reset(connection: Any) -> None:
+        resets.append(connection)
+
+    async with make_pool(postgres, max_size=1, reset=reset) as pool:
+        for number in (1, 2):
+            await pool.release(await pool.acquire())
+            assert len(resets) == number
+
+
+if sys.version_info >= (3, 12):
+
+    async def test_an_eager_task_factory_changes_nothing(postgres: LocalPostgres) -> None:
+        loop = asyncio.get_running_loop()
+        if not isinstance(loop, asyncio.BaseEventLoop):
+            return  # uvloop's own tasks are not those of the factory
+        loop.set_task_factory(asyncio.eager_task_factory)
+        try:
+            async with make_pool(postgres, max_size=1) as pool, asyncio.timeout(HANG):
+                async with pool.acquire() as connection:
+                    await connection.execute("BEGIN; SET LOCAL ROLE pg_monitor; SET app.tenant = 'alice'")
+                async with pool.acquire() as connection:
+                    assert not connection.is_in_transaction()
+                    assert await connection.fetchval("SELECT current_user") == "neon"
+                    assert not await connection.fetchval("SELECT current_setting('app.tenant', true)")
+                await until_settled(pool)
+                assert pool.stats().resets == 2
+        finally:
+            loop.set_task_factory(None)

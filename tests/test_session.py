@@ -388,11 +388,31 @@ async def test_what_works_on_a_pooled_host_works(pgbouncer: LocalPgBouncer) -> N
 
 
 @pytest.mark.anyio
-async def test_reset_leaves_the_settings_that_pgbouncer_tracks(pgbouncer: LocalPgBouncer) -> None:
+async def test_reset_gives_back_the_settings_that_pgbouncer_tracks(pgbouncer: LocalPgBouncer) -> None:
+    """PgBouncer has them follow the client, and so the next caller: with other strings, the next query is another."""
     async with opened(pgbouncer, Healing()) as connection:
-        await connection.execute("SET TimeZone = 'Asia/Tokyo'")
+        names = ("TimeZone", "standard_conforming_strings", "application_name", "DateStyle", "IntervalStyle")
+        before = [await connection.fetchval(f"SHOW {name}") for name in names]
+        await connection.execute(
+            "SET TimeZone = 'Asia/Tokyo'; SET application_name = 'it''s'; SET DateStyle = 'German'"
+        )
+        await connection.execute("SET standard_conforming_strings = off; SET IntervalStyle = 'iso_8601'")
+        assert [await connection.fetchval(f"SHOW {name}") for name in names] != before
         await connection.reset(timeout=HANG)
-        assert await connection.fetchval("SHOW TimeZone") == "Asia/Tokyo"
+        assert [await connection.fetchval(f"SHOW {name}") for name in names] == before
+        assert connection.get_reset_query() == ""
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("call", ["execute", "fetch"])
+async def test_a_query_that_is_left_running_is_waited_for_by_the_reset(pgbouncer: LocalPgBouncer, call: str) -> None:
+    async with opened(pgbouncer, Healing()) as connection:
+        assert await connection.fetchval("SELECT 1") == 1
+        assert connection.get_reset_query() == ""
+        running = asyncio.ensure_future(getattr(connection, call)("SELECT pg_sleep(0.1)"))
+        await asyncio.sleep(0)
+        assert connection.get_reset_query()
+        await running
         assert connection.get_reset_query() == ""
 
 

@@ -694,3 +694,19 @@ async def test_a_timeout_that_is_no_number_of_seconds_is_refused_and_changes_not
         assert await proxy.fetchval("SELECT 1") == 1
         await pool.release(proxy)
         assert await pool.fetchval("SELECT 1") == 1
+
+
+async def test_a_caller_who_goes_on_at_once_is_not_one_too_many(postgres: LocalPostgres) -> None:
+    async with make_pool(postgres, max_size=1, max_waiting=0) as pool, asyncio.timeout(HANG):
+        assert [await pool.fetchval("SELECT 1") for _ in range(20)] == [1] * 20
+
+
+def test_an_open_pool_is_refused_in_another_event_loop(postgres: LocalPostgres) -> None:
+    pool = make_pool(postgres)
+    with asyncio.Runner() as first, asyncio.Runner() as second:
+        first.run(pool.__aenter__())
+        assert first.run(pool.fetchval("SELECT 1")) == 1
+        with pytest.raises(neon_async.UnsupportedEventLoopError, match="opened in another event loop"):
+            second.run(pool.fetchval("SELECT 1"))
+        assert first.run(pool.fetchval("SELECT 1")) == 1
+        first.run(pool.close())

@@ -314,6 +314,7 @@ class Pool(SlotPool):
         """Serve `AcquireContext`."""
         self._require_open()
         self._require_initialized()
+        self._require_own_loop()
         began = time.monotonic()
         limit = self._acquire_timeout if timeout is None else timeout
         slot = None if self._supply.line else self._supply.usable_idle(began)  # nobody overtakes
@@ -335,7 +336,7 @@ class Pool(SlotPool):
         """Raise `PoolBusyError` where as many wait as may, besides those for whom a connection is to be had or made."""
         if self._max_waiting is None:
             return
-        free = self.get_max_size() - self._slots.count(Place.IN_USE) - self._slots.count(Place.RESETTING)
+        free = self.get_max_size() - self._slots.count(Place.IN_USE)
         if len(self._supply.line) >= self._max_waiting + free - self._slots.count(Place.GIVEN):
             raise PoolBusyError(
                 f"{self._state()}; max_waiting={self._max_waiting}. Try again later, or raise max_size or max_waiting."
@@ -394,7 +395,8 @@ class Pool(SlotPool):
             async with deadline:
                 await setup(proxy)
         except BaseException as error:
-            slot.discard()
+            if slot_of(proxy, self) is not None:  # or it has ended, and another may stand in its place
+                slot.discard()
             if isinstance(error, TimeoutError) and deadline.expired():
                 self._tallies.timeouts.since(began)
                 late = self._late("The time to acquire was over before setup returned", "Let setup do less.")
@@ -473,14 +475,12 @@ class Pool(SlotPool):
             if time.monotonic() < slot.until:
                 raise  # the pool is closed
             _log.info("%s: a connection was not reset within %g s and ends", self._name, limit)
-            slot.discard()
             return PoolTimeoutError(
                 f"A connection of {self._name} was not reset within {limit:g} s and has been terminated; its slot is "
                 "free. The server, or the way to it, may be stuck."
             )
         except Exception as error:  # noqa: BLE001  told to who waits; the connection is not used again in any case
             _log.info("%s: a connection could not be reset and ends (%s)", self._name, type(error).__name__)
-            slot.discard()  # asyncpg has, but for what it did not foresee
             return error
         self._tallies.resets.since(began)
         slot.heard_at = time.monotonic()
@@ -692,7 +692,9 @@ def _check_seconds(name: str, value: object, *, zero: str | None) -> None:
 
 
 def _shown(value: object) -> str:
-    return repr(value) if isinstance(value, (int, float)) else f"a value of type {type(value).__name__}"
+    if isinstance(value, float) or (isinstance(value, int) and abs(value) <= _MAX_COUNT):
+        return repr(value)
+    return f"a value of type {type(value).__name__}"
 
 
 def _warn_of_floor(min_size: int, endpoint: Endpoint) -> None:

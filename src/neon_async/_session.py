@@ -91,7 +91,34 @@ def session_class(base: type[_C], *, endpoint: Endpoint | None, host: str, heali
         methods |= _pooled_methods(base, _Pooled(host, endpoint, healing))
     elif base.get_reset_query is asyncpg.Connection.get_reset_query:  # a caller's own class knows better
         methods["get_reset_query"] = _get_reset_query
-    return _subclass(base, methods)
+    final = _subclass(base, methods)
+    return _subclass(final, {name: _of_one_loan(getattr(final, name)) for name in _CALLS})
+
+
+# asyncpg's coroutines that a caller may have begun to call when the connection is taken back.
+_CALLS = (
+    *("execute", "executemany", "fetch", "fetchval", "fetchrow", "fetchmany", "prepare"),
+    *("copy_from_table", "copy_from_query", "copy_to_table", "copy_records_to_table"),
+    *("add_listener", "remove_listener", "set_type_codec", "reset_type_codec", "set_builtin_type_codec"),
+)
+
+
+def _of_one_loan(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `method` such that a call made in one loan, and not yet begun, does not run in the next one's session."""
+
+    @functools.wraps(method)
+    def call(self: Any, *args: Any, **keywords: Any) -> Any:
+        return _begin(method, self, self._pool_release_ctr, args, keywords)
+
+    return call
+
+
+async def _begin(method: Callable[..., Any], self: Any, loan: int, args: Any, keywords: Any) -> Any:
+    if self._pool_release_ctr != loan:
+        raise asyncpg.InterfaceError(
+            f"cannot call Connection.{method.__name__}(): connection has been released back to the pool"
+        )
+    return await method(self, *args, **keywords)
 
 
 def is_unfinished(connection: object) -> bool:
@@ -206,6 +233,8 @@ _PREPARING = {
     "prepare": "query",
     "copy_from_query": "query",
     "copy_records_to_table": "",
+    "copy_from_table": "",
+    "copy_to_table": "",
 }
 
 
@@ -261,10 +290,16 @@ def _pooled_methods(base: type[Any], pooled: _Pooled) -> dict[str, Any]:
     # client's, and keeps its locks on tables: for ever, when the arguments were wrong or the call was cancelled.
     @functools.wraps(base.get_reset_query)
     def get_reset_query(self: Any) -> str:
-        return "SELECT 1" if is_unfinished(self) else ""
+        return _restoring(self) or ("SELECT 1" if is_unfinished(self) else "")
+
+    @functools.wraps(base.__init__)
+    def init(self: Any, *args: Any, **keywords: Any) -> None:
+        base.__init__(self, *args, **keywords)
+        self._born_with = _tracked(self)
 
     return {
-        "__slots__": ("_unfinished",),
+        "__slots__": ("_born_with", "_unfinished"),
+        "__init__": init,
         "_get_statement": get_statement,
         "add_listener": add_listener,
         "get_reset_query": get_reset_query,
@@ -272,6 +307,33 @@ def _pooled_methods(base: type[Any], pooled: _Pooled) -> dict[str, Any]:
         **{name: _healed(getattr(base, name), parameter, pooled) for name, parameter in _PREPARING.items()},
         "prepare": _prepare(_healed(base.prepare, "query", pooled), pooled),
     }
+
+
+# As servers report them (PostgreSQL documentation, section 54.2.7). PgBouncer sets them on whichever server connection
+# a client is given: what one caller has set would follow the next.
+_REPORTED = (
+    "standard_conforming_strings",
+    "client_encoding",
+    "DateStyle",
+    "IntervalStyle",
+    "TimeZone",
+    "application_name",
+)
+
+
+def _tracked(connection: Any) -> dict[str, str]:
+    settings = connection.get_settings()
+    return {name: getattr(settings, name) for name in _REPORTED if hasattr(settings, name)}
+
+
+def _restoring(connection: Any) -> str:
+    """Return what sets the settings that PgBouncer tracks to what the connection was born with, or ""."""
+    now = _tracked(connection)
+    return "; ".join(
+        f"SET {name} TO '" + value.replace("'", "''") + "'"
+        for name, value in connection._born_with.items()
+        if now.get(name) != value
+    )
 
 
 def _healed(method: Callable[..., Any], parameter: str, pooled: _Pooled) -> Callable[..., Any]:
@@ -287,6 +349,7 @@ def _healed(method: Callable[..., Any], parameter: str, pooled: _Pooled) -> Call
         if takes_rows:
             args, keywords = _rows_once(args, keywords)
         started, token = time.monotonic(), pooled.healing.token
+        self._unfinished = True  # until it is over; it may be left running
         try:
             result = await method(self, *args, **keywords)
         except asyncpg.InvalidCachedStatementError:

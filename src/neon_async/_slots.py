@@ -17,7 +17,7 @@ from asyncpg.pool import PoolConnectionHolder, PoolConnectionProxy
 
 from ._connect import wire_of
 from ._dial import Wire
-from ._errors import ConnectError
+from ._errors import ConnectError, UnsupportedEventLoopError
 
 if TYPE_CHECKING:
     Proxy: TypeAlias = PoolConnectionProxy[asyncpg.Record]
@@ -64,6 +64,7 @@ class Slot(PoolConnectionHolder):
 
     # asyncpg's own attributes; the connection's are private, too.
     _con: Any
+    _pool: Any
     _proxy: Proxy | None
     _in_use: asyncio.Future[None] | None
     _generation: int | None
@@ -96,7 +97,7 @@ class Slot(PoolConnectionHolder):
 
     def is_outdated(self) -> bool:
         """Whether the connection was made before `expire_connections()`."""
-        return bool(self._generation != self._pool._generation)  # type: ignore[attr-defined]
+        return bool(self._generation != self._pool._generation)
 
     def is_worn(self, now: float) -> bool:
         """Whether the connection is outdated or too old."""
@@ -144,9 +145,13 @@ class Slot(PoolConnectionHolder):
 
     def is_untouched(self) -> bool:
         """Whether nothing at all was sent since the connection was lent, so that there is nothing to reset."""
-        if self._con is None or self._wire is None or self._con.is_closed():
+        if self._con is None or self._wire is None or self._con.is_closed() or self._resets_otherwise():
             return False
         return self._writes == self._wire.writes and not self._con._log_listeners
+
+    def _resets_otherwise(self) -> bool:
+        """Whether a reset is the caller's own code, which may do anything."""
+        return self._pool._reset is not None or type(self._con).reset is not asyncpg.Connection.reset
 
     def needs_no_reset(self) -> bool:
         """Whether asyncpg would send nothing to reset this connection, nor wait for anything, nor close it."""
@@ -154,7 +159,7 @@ class Slot(PoolConnectionHolder):
         if connection is None or connection.is_closed() or connection.is_in_transaction():
             return False
         return not (
-            self._pool._reset is not None  # type: ignore[attr-defined]
+            self._resets_otherwise()
             or connection.get_reset_query()
             or connection._protocol._is_cancelling()
             or connection._protocol.queries_count >= self._max_queries
@@ -165,14 +170,25 @@ class Slot(PoolConnectionHolder):
 
     async def restore(self, now: float) -> None:
         """Make the connection fit for the next: wait for a cancelled query, roll back, reset; or close it, worn out."""
-        if self._con._protocol._is_cancelling():
-            await self._con._protocol._wait_for_cancellation()
-            if self._con is None:
-                return  # it ended meanwhile; asyncpg 0.31 would go on
-        if self.is_worn(now):
-            await self._con.close()
-        else:
-            await self.release(None)
+        # As asyncpg's release(), but for one connection: this one may end meanwhile, and another stand in its place.
+        connection, reset = self._con, self._pool._reset
+        try:
+            if connection._protocol._is_cancelling():
+                await connection._protocol._wait_for_cancellation()
+            if self._con is not connection:
+                return
+            if self.is_worn(now) or connection._protocol.queries_count >= self._max_queries:
+                await connection.close()
+            elif reset is None:
+                await connection.reset()
+            else:
+                await connection._reset()
+                await reset(connection)
+        except BaseException:
+            connection.terminate()
+            raise
+        if self._con is connection:
+            self.free()
 
     def free(self) -> None:
         """End the loan: asyncpg gives the slot back to the pool, as it has already where the connection ended."""
@@ -319,6 +335,13 @@ class SlotPool(_AsyncpgPool):
         self._closing = True
         super().terminate()
         self._closing = False
+
+    def _require_own_loop(self) -> None:
+        """Raise `UnsupportedEventLoopError` in another event loop than the one that the pool was opened in."""
+        if asyncio.get_running_loop() is not self._loop:
+            raise UnsupportedEventLoopError(
+                "This pool was opened in another event loop, and its connections belong there. Open a pool in each."
+            )
 
     def _require_initialized(self) -> None:
         """Raise asyncpg's `InterfaceError` unless the pool was opened."""

@@ -180,7 +180,8 @@ class Supply:
         connection ends.
         """
         self.slots.move(slot, place)
-        slot.task = task = asyncio.get_running_loop().create_task(work)
+        # Not by create_task(): an eager task (Python 3.12) would run before it is known here.
+        slot.task = task = asyncio.Task(work, loop=asyncio.get_running_loop())
         self._tasks.add(task)  # the event loop itself keeps weak references only
         task.add_done_callback(functools.partial(self._worked_on, slot))
         return task
@@ -361,8 +362,11 @@ class Supply:
 
 def _twin(error: Exception) -> Exception:
     """Return `error` for one more waiter: each raises an object, and so a traceback, of its own."""
-    if not isinstance(error, NeonAsyncError):  # the caller's own, which may not bear to be copied
-        return error.with_traceback(None)
-    twin = copy.copy(error)
+    try:
+        twin = copy.copy(error)
+    except Exception:  # noqa: BLE001  the caller's own, which does not bear to be copied
+        twin = error
+    if type(twin) is not type(error):
+        twin = error
     twin.__cause__ = error.__cause__
-    return twin
+    return twin.with_traceback(None)

@@ -451,7 +451,7 @@ async def test_asyncpgs_own_keywords_are_passed_on(postgres: LocalPostgres) -> N
             return self[name]
 
     async with opened(
-        postgres, connection_class=MyConnection, record_class=MyRecord, command_timeout=0.05, statement_cache_size=0
+        postgres, connection_class=MyConnection, record_class=MyRecord, command_timeout=1.0, statement_cache_size=0
     ) as connection:
         row: Any = await connection.fetchrow("SELECT 7 AS seven")
         assert row.seven == 7

@@ -7,6 +7,7 @@ import contextlib
 import functools
 import math
 import secrets
+import select
 import socket
 import ssl
 import struct
@@ -246,7 +247,11 @@ async def test_suspend_is_no_reset_though_neither_side_has_read_all(postgres: Lo
             with accepted:
                 talking = asyncio.ensure_future(loop.sock_sendall(accepted, bytes(64_000_000)))
                 await until(lambda: not one.hears_nothing())
-                await a_while(postgres)  # until everything between the two is full
+                full = 0
+                while full < 50:  # everything between the two, and it stays so
+                    writable = select.select([], [accepted], [], 0)[1]
+                    full = 0 if writable else full + 1
+                    await asyncio.sleep(0.001)
                 endpoint.freeze()
                 await one.send(bytes(100_000))
                 endpoint.suspend()

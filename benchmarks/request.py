@@ -39,7 +39,7 @@ from neon_async.testing import LocalPostgres
 
 # The tests' own PgBouncer, and nothing else of theirs.
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
-from pgbouncer import MINIMUM_VERSION, LocalPgBouncer, installed_version
+from support.pgbouncer import MINIMUM_VERSION, LocalPgBouncer, installed_version
 
 NAMES = (*POOLS, PSYCOPG_AUTOCOMMIT)
 DIRECT, POOLED = "direct", "pooled"

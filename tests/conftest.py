@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from anyio.from_thread import start_blocking_portal
 from hypothesis import settings
-from pgbouncer import MINIMUM_VERSION, LocalPgBouncer, installed_version
+from support.pgbouncer import MINIMUM_VERSION, LocalPgBouncer, installed_version
 
 from neon_async.testing import LocalPostgres
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ._connect import Connection, connect, connection_tls_report
-from ._dsn import harden_dsn
+from ._config.dsn import harden_dsn
+from ._driver.connector import Connection, connect, connection_tls_report
 from ._errors import (
     AuthenticationError,
     CertificateError,
@@ -32,11 +32,11 @@ from ._errors import (
     TransactionAbortedError,
     UnsupportedEventLoopError,
 )
-from ._neon import Endpoint
-from ._pool import Pool, create_pool
-from ._stats import PoolStats
-from ._tls import TLSReport, create_ssl_context
-from ._trust import ISRG_ROOT_X1_SHA256
+from ._neon.endpoint import Endpoint
+from ._pool.pool import Pool, create_pool
+from ._pool.stats import PoolStats
+from ._wire.tls import TLSReport, create_ssl_context
+from ._wire.trust import ISRG_ROOT_X1_SHA256
 
 __version__ = "0.1.0"
 

@@ -1,0 +1,205 @@
+"""`neon-async demo`: a verified pool at work on a real PostgreSQL, then everything weaker tried on it, and refused.
+
+Nothing here is staged: the weaker ways lead to a server that runs and knows the password, and the impostors listen on
+real sockets. A way that is not refused, or refused for anything but its weakness, is shown and counted as such. This
+module does not know how anything is refused. It needs what the extra `demo` installs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import os
+import ssl
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from rich.console import Console
+
+from .._driver.connector import connect
+from .._errors import AuthenticationError, InsecureConfigurationError, NeonAsyncError, TLSError
+from .._pool.pool import create_pool
+from ..testing import LocalPostgres
+from ..testing._impostor import IMPOSTORS, Impostor
+from .check import milliseconds, print_heading, print_wrapped
+
+__all__ = ("demo",)
+
+_CONNECTIONS = 5
+_QUERIES = 500
+_IMPOSTOR_TIMEOUT = 5.0  # seconds; an impostor that is refused by this deadline only is not refused for what it is
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Weaker:
+    """A way to ask for less: a parameter in the DSN, keywords, or environment variables."""
+
+    title: str
+    parameter: str = ""
+    keywords: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Finding:
+    """What became of one way: whether it was refused for its weakness, and the words of the error."""
+
+    title: str
+    refused: bool
+    reason: str
+
+
+def _weaker_ways(private_root: Path) -> tuple[_Weaker, ...]:
+    in_dsn = ("sslmode=disable", "sslmode=allow", "sslmode=prefer", "sslmode=require", "sslmode=verify-ca")
+    others = ("channel_binding=disable", "require_auth=password", "ssl_max_protocol_version=TLSv1.2", "sslsni=0")
+    return (
+        *(_Weaker(parameter, parameter) for parameter in (*in_dsn, *others)),
+        _Weaker("sslkeylogfile=/tmp/keys", "sslkeylogfile=/tmp/keys"),
+        _Weaker("sslrootcert without ISRG Root X1", f"sslrootcert={quote(str(private_root))}"),
+        _Weaker("trust_anchor in the DSN", f"trust_anchor={quote(str(private_root))}"),
+        _Weaker("ssl=False", keywords={"ssl": False}),
+        _Weaker("ssl=an SSLContext of one's own", keywords={"ssl": ssl.create_default_context()}),
+        _Weaker("direct_tls=False", keywords={"direct_tls": False}),
+        _Weaker("host=/var/run/postgresql", keywords={"host": "/var/run/postgresql"}),
+        _Weaker("host=127.0.0.1", keywords={"host": "127.0.0.1"}),
+        _Weaker("two hosts", keywords={"host": "one.example.com,two.example.com"}),
+        _Weaker("PGSSLMODE=prefer", environment={"PGSSLMODE": "prefer"}),
+    )
+
+
+async def demo(console: Console) -> bool:
+    """Run the demo, printing on `console`, and return whether the pool worked and everything weaker was refused.
+
+    Takes a few seconds. PG* variables of the environment are set aside meanwhile.
+    """
+    started = time.perf_counter()
+    with _libpq_environment({}):
+        async with LocalPostgres() as postgres:
+            console.print(
+                f"PostgreSQL on port {postgres.port} of 127.0.0.1, up in {time.perf_counter() - started:.1f} s",
+                highlight=False,
+            )
+            await _show_pool(postgres, console)
+            print_heading(console, "What asks for less is refused before a packet leaves")
+            weaker = [_show(finding, console) for finding in _try_weaker_ways(postgres)]
+        print_heading(console, "Servers that are not what they should be")
+        impostors = [_show(await _try_impostor(title, make()), console) for title, make in IMPOSTORS]
+    findings = [*weaker, *impostors]
+    refused = sum(findings)
+    console.print()
+    console.print(
+        f"{refused} of {len(findings)} refused ({len(weaker)} weaker ways, {len(impostors)} impostors), "
+        f"in {time.perf_counter() - started:.1f} s",
+        style="bold green" if refused == len(findings) else "bold red",
+        highlight=False,
+    )
+    return refused == len(findings)
+
+
+@contextlib.contextmanager
+def _libpq_environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Let `variables` be the only PG* variables for a while."""
+    before = {name: value for name, value in os.environ.items() if name.startswith("PG")}
+    _replace_environment(before, variables)
+    try:
+        yield
+    finally:
+        _replace_environment(variables, before)
+
+
+def _replace_environment(old: Mapping[str, str], new: Mapping[str, str]) -> None:
+    for name in old:
+        del os.environ[name]
+    os.environ.update(new)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What works
+
+
+async def _show_pool(postgres: LocalPostgres, console: Console) -> None:
+    async with create_pool(postgres.dsn, trust_anchor=postgres.trust_anchor, max_size=_CONNECTIONS) as pool:
+        started = time.perf_counter()
+        await asyncio.gather(*(pool.fetchval("SELECT $1::int * 2", number) for number in range(_QUERIES)))
+        seconds = time.perf_counter() - started
+        # The server's own account of these connections, not ours.
+        seen = await pool.fetch("""
+            SELECT count(*) AS connections, version, cipher FROM pg_stat_ssl JOIN pg_stat_activity USING (pid)
+            WHERE usename = current_user GROUP BY version, cipher
+        """)
+        version = await pool.fetchval("SHOW server_version")
+        report = pool.tls_report()
+    assert report is not None
+    print_heading(console, "A verified pool at work")
+    for name, value in (
+        ("server", f"PostgreSQL {version}"),
+        ("work", f"{_QUERIES} queries, {_CONNECTIONS} at a time, in {milliseconds(seconds)}"),
+        *(("server sees", f"{row['connections']} connections, {row['version']}, {row['cipher']}") for row in seen),
+        ("negotiation", f"{report.negotiation}, ALPN {report.alpn}"),
+        ("login", str(report.mechanism)),
+        ("certificate", f"{report.subject}, for {report.server_name}"),
+        ("trust anchor", report.anchor),
+    ):
+        print_wrapped(console, value, label=f"  {name}", indent=16)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is refused
+
+
+def _try_weaker_ways(postgres: LocalPostgres) -> Iterator[_Finding]:
+    with tempfile.TemporaryDirectory() as folder:
+        private_root = Path(folder) / "private-root.pem"
+        private_root.write_bytes(postgres.trust_anchor)
+        for weaker in _weaker_ways(private_root):
+            yield _try_weaker(weaker, postgres)
+
+
+def _try_weaker(weaker: _Weaker, postgres: LocalPostgres) -> _Finding:
+    dsn = f"{postgres.dsn}&{weaker.parameter}" if weaker.parameter else postgres.dsn
+    with _libpq_environment(weaker.environment):
+        try:
+            create_pool(dsn, **weaker.keywords)
+        except NeonAsyncError as error:
+            return _Finding(weaker.title, isinstance(error, InsecureConfigurationError), _reason(error))
+    return _Finding(weaker.title, False, "A pool was made.")
+
+
+async def _try_impostor(title: str, impostor: Impostor) -> _Finding:
+    async with impostor:
+        try:
+            connection = await connect(
+                impostor.dsn, trust_anchor=impostor.trust_anchor, connect_timeout=_IMPOSTOR_TIMEOUT
+            )
+        except NeonAsyncError as error:
+            refused, reason = isinstance(error, (TLSError, AuthenticationError)), _reason(error)
+        else:
+            connection.terminate()
+            refused, reason = False, "A connection was made."
+        conversations = await impostor.finish()
+    password = impostor.password.encode()
+    if not conversations or any(password in one.wire or password in one.decrypted for one in conversations):
+        return _Finding(title, False, "The impostor got the password." if conversations else "No connection was tried.")
+    return _Finding(title, refused, reason)
+
+
+def _reason(error: NeonAsyncError) -> str:
+    """Return the part of the message that gives the reason; what to do instead is of no use here."""
+    reason, _, rest = str(error).partition(". ")
+    if reason.endswith("is not accepted"):
+        reason += f". {rest.partition('. ')[0]}"
+    return reason.removesuffix(".")
+
+
+def _show(finding: _Finding, console: Console) -> bool:
+    """Print one finding, and return whether it was refused."""
+    word, style = ("refused", "green") if finding.refused else ("NOT REFUSED", "bold red")
+    indent = len(word) + 2
+    print_wrapped(console, finding.title, label=word, indent=indent, style="bold", label_style=style)
+    print_wrapped(console, finding.reason, indent=indent, style="dim")
+    return finding.refused

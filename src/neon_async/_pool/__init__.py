@@ -1,0 +1,4 @@
+"""The pool: slots, waiters, and where connections come from.
+
+Knows no wire formats.
+"""

@@ -1,0 +1,4 @@
+"""Bytes: a verified TLS channel, and the login inside it.
+
+Knows neither asyncpg nor pools.
+"""

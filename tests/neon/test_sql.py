@@ -1,0 +1,225 @@
+"""Which statements need a session of their own, and that nothing inside strings, comments and names counts."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support.probes import HANG
+
+from neon_async._neon.sql import session_feature
+
+
+@pytest.mark.parametrize(
+    ("query", "name"),
+    [
+        ("LISTEN orders", "LISTEN"),
+        ("  /* a /* nested */ one */ -- and more\n listen orders;", "LISTEN"),
+        ("SELECT 1; LISTEN orders", "LISTEN"),
+        ('/**/LISTEN"orders"', "LISTEN"),
+        ("SELECT pg_advisory_lock(1)", "pg_advisory_lock()"),
+        ("select 1, PG_Try_Advisory_Lock ($1)", "pg_try_advisory_lock()"),
+        ("SELECT pg_catalog.pg_advisory_lock_shared(1, 2)", "pg_advisory_lock_shared()"),
+        ("WITH a AS (SELECT pg_try_advisory_lock_shared(1)) SELECT * FROM a", "pg_try_advisory_lock_shared()"),
+        ("SELECT * FROM pg_try_advisory_lock(7)", "pg_try_advisory_lock()"),
+        ("(SELECT pg_advisory_lock(1)) UNION SELECT null", "pg_advisory_lock()"),
+        ("SELECT 'a''b', E'\\'', $a$ ' $a$, pg_advisory_lock(1)", "pg_advisory_lock()"),
+        ("UPDATE t SET a = 1 WHERE pg_try_advisory_lock(id)", "pg_try_advisory_lock()"),
+        ("SET search_path TO orders", "SET search_path"),
+        ("SET search_path=orders", "SET search_path"),
+        ("set session Statement_Timeout = 5", "SET statement_timeout"),
+        ('SET "work_mem" = 5', "SET work_mem"),
+        ("SET app.tenant TO '7'", "SET app.tenant"),
+        ("BEGIN;\nSET lock_timeout = '1s';\nCOMMIT", "SET lock_timeout"),
+        ("SET ROLE alex", "SET ROLE"),
+        ("SET SESSION ROLE alex", "SET ROLE"),
+        ("SET SCHEMA 'orders'", "SET SCHEMA"),
+        ("SET SESSION AUTHORIZATION alex", "SET SESSION AUTHORIZATION"),
+        (
+            "SET SESSION CHARACTERISTICS AS TRANSACTION ISOLATION LEVEL SERIALIZABLE",
+            "SET SESSION CHARACTERISTICS",
+        ),
+        ("SELECT set_config('search_path', $1, false)", "set_config('search_path', ..., false)"),
+        ("SELECT pg_catalog.set_config('a', f($2, 'x'), FALSE)", "set_config('a', ..., false)"),
+        ("SELECT set_config('a.b', 'c', true), set_config('a.b', 'c', false)", "set_config('a.b', ..., false)"),
+    ],
+    ids=lambda value: value[:50],
+)
+def test_what_needs_a_session_is_named(query: str, name: str) -> None:
+    feature = session_feature(query)
+    assert feature is not None
+    assert feature.name == name
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "SELECT 1",
+        "",
+        ";;",
+        "SELECT listen FROM t",
+        "SELECT 'LISTEN orders; SET search_path = a; pg_advisory_lock('",
+        "SELECT 'a''; LISTEN b'",
+        "SELECT E'a\\'; LISTEN b'",
+        "SELECT E'a'\n'\\'; LISTEN b'",
+        "SELECT e'a' -- c\n '\\'; LISTEN b'",
+        "SELECT U&'a\\0041'';LISTEN b'",
+        "SELECT B'1', X'1F', N'; LISTEN a'",
+        "SELECT $$; LISTEN a; $$",
+        "SELECT $a$; LISTEN $$ a; $b$ $a$",
+        "SELECT a$$ FROM t; SELECT 1 AS a$b, $1",
+        "SELECT $é$; SET search_path = a; $é$",
+        'SELECT 1 AS "; LISTEN a", "pg_advisory_lock(1)"',
+        'SELECT 1 AS "a""; LISTEN a"',
+        'SELECT U&"; LISTEN a"',
+        "SELECT 1 -- ; LISTEN a",
+        "SELECT 1 /* ; LISTEN a; /* */ LISTEN b */",
+        "SELECT 1 /* ; LISTEN a",
+        "SELECT '; LISTEN a",
+        'SELECT "; LISTEN a',
+        "SELECT $$; LISTEN a",
+        "DO $$ BEGIN PERFORM pg_advisory_lock(1); END $$",
+        "UNLISTEN *",
+        "NOTIFY orders",
+        "SELECT pg_advisory_xact_lock(1), pg_try_advisory_xact_lock_shared(1)",
+        "SELECT pg_advisory_unlock_all()",
+        "SELECT pg_advisory_unlock(1)",
+        "SELECT pg_advisory_lock FROM t",
+        "SELECT app.pg_advisory_lock(1), app.set_config('a', 'b', false)",
+        "SELECT 'pg_advisory_lock(bigint)'::regprocedure",
+        "INSERT INTO pg_advisory_lock (a) VALUES (1)",
+        "WITH pg_advisory_lock (a) AS (SELECT 1) SELECT * FROM pg_advisory_lock",
+        "SELECT * FROM t AS pg_advisory_lock (a)",
+        "EXPLAIN SELECT pg_advisory_lock(1)",
+        "PREPARE a AS SELECT pg_advisory_lock(1)",
+        "CREATE VIEW a AS SELECT pg_advisory_lock(1)",
+        "CREATE TABLE pg_advisory_lock (a int DEFAULT set_config('a', 'b', false))",
+        "CREATE FUNCTION f() RETURNS void BEGIN ATOMIC SELECT 1; SELECT pg_advisory_lock(1); END",
+        "CREATE RULE a AS ON INSERT TO t DO ALSO (SELECT 1; SELECT pg_advisory_lock(1))",
+        "GRANT EXECUTE ON FUNCTION pg_advisory_lock(bigint) TO alex",
+        "COMMENT ON FUNCTION pg_advisory_lock(bigint) IS 'LISTEN'",
+        "SET LOCAL search_path = orders",
+        "SET LOCAL ROLE alex",
+        "SET LOCAL SESSION AUTHORIZATION alex",
+        "SET TRANSACTION ISOLATION LEVEL SERIALIZABLE",
+        "SET CONSTRAINTS ALL DEFERRED",
+        "SET TimeZone = 'UTC'",
+        "SET SESSION timezone TO 'UTC'",
+        'SET "TimeZone" = 5',
+        "SET TIME ZONE 'UTC'",
+        "SET NAMES 'UTF8'",
+        "SET datestyle = ISO, DMY",
+        "SET application_name TO 'x'",
+        "SET search_path TO DEFAULT",
+        "RESET search_path",
+        "RESET ALL",
+        "UPDATE t SET a = 1; UPDATE t\nSET search_path = 2",
+        "INSERT INTO t VALUES (1) ON CONFLICT DO UPDATE SET a = 1",
+        "ALTER ROLE alex SET search_path = a",
+        "ALTER FUNCTION f() SET search_path = a",
+        "CREATE FUNCTION f() RETURNS int LANGUAGE sql SET search_path = a AS 'SELECT 1'",
+        "SELECT set_config('a.b', $1, true)",
+        "SELECT set_config('a.b', $1, $2)",
+        "SELECT set_config($1, $2, false)",
+        "SELECT set_config('time' || 'zone', $1, false)",
+        "SELECT set_config('TimeZone', $1, false)",
+        "SELECT set_config('a.b', f(1, 2, false), true)",
+        "SELECT set_config('a.b', 'c', false OR $1)",
+        "SELECT set_config(",
+        "SELECT set_config()",
+        "SELECT set_config('a', 'b')",
+        "SELECT set_config('a', 'b', ",
+        "SET",
+        "SET SESSION",
+        "SET a",
+        "LISTENER",
+        "listen_1",
+        "SELECT 1; SELECT listen",
+        "SELECT 1 AS \u00a0LISTEN",
+        "SELECT 1.5e3, 1_000, 0x1F, $1",
+    ],
+    ids=lambda value: value[:60] or "empty",
+)
+def test_nothing_else_is_refused(query: str) -> None:
+    assert session_feature(query) is None
+
+
+@pytest.mark.parametrize(
+    ("query", "instead"),
+    [
+        ("LISTEN a", ""),
+        ("SET ROLE a", "SET LOCAL ROLE inside a transaction"),
+        ("SET a = 1", "SET LOCAL inside a transaction"),
+        ("SELECT pg_advisory_lock(1)", "pg_advisory_xact_lock() inside a transaction"),
+        ("SELECT pg_try_advisory_lock_shared(1)", "pg_try_advisory_xact_lock_shared() inside a transaction"),
+        ("SELECT set_config('a', 'b', false)", "set_config(..., true) inside a transaction"),
+    ],
+)
+def test_the_advice_fits(query: str, instead: str) -> None:
+    feature = session_feature(query)
+    assert feature is not None
+    assert feature.instead == instead
+
+
+SQL = st.text("'\"$;/*-\\ \nEeUu&()=,.a1é")
+PIECES = st.lists(
+    SQL | st.sampled_from(["LISTEN x", "SET a = 1", " set_config(", "'a',", "false)", "pg_advisory_lock(1)", "SELECT "])
+).map("".join)
+
+
+@given(PIECES)
+def test_no_text_breaks_it(query: str) -> None:
+    session_feature(query)
+
+
+@given(SQL)
+def test_whatever_stands_in_a_string_a_name_or_a_comment_does_not_count(text: str) -> None:
+    hidden = text + "; LISTEN a; SET b = 1; SELECT pg_advisory_lock(1) ;"
+    for query in (
+        "SELECT '" + hidden.replace("'", "''") + "'",
+        "SELECT E'" + hidden.replace("\\", "\\\\").replace("'", "\\'") + "'",
+        'SELECT 1 AS "' + hidden.replace('"', '""') + '"',
+        "SELECT $tag$" + hidden.replace("$", "") + "$tag$",
+        "SELECT 1 /*" + hidden.replace("*", "").replace("/", "") + "*/",
+        "SELECT 1 --" + hidden.replace("\n", ""),
+    ):
+        assert session_feature(query) is None
+        assert session_feature(query + "\n; LISTEN a") is not None
+
+
+@pytest.mark.parametrize(
+    "piece",
+    [
+        "'",
+        '"',
+        "E'\\",
+        "E'a''",
+        "$",
+        "$a$",
+        "$$ ",
+        "/*",
+        "--",
+        "(",
+        "set_config(",
+        "set_config('a',",
+        "a.",
+        "; ",
+        "''",
+        "x",
+    ],
+)
+def test_the_time_it_takes_is_linear(piece: str) -> None:
+    """A text of 10 MB takes less than the bound for any hang, and no longer than 64 kB of it does."""
+    query = "SET LOCAL a = 1; SELECT " + piece * (10_000_000 // len(piece))
+    started = time.monotonic()
+    session_feature(query)
+    assert time.monotonic() - started < HANG
+
+
+def test_a_long_text_is_judged_by_its_beginning() -> None:
+    data = "INSERT INTO t VALUES " + "('LISTEN a'), " * 100_000
+    assert session_feature(data) is None
+    assert session_feature("SET search_path = a; " + data) is not None
+    assert session_feature(data[:65_530] + "; LISTEN a") is None

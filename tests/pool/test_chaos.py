@@ -1,0 +1,109 @@
+"""A short run of `chaos.py`; its docstring tells how to run it for a minute."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from typing import Any
+
+import pytest
+from support import chaos
+from support.certificates import issue
+from support.probes import HANG, assert_balanced, until
+from support.relays import PLAIN, honest
+
+import neon_async
+from neon_async.testing import LocalPostgres
+from neon_async.testing._impostor import Conversation, Impostor, error_response, message, server_context
+
+pytestmark = pytest.mark.anyio
+
+ROOT = issue(subject="root", ca=True)
+
+
+async def test_chaos_loses_no_write_no_slot_and_no_task(postgres: LocalPostgres) -> None:
+    seed = secrets.randbelow(1_000_000)
+    print(f"chaos seed {seed}")  # noqa: T201  pytest shows it when this fails
+    report = await chaos.run(postgres, seconds=6.0, seed=seed)
+    assert not report.problems, str(report)
+    # It was chaos: there was something to acknowledge, to lose and to run again.
+    assert report.fates["acknowledged"] > 0, str(report)
+    assert report.fates["unknown"] > 0, str(report)
+    assert report.stats is not None
+    assert report.stats.retries > 0, str(report)
+    assert report.stats.terminations > 0, str(report)
+
+
+# What chaos has found
+
+
+async def test_work_runs_again_that_was_told_of_the_end_of_its_connection_between_two_statements() -> None:
+    """asyncpg takes in the server's last words while nothing is under way, and then refuses everything.
+
+    The end of the stream comes a moment later, or, where the way is broken, not at all.
+    """
+    leaf = issue(ROOT)
+    context = server_context(b"".join((leaf.key_pem, leaf.pem)))
+    last_words = error_response("terminating connection due to administrator command", code="57P01")
+
+    def serve(conversation: Conversation) -> None:
+        first = impostor.connections == 1
+        conversation.accept_tls(context)
+        conversation.read_startup()
+        honest(impostor.password, offer=[PLAIN])(conversation)
+        for tag, status in ((b"BEGIN", b"T"), (b"SELECT 1", b"T"), (b"COMMIT", b"I")):
+            conversation.read_message()
+            answer = message(b"C", tag + b"\0") + message(b"Z", status)
+            conversation.send(answer + last_words if first else answer)
+
+    async def work(connection: neon_async.Connection) -> str:
+        return await connection.execute("SELECT 1")
+
+    async with Impostor(serve) as impostor, asyncio.timeout(HANG):
+        async with neon_async.create_pool(impostor.dsn, trust_anchor=ROOT.pem) as pool:
+            assert await pool.run_transaction(work) == "SELECT 1"
+            pool.terminate()
+        assert impostor.connections == 2
+
+
+async def test_a_connection_that_expires_on_its_way_to_a_waiter_is_not_handed_out(postgres: LocalPostgres) -> None:
+    """The one that replaces it is the pool's own, too: dialed behind, counted, and reset after use."""
+    async with (
+        neon_async.create_pool(postgres.dsn, trust_anchor=postgres.trust_anchor, max_size=1) as pool,
+        asyncio.timeout(HANG),
+    ):
+        first = await pool.acquire()
+        expired = first.get_server_pid()
+        waiter = asyncio.ensure_future(pool.acquire())
+        await until(lambda: pool.stats().waiting == 1)
+        await pool.release(first)
+        await pool.expire_connections()
+        connection = await waiter
+        assert connection.get_server_pid() != expired
+        await connection.execute("SET search_path TO pg_catalog")
+        await pool.release(connection)
+        assert await pool.fetchval("SHOW search_path") == '"$user", public'
+        assert_balanced(pool)
+        assert (pool.stats().dials, pool.stats().resets) == (2, 1)
+
+
+async def test_a_release_tells_nothing_of_a_connection_that_ends_before_its_reset_has_begun(
+    postgres: LocalPostgres,
+) -> None:
+    """The slot has served its next caller by then; the reset that comes too late leaves it alone."""
+    async with (
+        neon_async.create_pool(postgres.dsn, trust_anchor=postgres.trust_anchor, max_size=1) as pool,
+        asyncio.timeout(HANG),
+    ):
+        connection: Any = await pool.acquire()
+        await connection.execute("SET search_path TO pg_catalog")
+        behind = connection._con
+        waiter = asyncio.ensure_future(pool.fetchval("SELECT 1"))
+        await until(lambda: pool.stats().waiting == 1)
+        releasing = asyncio.ensure_future(pool.release(connection))
+        await asyncio.sleep(0)
+        assert pool.stats().resetting == 1
+        behind.terminate()
+        await releasing  # as with asyncpg's pool
+        assert await waiter == 1
+        assert_balanced(pool)

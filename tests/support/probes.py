@@ -1,0 +1,273 @@
+"""What the tests of the core watch with: conditions, open sockets, secrets in tracebacks, and relays on the way.
+
+No knowledge of the package's insides: sockets and frames are looked at from the outside.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import re
+import socket
+import stat
+import traceback
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeAlias
+
+import neon_async
+from neon_async.testing import LocalEndpoint, LocalPostgres
+
+HANG = 20.0  # Seconds after which something that should have happened counts as never happening.
+
+
+async def until(condition: Callable[[], object]) -> None:
+    """Wait until `condition` holds."""
+    async with asyncio.timeout(HANG):
+        while not condition():
+            await asyncio.sleep(0.001)
+
+
+def open_sockets() -> set[tuple[int, int]]:
+    """Return number and inode of every file descriptor of this process that is a socket."""
+    found = set()
+    for path in Path("/dev/fd").iterdir():
+        with contextlib.suppress(OSError):
+            status = os.fstat(int(path.name))
+            if stat.S_ISSOCK(status.st_mode):
+                found.add((int(path.name), status.st_ino))
+    return found
+
+
+@contextlib.asynccontextmanager
+async def nothing_is_left() -> AsyncIterator[None]:
+    """Check that the block leaves no socket open and no task running."""
+    sockets, tasks = open_sockets(), asyncio.all_tasks()
+    yield
+    await until(lambda: open_sockets() <= sockets and asyncio.all_tasks() <= tasks)
+
+
+def chain_of(error: BaseException) -> list[BaseException]:
+    """Return `error` and everything that hangs on it: causes, contexts, members of groups."""
+    found: list[BaseException] = []
+    waiting: list[BaseException | None] = [error]
+    while waiting:
+        one = waiting.pop()
+        if one is not None and all(one is not other for other in found):
+            found.append(one)
+            waiting += [one.__cause__, one.__context__, *getattr(one, "exceptions", ())]
+    return found
+
+
+def assert_secret_free(error: BaseException, *secrets: str) -> None:
+    """Check that nothing an error tracker records of `error` holds a secret: texts, and the locals of the frames.
+
+    Frames of the tests are left out: what a caller's own variables hold is the caller's.
+    """
+    tests = str(Path(__file__).parents[1])
+    for one in chain_of(error):
+        texts = [str(one), repr(one), repr(one.args), repr(vars(one)), *getattr(one, "__notes__", ())]
+        places = [(type(one).__name__, text) for text in texts]
+        for frame, line in traceback.walk_tb(one.__traceback__):
+            if not frame.f_code.co_filename.startswith(tests):
+                place = f"{type(one).__name__}: {frame.f_code.co_filename}:{line} in {frame.f_code.co_name}"
+                places += [(f"{place}, {name}", repr(value)) for name, value in frame.f_locals.items()]
+        for secret in secrets:
+            leaks = [place for place, text in places if secret in text]
+            assert not leaks, f"the secret stands in {leaks}"
+
+
+@dataclass
+class Passage:
+    """One connection through a relay: what the client has sent so far, and whether it is over."""
+
+    sent: bytearray = field(default_factory=bytearray)
+    over: bool = False
+
+
+class Relay:
+    """A TCP relay in front of a real server, which keeps what clients send.
+
+    `refuse`: called with the first bytes of each connection; where it is true, the connection is closed without a word.
+    """
+
+    def __init__(self, port: int, *, refuse: Callable[[bytes], bool] = lambda _: False) -> None:
+        self.port = 0
+        self.passages: list[Passage] = []
+        self._target = port
+        self._refuse = refuse
+        self._server: asyncio.Server | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def dsn(self, dsn: str) -> str:
+        """Return `dsn` with the port of this relay in place of the server's."""
+        return dsn.replace(f":{self._target}/", f":{self.port}/")
+
+    async def __aenter__(self) -> Self:
+        self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
+        self.port = self._server.sockets[0].getsockname()[1]
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        assert self._server is not None
+        self._server.close()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._server.wait_closed()
+
+    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.ensure_future(self._relay(reader, writer))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _relay(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        passage = Passage()
+        self.passages.append(passage)
+        try:
+            passage.sent += (first := await reader.read(65536))
+            if self._refuse(first):
+                return
+            from_server, to_server = await asyncio.open_connection("127.0.0.1", self._target)
+            to_server.write(first)
+            try:
+                await self._pump_both(reader, writer, from_server, to_server, passage)
+            finally:
+                to_server.transport.abort()
+        except ConnectionError:
+            pass
+        finally:
+            passage.over = True
+            writer.close()
+
+    async def _pump_both(
+        self,
+        from_client: asyncio.StreamReader,
+        to_client: asyncio.StreamWriter,
+        from_server: asyncio.StreamReader,
+        to_server: asyncio.StreamWriter,
+        passage: Passage,
+    ) -> None:
+        async def pump(source: asyncio.StreamReader, target: asyncio.StreamWriter, kept: bytearray) -> None:
+            while data := await source.read(65536):
+                kept += data
+                target.write(data)
+                await target.drain()
+            with contextlib.suppress(OSError):  # the other side has closed both directions
+                target.write_eof()
+
+        pumps = [
+            asyncio.ensure_future(pump(from_client, to_server, passage.sent)),
+            asyncio.ensure_future(pump(from_server, to_client, bytearray())),
+        ]
+        try:
+            await asyncio.gather(*pumps)
+        finally:
+            for one in pumps:
+                one.cancel()
+            await asyncio.gather(*pumps, return_exceptions=True)
+
+
+@contextlib.contextmanager
+def black_hole() -> Iterator[int]:
+    """A port of 127.0.0.1 that answers no SYN: its queue of connections nobody accepts is full."""
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(socket.socket())
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        while True:
+            filler = stack.enter_context(socket.socket())
+            filler.settimeout(0.2)
+            try:
+                filler.connect(listener.getsockname())
+            except TimeoutError:
+                break
+        yield listener.getsockname()[1]
+
+
+def resolve_to(monkeypatch: Any, *addresses: tuple[str, int]) -> list[str]:
+    """Let every name resolve to `addresses` on the running loop, in this order. Returns the names asked for."""
+    asked: list[str] = []
+
+    async def getaddrinfo(host: str, port: int, **_: object) -> list[Any]:
+        if re.fullmatch(r"[0-9.]+", host):  # uvloop asks for addresses, too
+            return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (host, port))]
+        asked.append(host)
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", address) for address in addresses]
+
+    monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", getaddrinfo)
+    return asked
+
+
+def assert_balanced(pool: Any) -> None:
+    """Check that the pool's `stats()` add up: each slot in one place, each dial and each loan accounted for."""
+    stats = pool.stats()
+    places = (stats.in_use, stats.idle, stats.checking, stats.resetting, stats.connecting, stats.vacant)
+    assert sum(places) == stats.max_size, stats
+    assert stats.dials == stats.dial_failures + stats.terminations + stats.size, stats
+    assert stats.acquires == stats.releases + stats.in_use, stats
+
+
+async def assert_whole(pool: Any) -> None:
+    """Check that no slot is lost: the pool hands out all its connections at once, each works, and it adds up."""
+    async with asyncio.timeout(HANG):
+        connections = await asyncio.gather(*(pool.acquire(timeout=HANG) for _ in range(pool.get_max_size())))
+        backends = {await connection.fetchval("SELECT pg_backend_pid()") for connection in connections}
+        assert len(backends) == pool.get_max_size()
+        for connection in connections:
+            await pool.release(connection)
+    assert_balanced(pool)
+    stats = pool.stats()
+    assert (stats.in_use, stats.waiting, stats.idle + stats.vacant) == (0, 0, stats.max_size), stats
+
+
+Server: TypeAlias = LocalPostgres | LocalEndpoint
+
+
+def make_pool(server: Server, **keywords: Any) -> neon_async.Pool:
+    """Return a pool of connections to `server`, not open yet."""
+    return neon_async.create_pool(server.dsn, trust_anchor=server.trust_anchor, **keywords)
+
+
+@contextlib.asynccontextmanager
+async def connected(server: Server, **keywords: Any) -> AsyncIterator[Any]:
+    """One connection, besides those of any pool."""
+    connection = await neon_async.connect(server.dsn, trust_anchor=server.trust_anchor, **keywords)
+    try:
+        yield connection
+    finally:
+        await connection.close()
+
+
+async def sessions(admin: Any, name: str) -> int:
+    """Return how many sessions with this application name the server knows."""
+    count: int = await admin.fetchval("SELECT count(*) FROM pg_stat_activity WHERE application_name = $1", name)
+    return count
+
+
+async def until_gone(admin: Any, name: str) -> None:
+    """Wait until the server knows no session with this application name."""
+    async with asyncio.timeout(HANG):
+        while await sessions(admin, name):
+            await asyncio.sleep(0.001)
+
+
+def password_of(server: Server) -> str:
+    """Return the password of the one role."""
+    return server.dsn.split(":")[2].partition("@")[0]
+
+
+async def until_settled(pool: neon_async.Pool) -> None:
+    """Wait until the pool does nothing behind its callers, and check its books."""
+
+    def settled() -> bool:
+        now = pool.stats()
+        return now.checking == now.resetting == now.connecting == now.waiting == 0
+
+    await until(settled)
+    assert_balanced(pool)

@@ -1,0 +1,372 @@
+"""ISRG Root X1 is found by its fingerprint wherever it lies, and nothing else passes for it; an anchor is one root."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import os
+import ssl
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import certifi
+import pytest
+from cryptography import x509
+from support.certificates import NOW, issue, look_alike, revocation_list
+from support.probes import assert_secret_free
+
+import neon_async
+from neon_async._wire import trust as _trust
+from neon_async._wire.trust import find_isrg_root_x1, load_trust_anchor, survey
+
+ROOT = issue(subject="root", ca=True)
+OTHER_ROOT = issue(subject="other root", ca=True)
+INTERMEDIATE = issue(ROOT, "intermediate", ca=True)
+LEAF = issue(ROOT)
+
+
+def bundle() -> list[bytes]:
+    """Return certifi's certificates in DER, read by OpenSSL and not by the code under test."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.load_verify_locations(certifi.where())
+    return context.get_ca_certs(binary_form=True)
+
+
+def pem_of(*ders: bytes) -> bytes:
+    return b"".join(ssl.DER_cert_to_PEM_cert(der).encode() for der in ders)
+
+
+BUNDLE = bundle()
+X1_DER = next(der for der in BUNDLE if hashlib.sha256(der).hexdigest() == neon_async.ISRG_ROOT_X1_SHA256)
+X1 = x509.load_der_x509_certificate(X1_DER)
+X1_PEM = pem_of(X1_DER)
+LOOK_ALIKE = look_alike(X1)
+WITHOUT_X1 = pem_of(*(der for der in BUNDLE if der != X1_DER))
+
+
+@pytest.fixture(autouse=True)
+def nothing_found_yet() -> Iterator[None]:
+    find_isrg_root_x1.cache_clear()
+    yield
+    find_isrg_root_x1.cache_clear()
+
+
+@pytest.fixture
+def system(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., dict[str, Path]]:
+    """Return a function that puts made stores in the place of certifi's and the system's; None leaves one out."""
+
+    def install(certifi_pem: bytes | None = WITHOUT_X1, **stores: bytes | None) -> dict[str, Path]:
+        paths = {name: tmp_path / f"{name}.pem" for name in stores}
+        for name, pem in stores.items():
+            if pem is not None:
+                paths[name].write_bytes(pem)
+        bundle = tmp_path / "cacert.pem"
+        if certifi_pem is not None:
+            bundle.write_bytes(certifi_pem)
+        monkeypatch.setattr(certifi, "where", lambda: str(bundle))
+        monkeypatch.setattr(_trust, "_SYSTEM_STORES", tuple((name, str(path)) for name, path in paths.items()))
+        return paths
+
+    return install
+
+
+def test_the_fingerprint_is_that_of_the_published_root() -> None:
+    assert neon_async.ISRG_ROOT_X1_SHA256 == "96bcec06264976f37460779acf28c5a7cfe8a3c0aae11a8ffcee05c0bddf08c6"
+    assert X1.subject.rfc4514_string() == "CN=ISRG Root X1,O=Internet Security Research Group,C=US"
+
+
+def test_x1_is_found_in_certifi_among_many() -> None:
+    anchor = find_isrg_root_x1()
+    assert len(BUNDLE) > 100
+    assert anchor.der == X1_DER
+    assert anchor.sha256 == neon_async.ISRG_ROOT_X1_SHA256
+    assert anchor.subject == "CN=ISRG Root X1, O=Internet Security Research Group, C=US"
+    assert str(anchor) == f"{anchor.subject}, from certifi ({certifi.where()})"
+    assert "der" not in repr(anchor)
+
+
+# A store
+
+with_text = b"# ISRG Root X1\nCertificate:\n    Data: ...\n" + X1_PEM + b"trailing text\n"
+
+
+@pytest.mark.parametrize(
+    "pem",
+    [
+        pytest.param(X1_PEM, id="alone"),
+        pytest.param(WITHOUT_X1 + X1_PEM, id="last of many"),
+        pytest.param(LOOK_ALIKE.pem + X1_PEM, id="behind its look-alike"),
+        pytest.param(X1_PEM.replace(b"\n", b"\r\n"), id="with Windows line ends"),
+        pytest.param(with_text, id="with text around"),
+        pytest.param(
+            b"-----BEGIN CERTIFICATE-----\n!!!!\n-----END CERTIFICATE-----\n" + X1_PEM, id="behind a broken block"
+        ),
+        pytest.param(b"\xff\xfe\n" + X1_PEM, id="behind bytes that are no text"),
+    ],
+)
+def test_x1_is_found_in_a_system_store_when_certifi_lacks_it(
+    system: Callable[..., dict[str, Path]], pem: bytes
+) -> None:
+    paths = system(Absent=None, Empty=b"", Present=pem)
+    anchor = find_isrg_root_x1()
+    assert anchor.sha256 == neon_async.ISRG_ROOT_X1_SHA256
+    assert anchor.source == f"Present ({paths['Present']})"
+
+
+def test_x1_is_found_in_a_folder_of_certificates(system: Callable[..., dict[str, Path]]) -> None:
+    folder = system(Android=None)["Android"]
+    (folder / "00000000.0").mkdir(parents=True)
+    (folder / "11111111.0").write_bytes(LOOK_ALIKE.pem)
+    (folder / "22222222.0").write_bytes(b"\x00\x01 no certificate")
+    (folder / "33333333.0").symlink_to(folder / "nowhere")
+    (folder / "6187b673.0").write_bytes(X1_PEM + b"Certificate:\n    Data:\n")
+    anchor = find_isrg_root_x1()
+    assert (anchor.sha256, anchor.source) == (neon_async.ISRG_ROOT_X1_SHA256, f"Android ({folder})")
+
+
+def test_certifi_comes_first(system: Callable[..., dict[str, Path]]) -> None:
+    system(X1_PEM, Debian=X1_PEM)
+    assert find_isrg_root_x1().source.startswith("certifi (")
+
+
+@pytest.mark.parametrize(
+    ("bundle", "stores"),
+    [
+        pytest.param(WITHOUT_X1, {"Debian": WITHOUT_X1}, id="others only"),
+        pytest.param(LOOK_ALIKE.pem, {"Debian": LOOK_ALIKE.pem}, id="a look-alike with another key"),
+        pytest.param(None, {"Debian": None}, id="no store at all"),
+        pytest.param(b"", {}, id="nothing"),
+        pytest.param(X1_PEM.replace(b"CERTIFICATE", b"TRUSTED CERTIFICATE"), {}, id="in OpenSSL's own format"),
+    ],
+)
+def test_x1_nowhere_is_a_clear_error_that_is_not_kept(
+    system: Callable[..., dict[str, Path]], bundle: bytes | None, stores: dict[str, bytes | None]
+) -> None:
+    paths = system(bundle, **stores)
+    for _ in range(2):
+        with pytest.raises(neon_async.ConfigurationError, match="ISRG Root X1 was found nowhere") as caught:
+            find_isrg_root_x1()
+        assert all(str(path) in str(caught.value) for path in (certifi.where(), *paths.values()))
+    system(X1_PEM)
+    assert find_isrg_root_x1().sha256 == neon_async.ISRG_ROOT_X1_SHA256
+
+
+# sslrootcert
+
+
+def test_sslrootcert_with_x1_is_used(tmp_path: Path) -> None:
+    path = tmp_path / "roots.pem"
+    path.write_bytes(WITHOUT_X1 + X1_PEM)
+    anchor = find_isrg_root_x1(str(path))
+    assert (anchor.sha256, anchor.source) == (neon_async.ISRG_ROOT_X1_SHA256, f"sslrootcert ({path})")
+
+
+@pytest.mark.parametrize(
+    ("pem", "count"),
+    [
+        pytest.param(ROOT.pem, 1, id="a private root"),
+        pytest.param(LOOK_ALIKE.pem, 1, id="an X1 look-alike"),
+        pytest.param(WITHOUT_X1, len(BUNDLE) - 1, id="all roots but X1"),
+    ],
+)
+def test_sslrootcert_without_x1_asks_for_less_and_is_refused(tmp_path: Path, pem: bytes, count: int) -> None:
+    path = tmp_path / "roots.pem"
+    path.write_bytes(pem)
+    with pytest.raises(neon_async.InsecureConfigurationError, match=f"does not hold ISRG Root X1, but {count} other"):
+        find_isrg_root_x1(str(path))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(lambda path: None, id="missing"),
+        pytest.param(Path.touch, id="empty"),
+        pytest.param(Path.mkdir, id="an empty folder"),
+        pytest.param(lambda path: path.write_bytes(b"garbage"), id="garbage"),
+        pytest.param(lambda path: path.symlink_to(path), id="a link to itself"),
+        pytest.param(lambda path: path.write_bytes(LEAF.key_pem), id="a key"),
+    ],
+)
+def test_sslrootcert_without_a_certificate_is_refused(tmp_path: Path, make: Callable[[Path], object]) -> None:
+    path = tmp_path / "roots.pem"
+    make(path)
+    with pytest.raises(neon_async.ConfigurationError, match="cannot be read or holds no certificate") as caught:
+        find_isrg_root_x1(str(path))
+    assert str(path) in str(caught.value)
+
+
+def test_sslrootcert_system_means_the_systems_stores_without_certifi(system: Callable[..., dict[str, Path]]) -> None:
+    paths = system(X1_PEM, Debian=X1_PEM)
+    assert find_isrg_root_x1("system").source == f"Debian ({paths['Debian']})"
+    find_isrg_root_x1.cache_clear()
+    system(X1_PEM, Debian=WITHOUT_X1)
+    with pytest.raises(neon_async.ConfigurationError, match="found nowhere") as caught:
+        find_isrg_root_x1("system")
+    assert "cacert.pem" not in str(caught.value)
+
+
+def test_a_file_named_system_is_not_the_systems_stores(
+    system: Callable[..., dict[str, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    system(WITHOUT_X1)
+    monkeypatch.chdir(tmp_path)
+    Path("system").write_bytes(X1_PEM)
+    with pytest.raises(neon_async.ConfigurationError, match="found nowhere"):
+        find_isrg_root_x1("system")
+
+
+# trust_anchor
+
+
+class AnchorPath(os.PathLike[str]):
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __fspath__(self) -> str:
+        return str(self._path)
+
+
+@pytest.mark.parametrize(
+    "give",
+    [
+        pytest.param(lambda path: ROOT.pem, id="PEM bytes"),
+        pytest.param(lambda path: ROOT.pem.decode(), id="PEM text"),
+        pytest.param(lambda path: "Subject: root\n" + ROOT.pem.decode(), id="PEM text with a comment"),
+        pytest.param(str, id="path as text"),
+        pytest.param(lambda path: path, id="Path"),
+        pytest.param(AnchorPath, id="PathLike"),
+    ],
+)
+def test_a_trust_anchor_is_taken_in_every_form(tmp_path: Path, give: Callable[[Path], _trust.AnchorSource]) -> None:
+    path = tmp_path / "root.pem"
+    path.write_bytes(ROOT.pem)
+    source = give(path)
+    anchor = load_trust_anchor(source)
+    assert anchor.der == ROOT.der
+    assert anchor.sha256 == hashlib.sha256(ROOT.der).hexdigest()
+    assert anchor.subject == "CN=root"
+    names_path = not isinstance(source, bytes) and "BEGIN" not in str(source)
+    assert anchor.source == (f"trust_anchor {str(path)!r}" if names_path else "trust_anchor")
+
+
+def one_block(*ders: bytes) -> bytes:
+    return ssl.DER_cert_to_PEM_cert(b"".join(ders)).encode()
+
+
+NO_CA = issue(subject="root", also=[(x509.BasicConstraints(False, None), True)])
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        pytest.param(ROOT.pem + OTHER_ROOT.pem, "holds 2 certificates", id="two roots"),
+        pytest.param(ROOT.pem + ROOT.pem, "holds 2 certificates", id="the same root twice"),
+        pytest.param(LEAF.pem + ROOT.pem, "holds 2 certificates", id="leaf and root"),
+        pytest.param(LEAF.pem, "not a CA certificate signed by itself", id="a leaf"),
+        pytest.param(INTERMEDIATE.pem, "not a CA certificate signed by itself", id="an intermediate"),
+        pytest.param(NO_CA.pem, "not a CA certificate signed by itself", id="self-signed and no CA"),
+        pytest.param(one_block(ROOT.der, OTHER_ROOT.der), "not a CA certificate", id="two roots in one block"),
+        pytest.param(one_block(ROOT.der[:-10]), "not a CA certificate", id="cut off"),
+        pytest.param(one_block(b"garbage"), "not a CA certificate", id="a block of garbage"),
+        pytest.param(b"", "holds no certificate", id="empty"),
+        pytest.param(b"garbage", "holds no certificate", id="garbage"),
+        pytest.param(ROOT.der, "holds no certificate", id="DER"),
+        pytest.param(LEAF.key_pem, "holds no certificate", id="a key"),
+        pytest.param(revocation_list(ROOT), "holds no certificate", id="a CRL"),
+        pytest.param(b"/etc/ssl/cert.pem", "holds no certificate", id="a path as bytes"),
+        pytest.param("", "cannot be read", id="empty text"),
+        pytest.param("/nowhere/root.pem", "cannot be read: No such file", id="missing file"),
+        pytest.param("/", "cannot be read: not a regular file", id="a folder"),
+        pytest.param("a\0b", "cannot be read: not a path", id="NUL in the path"),
+        pytest.param("a" * 5000, "cannot be read: File name too long", id="an endless path"),
+        pytest.param("\ud800", "cannot be read", id="a surrogate as path"),
+        pytest.param(bytearray(ROOT.pem), "is of type bytearray", id="bytearray"),
+        pytest.param(17, "is of type int", id="a file descriptor"),
+        pytest.param(True, "is of type bool", id="True"),
+        pytest.param(False, "is of type bool", id="False"),
+        pytest.param([ROOT.pem], "is of type list", id="a list"),
+    ],
+)
+def test_whatever_is_not_exactly_one_root_is_refused_as_trust_anchor(source: _trust.AnchorSource, reason: str) -> None:
+    for use in (
+        load_trust_anchor,
+        lambda source: neon_async.create_ssl_context(trust_anchor=source),
+        lambda source: neon_async.create_pool("postgresql://u:s3cret@db.example.com/d", trust_anchor=source),
+        lambda source: neon_async.connect("postgresql://u:s3cret@db.example.com/d", trust_anchor=source),
+    ):
+        with pytest.raises(neon_async.ConfigurationError, match=reason) as caught:
+            use(source)
+        assert_secret_free(caught.value, "s3cret", "BEGIN PRIVATE KEY-----\n")
+
+
+def test_a_leaf_hidden_behind_the_root_in_one_block_is_refused() -> None:
+    # OpenSSL reads on after the first certificate; only the CAs among them show in get_ca_certs().
+    with pytest.raises(neon_async.ConfigurationError):
+        neon_async.create_ssl_context(trust_anchor=one_block(ROOT.der, LEAF.der))
+
+
+def test_an_unreadable_trust_anchor_tells_the_path_and_the_reason(tmp_path: Path) -> None:
+    path = tmp_path / "root.pem"
+    with pytest.raises(neon_async.ConfigurationError) as caught:
+        load_trust_anchor(path)
+    assert str(caught.value) == f"trust_anchor {str(path)!r} cannot be read: No such file or directory."
+
+
+def test_trust_anchor_and_sslrootcert_together_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "roots.pem"
+    path.write_bytes(X1_PEM)
+    with pytest.raises(neon_async.ConfigurationError, match="trust_anchor and sslrootcert are both given"):
+        neon_async.create_pool("postgresql://u:p@db.example.com/d", trust_anchor=ROOT.pem, sslrootcert=str(path))
+
+
+@pytest.mark.parametrize("channel", ["DSN", "environment"])
+def test_a_trust_anchor_is_never_silently_replaced_by_a_sslrootcert_that_fails(
+    channel: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The anchor comes from code and wins; what the other channels name is checked for X1 only when there is none.
+    path = tmp_path / "roots.pem"
+    path.write_bytes(OTHER_ROOT.pem)
+    dsn = "postgresql://u:p@db.example.com/d"
+    if channel == "DSN":
+        dsn += f"?sslrootcert={path}"
+    else:
+        monkeypatch.setenv("PGSSLROOTCERT", str(path))
+    with pytest.raises(neon_async.InsecureConfigurationError, match="does not hold ISRG Root X1"):
+        neon_async.create_pool(dsn)
+    pool = neon_async.create_pool(dsn, trust_anchor=ROOT.pem)
+    assert pool._connector.anchor.der == ROOT.der
+
+
+# The survey
+
+
+def test_the_survey_tells_of_every_place(system: Callable[..., dict[str, Path]], tmp_path: Path) -> None:
+    paths = system(WITHOUT_X1, Debian=X1_PEM + ROOT.pem, Alpine=None, Empty=b"")
+    places = {place.name: place for place in survey()}
+    assert list(places) == ["certifi", "Debian", "Alpine", "Empty", "Windows"]
+    assert places["certifi"] == _trust.Place("certifi", str(tmp_path / "cacert.pem"), len(BUNDLE) - 1, False)
+    assert places["Debian"] == _trust.Place("Debian", str(paths["Debian"]), 2, True)
+    assert places["Alpine"] == _trust.Place("Alpine", str(paths["Alpine"]), None, False)
+    assert places["Empty"] == _trust.Place("Empty", str(paths["Empty"]), 0, False)
+    assert (places["Windows"].certificates is None) == (sys.platform != "win32")
+
+
+def test_the_survey_of_this_system_finds_x1_in_certifi() -> None:
+    places = {place.name: place for place in survey()}
+    assert places["certifi"].found
+    assert places["certifi"].certificates == len(BUNDLE)
+    assert {"Debian, Ubuntu, Gentoo", "CentOS, Fedora, RedHat", "openSUSE", "Alpine, macOS", "Android"} < set(places)
+    assert Path(places["certifi"].location).is_file()
+
+
+def test_the_roots_are_still_good() -> None:
+    assert X1.not_valid_after_utc > NOW
+
+
+def test_a_fingerprint_is_of_all_bytes_of_the_block() -> None:
+    # X1 with anything behind it is not X1: nothing rides along with a known fingerprint.
+    smuggled = base64.encodebytes(X1_DER + OTHER_ROOT.der)
+    pem = b"-----BEGIN CERTIFICATE-----\n" + smuggled + b"-----END CERTIFICATE-----\n"
+    ders = _trust._pem_to_der(pem)
+    assert [hashlib.sha256(der).hexdigest() == neon_async.ISRG_ROOT_X1_SHA256 for der in ders] == [False]

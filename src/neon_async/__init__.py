@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from ._config.dsn import harden_dsn
-from ._driver.connector import Connection, connect, connection_tls_report
+from ._driver.connection import Connection
+from ._driver.connector import connect, connection_tls_report
 from ._errors import (
     AuthenticationError,
     CertificateError,

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from support.probes import HANG
 
-from neon_async._pool.waiters import WaitingLine
+from neon_async._pool.waiters import WaitQueue
 from neon_async._timing import Timer
 
 NEVER = 1e9  # as a time of the event loop: not within this test
@@ -27,15 +27,15 @@ class Counter:
     def __init__(self) -> None:
         self.shelf: list[str] = []
         self.came_back: list[str] = []
-        self.line: WaitingLine[str] = WaitingLine(give_back=self._take_back)
+        self.line: WaitQueue[str] = WaitQueue(give_back=self._take_back)
 
     def _take_back(self, thing: str) -> None:
         self.came_back.append(thing)
-        if not self.line.give(thing):
+        if not self.line.hand_over(thing):
             self.shelf.append(thing)
 
-    async def wait(self, *, first: bool = False, until: float = NEVER) -> str:
-        return await self.line.turn(self.line.join(until, first=first))
+    async def wait(self, *, front: bool = False, until: float = NEVER) -> str:
+        return await self.line.wait(self.line.join(until, front=front))
 
 
 async def started(*waits: Any) -> list[asyncio.Task[str]]:
@@ -101,39 +101,39 @@ class TestFairness:
     async def test_who_comes_first_is_served_first(self) -> None:
         counter = Counter()
         tasks = await started(*(counter.wait() for _ in range(5)))
-        assert all(counter.line.give(thing) for thing in "abcde")
+        assert all(counter.line.hand_over(thing) for thing in "abcde")
         assert await outcomes(tasks) == list("abcde")
 
     async def test_who_was_served_in_vain_stands_in_front(self) -> None:
         counter = Counter()
-        tasks = await started(counter.wait(), counter.wait(), counter.wait(first=True), counter.wait())
-        assert all(counter.line.give(thing) for thing in "abcd")
+        tasks = await started(counter.wait(), counter.wait(), counter.wait(front=True), counter.wait())
+        assert all(counter.line.hand_over(thing) for thing in "abcd")
         assert await outcomes(tasks) == ["b", "c", "a", "d"]
 
     async def test_where_nobody_waits_nothing_is_taken(self) -> None:
         counter = Counter()
-        assert not counter.line.give("a")
+        assert not counter.line.hand_over("a")
         [task] = await started(counter.wait())
         assert not task.done()
-        assert counter.line.give("b")
-        assert not counter.line.give("c")
+        assert counter.line.hand_over("b")
+        assert not counter.line.hand_over("c")
         assert await outcomes([task]) == ["b"]
 
     async def test_what_is_given_before_the_turn_is_awaited_is_there_at_once(self) -> None:
         line = Counter().line
         waiter = line.join(NEVER)
-        assert line.give("a")
+        assert line.hand_over("a")
         with pytest.raises(StopIteration) as stopped:
-            line.turn(waiter).send(None)  # the coroutine ends without having waited for anything
+            line.wait(waiter).send(None)  # the coroutine ends without having waited for anything
         assert stopped.value.value == "a"
 
     async def test_its_length_and_repr_tell_who_waits(self) -> None:
         counter = Counter()
         tasks = await started(counter.wait(), counter.wait())
-        assert (len(counter.line), bool(counter.line), repr(counter.line)) == (2, True, "<WaitingLine: 2 waiting>")
-        counter.line.give("a")
-        counter.line.give("b")
-        assert (len(counter.line), bool(counter.line), repr(counter.line)) == (0, False, "<WaitingLine: 0 waiting>")
+        assert (len(counter.line), bool(counter.line), repr(counter.line)) == (2, True, "<WaitQueue: 2 waiting>")
+        counter.line.hand_over("a")
+        counter.line.hand_over("b")
+        assert (len(counter.line), bool(counter.line), repr(counter.line)) == (0, False, "<WaitQueue: 0 waiting>")
         await outcomes(tasks)
 
 
@@ -146,7 +146,7 @@ class TestWhoLeaves:
         tasks[0].cancel()
         await asyncio.sleep(0)
         assert len(counter.line) == 1
-        assert counter.line.give("a")
+        assert counter.line.hand_over("a")
         assert await outcomes(tasks) == ["CancelledError", "a"]
         assert counter.came_back == []
 
@@ -154,7 +154,7 @@ class TestWhoLeaves:
         counter = Counter()
         tasks = await started(counter.wait(), counter.wait())
         tasks[0].cancel()
-        assert counter.line.give("a")
+        assert counter.line.hand_over("a")
         assert await outcomes(tasks) == ["CancelledError", "a"]
         assert counter.came_back == []
 
@@ -163,13 +163,13 @@ class TestWhoLeaves:
         tasks = await started(counter.wait(), counter.wait())
         for task in tasks:
             task.cancel()
-        assert not counter.line.give("a")
+        assert not counter.line.hand_over("a")
         assert await outcomes(tasks) == ["CancelledError"] * 2
 
     async def test_a_waiter_that_leaves_in_the_moment_after_the_gift_gives_it_back_once(self) -> None:
         counter = Counter()
         tasks = await started(counter.wait(), counter.wait())
-        assert counter.line.give("a")
+        assert counter.line.hand_over("a")
         tasks[0].cancel()
         assert await outcomes(tasks) == ["CancelledError", "a"]
         assert counter.came_back == ["a"]
@@ -185,11 +185,11 @@ class TestWhoLeaves:
             return thing
 
         tasks = await started(customer(), counter.wait())
-        assert counter.line.give("a")
+        assert counter.line.hand_over("a")
         async with asyncio.timeout(HANG):
             await taken.wait()
         tasks[0].cancel()
-        assert counter.line.give("b")
+        assert counter.line.hand_over("b")
         assert await outcomes(tasks) == ["CancelledError", "b"]
         assert counter.came_back == []
 
@@ -202,7 +202,7 @@ class TestWhoLeaves:
             if number < 98:
                 asyncio.get_running_loop().call_soon(cancel_next, number + 1)
 
-        assert counter.line.give("a")
+        assert counter.line.hand_over("a")
         cancel_next(0)
         assert await outcomes(tasks) == ["CancelledError"] * 99 + ["a"]
         assert counter.shelf == []
@@ -211,24 +211,24 @@ class TestWhoLeaves:
     async def test_a_waiter_whose_time_is_over_leaves(self) -> None:
         counter, now = Counter(), asyncio.get_running_loop().time()
         tasks = await started(counter.wait(until=now), counter.wait(), counter.wait(until=now - 5))
-        assert await outcomes([tasks[0], tasks[2]]) == ["TurnExpired"] * 2
+        assert await outcomes([tasks[0], tasks[2]]) == ["WaitExpired"] * 2
         assert len(counter.line) == 1
-        assert counter.line.give("a")
-        assert await outcomes(tasks) == ["TurnExpired", "a", "TurnExpired"]
+        assert counter.line.hand_over("a")
+        assert await outcomes(tasks) == ["WaitExpired", "a", "WaitExpired"]
 
     @pytest.mark.parametrize("gift_first", [True, False], ids=["gift, then deadline", "deadline, then gift"])
     async def test_a_gift_in_the_moment_of_the_deadline_is_not_lost(self, gift_first: bool) -> None:
         counter, loop = Counter(), asyncio.get_running_loop()
         moment = loop.time() + 0.01
         if gift_first:
-            loop.call_at(moment, counter.line.give, "a")
+            loop.call_at(moment, counter.line.hand_over, "a")
         tasks = await started(counter.wait(until=moment), counter.wait())
         if not gift_first:
-            loop.call_at(moment, counter.line.give, "a")
+            loop.call_at(moment, counter.line.hand_over, "a")
         await outcomes(tasks[:1])
-        left = counter.line.give("b")
+        left = counter.line.hand_over("b")
         # The timers of an event loop are not exact: either may have been the first.
-        assert (await outcomes(tasks), left) in ((["a", "b"], True), (["TurnExpired", "a"], False))
+        assert (await outcomes(tasks), left) in ((["a", "b"], True), (["WaitExpired", "a"], False))
         assert counter.came_back == []
 
     async def test_all_deadlines_of_the_line_share_one_timer(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,7 +238,7 @@ class TestWhoLeaves:
         assert len(timers.made) == 1
         tasks += await started(counter.wait(until=now))  # the first to leave is not the last to come
         assert len(timers.standing()) == 1
-        assert await outcomes(tasks[-1:]) == ["TurnExpired"]
+        assert await outcomes(tasks[-1:]) == ["WaitExpired"]
         assert timers.standing() == [now + HANG]
         counter.line.close(LookupError)
         assert timers.standing() == []
@@ -289,12 +289,12 @@ class TestRefusals:
     async def test_the_last_are_refused_and_the_first_keep_their_place(self, count: int, refused: int) -> None:
         counter = Counter()
         tasks = await started(*(counter.wait() for _ in range(4)))
-        counter.line.refuse(count, lambda: LookupError("sold out"))
+        counter.line.fail(count, lambda: LookupError("sold out"))
         served = 4 - refused
         assert len(counter.line) == served
         for thing in "abcd"[:served]:
-            assert counter.line.give(thing)
-        assert not counter.line.give("e")
+            assert counter.line.hand_over(thing)
+        assert not counter.line.hand_over("e")
         assert await outcomes(tasks) == list("abcd"[:served]) + ["LookupError"] * refused
 
     async def test_a_line_that_closes_refuses_all_and_forgets_the_time(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -309,7 +309,7 @@ class TestRefusals:
     async def test_each_is_refused_with_an_exception_of_its_own(self) -> None:
         counter = Counter()
         tasks = await started(counter.wait(), counter.wait())
-        counter.line.refuse(2, lambda: LookupError("sold out"))
+        counter.line.fail(2, lambda: LookupError("sold out"))
         await outcomes(tasks)
         assert tasks[0].exception() is not tasks[1].exception()
 
@@ -319,7 +319,7 @@ class TestRefusals:
         [task] = await started(counter.wait())
         if not refused_first:
             task.cancel()
-        counter.line.refuse(1, lambda: LookupError("sold out"))
+        counter.line.fail(1, lambda: LookupError("sold out"))
         if refused_first:
             task.cancel()
         assert await outcomes([task]) == ["CancelledError"]
@@ -398,20 +398,20 @@ class AnyDay(RuleBasedStateMachine):
             patched.setattr(self.loop, "call_at", self.clock.call_at)
             yield
 
-    @rule(first=st.booleans(), patience=st.lists(st.integers(1, 5), min_size=1, max_size=3))
-    def some_join(self, first: bool, patience: list[int]) -> None:
+    @rule(front=st.booleans(), patience=st.lists(st.integers(1, 5), min_size=1, max_size=3))
+    def some_join(self, front: bool, patience: list[int]) -> None:
         for seconds in patience:
             self.tasks_run()
             number = len(self.tasks)
             self.deadlines[number] = until = self.clock.now + seconds
-            self.tasks[number] = self.loop.create_task(self.counter.wait(first=first, until=until))
-            self.line.insert(0 if first else len(self.line), number)
+            self.tasks[number] = self.loop.create_task(self.counter.wait(front=front, until=until))
+            self.line.insert(0 if front else len(self.line), number)
             self.tasks_run()
 
     @rule()
     def a_thing_is_given(self) -> None:
         thing = next(self.things)
-        given = self.counter.line.give(thing)
+        given = self.counter.line.hand_over(thing)
         assert given == self.model_gives(thing)
         if not given:
             self.counter.shelf.append(thing)
@@ -440,11 +440,11 @@ class AnyDay(RuleBasedStateMachine):
             asyncio._set_running_loop(None)
         for number in [number for number in self.line if self.deadlines[number] <= self.clock.now]:
             self.line.remove(number)
-            self.leaving.setdefault(number, "TurnExpired")
+            self.leaving.setdefault(number, "WaitExpired")
 
     @rule(count=st.integers(0, 3))
     def the_last_are_refused(self, count: int) -> None:
-        self.counter.line.refuse(count, lambda: LookupError("sold out"))
+        self.counter.line.fail(count, lambda: LookupError("sold out"))
         for _ in range(min(count, len(self.line))):
             self.expected[self.line.pop()] = "LookupError"
 

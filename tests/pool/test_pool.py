@@ -695,7 +695,7 @@ async def test_changes_of_state_are_logged_in_one_line_each(
     assert {(record.name, record.levelno) for record in records} == {("neon_async", logging.INFO)}
     lines = [record.getMessage() for record in records]
     for line, part in zip(
-        lines, ["connected after", "no connection is open", "cannot connect", "connected after", "closed"], strict=True
+        lines, ["connected in", "no connection is open", "cannot connect", "connected in", "closed"], strict=True
     ):
         assert line.startswith(f"{NAME}: ")
         assert part in line

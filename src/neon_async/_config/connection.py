@@ -90,6 +90,10 @@ class ConnectionParameters:
     max_cacheable_statement_size: int
 
     @property
+    def endpoint(self):
+        return parse_host(self.host)
+
+    @property
     def redacted_dsn(self) -> str:
         """A DSN that says where this leads, and no secret."""
         user, database = (urllib.parse.quote(text, safe="") for text in (self.user, self.database))

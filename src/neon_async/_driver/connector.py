@@ -9,9 +9,8 @@ import asyncio
 import os
 import socket
 import ssl
-import weakref
 from collections.abc import Callable, Coroutine
-from typing import TYPE_CHECKING, Any, TypeAlias, Unpack, cast
+from typing import Any, Unpack, cast
 
 import asyncpg
 
@@ -26,32 +25,16 @@ from .._errors import (
     UnsupportedEventLoopError,
     forget_arguments,
 )
-from .._neon.endpoint import classify, short_name
-from .._wire.dial import Door, Wire, client_certificate
+from .._neon import sql
+from .._neon.endpoint import classify, parse_host, short_name
+from .._wire.dial import Door, client_certificate
 from .._wire.login import Logins, Secret
 from .._wire.tls import NOT_TLS_REASONS, TLSReport, build_context, explain, openssl_reason
 from .._wire.trust import AnchorSource, TrustAnchor, find_isrg_root_x1, load_trust_anchor
-
-if TYPE_CHECKING:
-    from asyncpg.pool import PoolConnectionProxy
-
-    Connection: TypeAlias = asyncpg.Connection[asyncpg.Record] | PoolConnectionProxy[asyncpg.Record]
-else:
-    # What a pool hands out is an instance of this class too: asyncpg's metaclass sees to that.
-    Connection = asyncpg.Connection
-
-# By id(), for a caller's connection class may compare as it likes; what is known goes with its connection.
-_known: dict[int, tuple[TLSReport, Wire]] = {}
-
-
-def _remember(connection: object, report: TLSReport, wire: Wire) -> None:
-    _known[id(connection)] = report, wire
-    weakref.finalize(connection, _known.pop, id(connection), None).atexit = False
-
-
-def wire_of(connection: object) -> Wire:
-    """Return the transport of a connection that a `Connector` has made."""
-    return _known[id(connection)][1]
+from .connection import Connection, combine
+from .holder import adopt_running_loop, session_of
+from .pooled import PooledConnection, tracked_settings
+from .session import Healing, Session
 
 
 class Connector:
@@ -62,6 +45,7 @@ class Connector:
         self.anchor = anchor
         self.tls_report: TLSReport | None = None
         self._logins = Logins()
+        self.healing = Healing()
         # For asyncpg to hold. It trusts nobody: were it ever used, nothing would pass.
         self._placeholder = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 
@@ -116,8 +100,25 @@ class Connector:
             raise
         finally:
             self.tls_report = door.report or self.tls_report
-        _remember(connection, cast(TLSReport, door.report), cast(Wire, door.wire))
+        self._begin_session(connection, door)
         return connection
+
+    def _begin_session(self, connection: Any, door: Door) -> None:
+        host = self.parameters.host
+        assert door.report is not None
+        assert door.wire is not None
+        session = Session(
+            host=host,
+            endpoint=parse_host(host),
+            healing=self.healing,
+            report=door.report,
+            transport=door.wire,
+            cancel=door.cancel,
+        )
+        door.wire.session = session
+        if isinstance(connection, PooledConnection):
+            session.initial_settings = tracked_settings(connection)
+        adopt_running_loop(connection)
 
     async def _connect_through(
         self, door: Door, connection_class: type[Any], record_class: type[Any]
@@ -143,9 +144,13 @@ class Connector:
             statement_cache_size=parameters.statement_cache_size,
             max_cached_statement_lifetime=parameters.max_cached_statement_lifetime,
             max_cacheable_statement_size=parameters.max_cacheable_statement_size,
-            connection_class=connection_class,
+            connection_class=self._class_for(connection_class),
             record_class=record_class,
         )
+
+    def _class_for(self, base: type[Any]) -> type[Any]:
+        endpoint = parse_host(self.parameters.host)
+        return combine(base, PooledConnection if endpoint is not None and endpoint.pooled else Connection)
 
     def _name(self, error: Exception, step: str, *, expired: bool) -> Exception:
         """Return the public error for what went wrong at `step`; the one place where names are given."""
@@ -249,6 +254,9 @@ def prepare(dsn: str | None, *, trust_anchor: AnchorSource | None = None, **keyw
     from .._wire import scram  # noqa: F401
 
     build_context(anchor, crl=parameters.sslcrl, client_certificate=client_certificate(parameters))
+    endpoint = parse_host(parameters.host)
+    if endpoint is not None and endpoint.pooled:
+        sql.prepare()
     return Connector(parameters, anchor)
 
 
@@ -277,8 +285,7 @@ def connection_tls_report(connection: Connection) -> TLSReport:
     `connection`: from `connect()` or from a pool. Raises `ConfigurationError` for a connection made by anybody else,
     and for one that has been released to its pool.
     """
-    # asyncpg's private name: a pool hands out a proxy, and only this attribute tells the connection behind it.
-    known = _known.get(id(getattr(connection, "_con", connection)))
-    if known is None:
+    session = session_of(connection)
+    if session is None:
         raise ConfigurationError("This is not an open connection of neon-async. Pass one while it is acquired.")
-    return known[0]
+    return session.report

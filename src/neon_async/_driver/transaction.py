@@ -12,7 +12,7 @@ import itertools
 import random
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
-from typing import Any, TypeAlias, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 
 import asyncpg
 from asyncpg.connresource import guarded
@@ -21,12 +21,14 @@ from asyncpg.transaction import Transaction as AsyncpgTransaction
 
 from .._errors import CommitUnknownError, ConfigurationError, NeonAsyncError, TransactionAbortedError
 from .._timing import backoff
-from .connector import Connection
+
+if TYPE_CHECKING:
+    from .connection import Connection
 
 _T = TypeVar("_T")
 
-Acquire: TypeAlias = Callable[[], AbstractAsyncContextManager[Connection]]
-Work: TypeAlias = Callable[[Connection], Awaitable[_T]]
+Acquire: TypeAlias = "Callable[[], AbstractAsyncContextManager[Connection]]"
+Work: TypeAlias = "Callable[[Connection], Awaitable[_T]]"
 
 # Seconds that a ROLLBACK may take: as long as the reset of a connection may, or as long as somebody who has run out of
 # time already, or who is being cancelled, should wait. The second is one cancel request to a server far away.

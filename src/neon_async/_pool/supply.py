@@ -1,11 +1,10 @@
-"""Who gets a free connection, and where connections come from.
+"""Where connections come from and where they go: dial, check, hand over, reset, expire, close.
 
-Demand is a line of waiters, strictly first come, first served. Supply is background tasks: dials, checks of connections
-that were idle for long, and what the pool does with those that came back. Each ends in `offer()`, which gives the
-connection to the first in line; `balance()` starts what the line needs. No waiter has a dial of its own, so none that
-gives up throws one away.
+Demand is a queue of waiters, strictly first come, first served. Supply is work in the background: dials, checks of
+connections that were idle for long, resets and closes. Each ends in `_finished()`, which offers the slot, and
+`balance()` starts what the waiters need. No waiter has a dial of its own, so a waiter that gives up throws none away.
 
-This module knows neither callers nor deadlines of theirs, nor what is done to a connection that came back.
+Knows no callers: not how long they wait, and not what they do with a connection.
 """
 
 from __future__ import annotations
@@ -18,331 +17,453 @@ import math
 import random
 import time
 from collections.abc import Callable, Coroutine
-from typing import Any, TypeVar
+from typing import Any
 
-from .._errors import NeonAsyncError
+from .._driver import holder
+from .._driver.connection import resets_itself
+from .._driver.connector import Connector
+from .._driver.holder import Holder, session_of
+from .._errors import ConnectError, ConnectTimeoutError, NeonAsyncError, PoolTimeoutError
+from .._neon.endpoint import short_name
 from .._timing import Timer
+from .loan import Need
+from .options import PoolOptions
 from .pace import Pace, may_pass
-from .slots import Place, Slot, Slots
+from .slots import Slot, Slots, State
 from .stats import Tallies
-from .waiters import WaitingLine
-
-_T = TypeVar("_T")
+from .waiters import WaitQueue
 
 _log = logging.getLogger("neon_async")
 
-# A healthy server answers a ping in one round trip; whoever waits for the answer has other uses for the time.
+# A healthy server answers a ping in one round trip, and a caller waits for the answer.
 _PING_TIMEOUT = 2.0
-# By how much the wall clock may run ahead of the monotonic one, or behind, before this machine has been asleep: NTP
-# slews both alike and steps for less are rare.
+# How far the wall clock may gain on the monotonic clock, or fall behind it, before this machine counts as having been
+# asleep: NTP slews both alike, and smaller steps are rare.
 _CLOCK_LEAP = 2.0
 # Lifetimes differ by up to this part, so that connections made together do not end together.
 _LIFETIME_JITTER = 0.1
+# What is cancelled ends within an iteration or two of the event loop.
+_CANCEL_GRACE = 1.0
 
 
 class Supply:
-    """The free connections of one pool, and the line of those who want one.
+    """The connections of one pool, and the waiters for them.
 
-    `name`: what log lines call the database. The other parameters are `create_pool()`'s; infinity stands for never.
+    Args:
+        connector: Makes the connections.
+        options: The pool's options.
+        holders: One for each connection the pool may have; a slot is made for each.
     """
 
-    def __init__(
-        self,
-        name: str,
-        tallies: Tallies,
-        *,
-        min_size: int,
-        max_lifetime: float,
-        max_inactive: float,
-        check_after_idle: float,
-        close_timeout: float,
-    ) -> None:
-        self._name = name
-        self._tallies = tallies
-        self._min_size = min_size
-        self._max_lifetime = max_lifetime
-        self._max_inactive = max_inactive
-        self._check_after_idle = check_after_idle
-        self._close_timeout = close_timeout
-        self.slots = Slots([])
+    def __init__(self, connector: Connector, options: PoolOptions, holders: list[Holder]) -> None:
+        self.name = short_name(connector.parameters.host)
+        self.options = options
+        self.connector = connector
+        self.slots = Slots([Slot(holder) for holder in holders])
+        self._slot_of = {slot.holder: slot for slot in self.slots}
+        self.waiters: WaitQueue[Slot] = WaitQueue(give_back=self._offer)
         self.pace = Pace()
-        self.line: WaitingLine[Slot] = WaitingLine(give_back=self.offer)
-        self.closing = False  # from then on connections end instead of being offered
+        self.tallies = Tallies()
+        self.size = 0  # open connections
+        self.closing = False  # from then on connections are closed instead of being offered
         self.emptied = asyncio.Event()  # closing, and the last connection has ended
+        self._generation = 0
         self._tasks: set[asyncio.Task[Any]] = set()
         self._reaper = Timer(self._reap)
-        self._warden = Timer(self._end_late_work)
-        self._resumption: asyncio.TimerHandle | None = None
-        self._cold_since: float | None = None
-        self._clock_ahead = time.time() - time.monotonic()
+        self._resumption = Timer(self.balance)
+        self._cold_since: float | None = None  # since when there has been no connection and a dial has been under way
+        self._clock_offset = time.time() - time.monotonic()
 
     def __repr__(self) -> str:
-        return f"<Supply {self._name}: {self.slots!r}, {len(self.line)} waiting>"
+        return f"<Supply {self.name}: {self.slots!r}, {len(self.waiters)} waiting>"
+
+    def slot_of(self, owned: Holder) -> Slot:
+        """Return the slot that owns a holder."""
+        return self._slot_of[owned]
 
     # -----------------------------------------------------------------------------------------------------------------
-    # Free connections
+    # Idle connections
 
-    def usable_idle(self, now: float) -> Slot | None:
-        """Return the idle slot that came back last, if it can be used without a check; it stays where it is."""
+    def take_idle(self, now: float) -> Slot | None:
+        """Return the idle slot that was used last, if it needs no check; it stays where it is."""
         self._notice_leap(now)
         idle = self.slots.idle
         while idle:
             slot = idle[-1]
-            if not slot.is_connected():
-                self.bury(slot)
-            elif slot.is_worn(now):
-                self.retire(slot)
-            elif now - slot.heard_at >= self._check_after_idle:
-                return None  # those below it came back earlier still
+            if not slot.holder.is_connected():
+                slot.holder.terminate()  # which vacates it
+            elif self.is_worn(slot, now):
+                self._close(slot)
+            elif now - slot.heard_at >= self.options.check_after_idle:
+                return None  # those below it were used earlier still
             else:
                 return slot
         return None
 
     def _notice_leap(self, now: float) -> None:
-        """Trust no idle connection after this machine was asleep: the wall clock went on, the monotonic one did not."""
-        ahead = time.time() - now
-        if abs(ahead - self._clock_ahead) > _CLOCK_LEAP:
+        """Check all idle connections before use after this machine was asleep.
+
+        The wall clock goes on while a machine sleeps, the monotonic clock does not.
+        """
+        offset = time.time() - now
+        if abs(offset - self._clock_offset) > _CLOCK_LEAP:
             for slot in self.slots.idle:
                 slot.heard_at = -math.inf
-            _log.info("%s: the clock has leapt; idle connections are checked before use", self._name)
-        self._clock_ahead = ahead
+            _log.info("%s: the clock has leapt; idle connections are checked before use", self.name)
+        self._clock_offset = offset
 
-    def offer(self, slot: Slot) -> None:
-        """Give a slot that has become free to the first in line, or let it idle, or end its connection."""
-        slot.task = None
-        now = time.monotonic()
-        if not slot.is_connected():
-            self.bury(slot)
-        elif self.closing or slot.is_outdated() or (slot.is_worn(now) and not slot.is_new()):
-            self.retire(slot)  # a new one is used once, or a lifetime below that of a dial would make them for ever
-        elif self.line.give(slot):
-            self.slots.move(slot, Place.GIVEN)
-        else:
-            self.slots.move(slot, Place.IDLE)
-            slot.idle_since = now
-            self._reaper.set(min(now + self._max_inactive, slot.expires))
+    def is_worn(self, slot: Slot, now: float) -> bool:
+        """Return whether a connection is not to be lent again."""
+        return (
+            now >= slot.expires_at
+            or slot.generation != self._generation
+            or self.closing
+            or holder.queries_run(slot.holder.connection) >= self.options.max_queries
+        )
+
+    def is_expired(self, slot: Slot) -> bool:
+        """Return whether the connection was made before `expire_connections()`."""
+        return slot.generation != self._generation
+
+    def expire(self) -> None:
+        """Lend no connection again that has been made so far."""
+        self._generation += 1
+
+    def _reap(self) -> None:
+        """Close connections that were idle for too long, down to `min_size`, and those that are too old."""
+        now, max_idle = time.monotonic(), self.options.max_inactive_connection_lifetime or math.inf
+        leaving = self.slots.count(State.RESETTING) + self.slots.count(State.CLOSING)  # a reset may end in a close
+        spare = self.slots.connected - leaving - self.options.min_size
+        for slot in list(self.slots.idle):  # from the bottom of the stack: idle for the longest time
+            inactive_at = slot.idle_since + max_idle
+            if not slot.holder.is_connected():
+                slot.holder.terminate()
+            elif self.is_worn(slot, now) or (inactive_at <= now and spare > 0):
+                self._close(slot)
+                spare -= 1
+            else:
+                self._reaper.set(min(inactive_at, slot.expires_at) if inactive_at > now else slot.expires_at)
         self.balance()
 
-    def bury(self, slot: Slot) -> None:
-        """Note the end of a connection. Its slot is vacant."""
-        slot.discard()
-        self.slots.move(slot, Place.VACANT)
-        if slot.born is not None:
-            self._tallies.terminations.since(slot.born)
-            slot.born = None
-            if self.slots.connected == 0 and not self.closing:
-                _log.info("%s: no connection is open", self._name)
-        self._note_emptiness()
+    # -----------------------------------------------------------------------------------------------------------------
+    # The one way back
 
-    def retire(self, slot: Slot) -> None:
-        """Close the connection of a slot that is nobody's, behind."""
-        self.mend(slot, self._close(slot), self._close_timeout)
+    def take_back(self, slot: Slot, need: Need, timeout: float | None) -> asyncio.Task[Any] | None:
+        """Do what the connection needs at the end of its loan.
 
-    async def _close(self, slot: Slot) -> None:
-        try:
-            await slot.close()
-        except Exception as error:  # noqa: BLE001  it ends, one way or the other
-            _log.info("%s: a connection could not be closed and ends (%s)", self._name, type(error).__name__)
-            slot.discard()
+        Args:
+            slot: The slot of the loan.
+            need: What was decided.
+            timeout: Seconds for a reset or a close. Default: `release_timeout`.
 
-    def mend(self, slot: Slot, work: Coroutine[Any, Any, _T], limit: float) -> asyncio.Task[_T]:
-        """Let `work` reset or close the connection of a slot that is nobody's, behind, for at most `limit` seconds.
-
-        All such limits share one timer, for nearly all are met.
+        Returns:
+            The task that does it in the background, if there is one.
         """
+        limit = self.options.release_timeout if timeout is None else timeout
+        match need:
+            case Need.NOTHING:
+                self._offer(slot)
+            case Need.RESET:
+                return self._start(slot, State.RESETTING, self._reset(slot, limit))
+            case Need.CLOSE:
+                return self._close(slot, limit)
+            case Need.FORGET:
+                self._offer(slot)
+        return None
+
+    def _offer(self, slot: Slot) -> None:
+        """Hand a slot that has become free to the first waiter, or leave it idle, or end its connection."""
         now = time.monotonic()
-        slot.until = now + limit
-        self._warden.set(slot.until)
-        return self._work_on(slot, Place.RESETTING, work)
+        if not slot.holder.is_connected():
+            slot.holder.terminate()  # asyncpg cleans up after some ends only then
+            self._vacate(slot)
+        elif self.is_worn(slot, now) and (slot.used or self.is_expired(slot) or self.closing):
+            self._close(slot)  # a new one is used once, or a lifetime below the time of a dial would dial for ever
+        elif self.waiters.hand_over(slot):
+            self.slots.move(slot, State.RESERVED)
+        else:
+            self.slots.move(slot, State.IDLE)
+            slot.idle_since = now
+            max_idle = self.options.max_inactive_connection_lifetime or math.inf
+            self._reaper.set(min(now + max_idle, slot.expires_at))
+        self.balance()
 
-    def _end_late_work(self) -> None:
-        now = time.monotonic()
-        for slot in self.slots:
-            if slot.place is not Place.RESETTING:
-                continue
-            if slot.until > now:
-                self._warden.set(slot.until)
-            elif slot.task is not None:
-                slot.task.cancel()
+    def give_back(self, slot: Slot) -> None:
+        """Offer a reserved slot again, because its waiter cannot use it."""
+        self._offer(slot)
 
-    def _work_on(self, slot: Slot, place: Place, work: Coroutine[Any, Any, _T]) -> asyncio.Task[_T]:
-        """Do something to a slot at `place`, behind. Afterwards it is offered, unless asyncpg has given it back before.
+    def _vacate(self, slot: Slot) -> None:
+        """Note that a slot has no connection any more, or got none."""
+        self.slots.move(slot, State.VACANT)
+        if self.closing and len(self.slots.vacant) == len(self.slots):
+            self.emptied.set()
 
-        Also when the task is cancelled, even before it has begun: none of the coroutine has run then, and the
-        connection ends.
+    def _connection_closed(self, slot: Slot) -> None:
+        """React to the end of a connection, on either side. Work in the background notices it by itself."""
+        slot.holder.mark_closed()
+        self.size -= 1
+        self.tallies.terminations.since(slot.opened_at)
+        if self.size == 0 and not self.closing:
+            _log.info("%s: no connection is open", self.name)
+        if slot.loan is not None:
+            slot.loan.end()
+        elif slot.state is State.IDLE:
+            self._vacate(slot)
+            self.balance()
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Work in the background
+
+    def _start(self, slot: Slot, state: State, work: Coroutine[Any, Any, Exception | None]) -> asyncio.Task[Any]:
+        """Run `work` on the slot in the background. Afterwards the slot is offered.
+
+        Args:
+            slot: The slot; no other work is under way on it.
+            state: The state of the slot meanwhile.
+            work: Returns the error for which the connection must not be used again, or None.
         """
-        self.slots.move(slot, place)
+        self.slots.move(slot, state)
         # Not by create_task(): an eager task (Python 3.12) would run before it is known here.
         slot.task = task = asyncio.Task(work, loop=asyncio.get_running_loop())
         self._tasks.add(task)  # the event loop itself keeps weak references only
-        task.add_done_callback(functools.partial(self._worked_on, slot))
+        task.add_done_callback(functools.partial(self._finished, slot))
         return task
 
-    def _worked_on(self, slot: Slot, task: asyncio.Task[Any]) -> None:
+    def _finished(self, slot: Slot, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
-        if slot.task is task and task.cancelled():
-            slot.discard()
-        if slot.task is task:  # asyncpg may have given it back just now, and it may be connecting again
-            self.offer(slot)
+        slot.task = None
+        # A task that was cancelled before it began has run none of its coroutine.
+        if task.cancelled() or task.result() is not None:
+            slot.holder.terminate()
+        self._offer(slot)
+
+    async def _reset(self, slot: Slot, limit: float) -> Exception | None:
+        """Reset what a caller has left."""
+        began, connection = time.monotonic(), slot.holder.connection
+        if connection is None:
+            return None  # it ended before this task began
+        deadline = asyncio.timeout(limit)
+        try:
+            async with deadline:
+                await self._reset_session(connection)
+        except Exception as error:  # noqa: BLE001  raised by `release()`
+            if not deadline.expired():
+                _log.info("%s: a connection could not be reset and was closed (%s)", self.name, type(error).__name__)
+                return error
+            _log.info("%s: a connection was not reset within %g s and was closed", self.name, limit)
+            return PoolTimeoutError(
+                f"A connection of {self.name} was not reset within {limit:g} s and was terminated; its slot is free. "
+                "The server or the network may be stuck."
+            )
+        self.tallies.resets.since(began)
+        slot.heard_at = time.monotonic()
+        return None
+
+    async def _reset_session(self, connection: Any) -> None:
+        await holder.end_cancellation(connection)
+        if connection.is_closed():
+            return
+        if self.options.reset is None and resets_itself(connection):
+            await connection.reset()
+            return
+        await holder.end_leftovers(connection)
+        if self.options.reset is not None:
+            await self.options.reset(connection)
+        elif query := connection.get_reset_query():
+            await holder.send(connection, query)
+
+    def _close(self, slot: Slot, limit: float | None = None) -> asyncio.Task[Any]:
+        """Close the connection of a slot that no caller has, within `limit` seconds (default: `release_timeout`)."""
+        limit = self.options.release_timeout if limit is None else limit
+        return self._start(slot, State.CLOSING, self._close_connection(slot, limit))
+
+    async def _close_connection(self, slot: Slot, limit: float) -> Exception | None:
+        connection = slot.holder.connection
+        if connection is None:
+            return None  # it ended before this task began
+        try:
+            async with asyncio.timeout(limit):
+                await connection.close()
+        except Exception as error:  # noqa: BLE001  it ends, one way or the other
+            _log.info("%s: a connection could not be closed and was terminated (%s)", self.name, type(error).__name__)
+            return error
+        return None
+
+    async def _check(self, slot: Slot) -> Exception | None:
+        """Ping a connection that was silent for long. If there is no answer, end all that were silent for as long."""
+        deadline = asyncio.timeout(_PING_TIMEOUT)
+        try:
+            async with deadline:
+                await holder.send(slot.holder.connection, "SELECT 1")
+        except Exception as error:  # noqa: BLE001  whatever it was, the connection is of no use
+            _log.info("%s: an idle connection did not answer and was closed (%s)", self.name, type(error).__name__)
+            if deadline.expired():
+                self._terminate_silent_since(slot.heard_at)
+            return error
+        slot.heard_at = time.monotonic()
+        return None
+
+    def _terminate_silent_since(self, moment: float) -> None:
+        silent = [slot for slot in self.slots.idle if slot.heard_at <= moment]
+        for slot in silent:  # all of them first, so that none is checked when another one ends
+            self._vacate(slot)
+        for slot in silent:
+            slot.holder.terminate()
 
     # -----------------------------------------------------------------------------------------------------------------
-    # What makes them
+    # Dials
 
     def balance(self) -> None:
-        """Start what the line, and `min_size`, need: checks of idle connections, then dials, at the pace due."""
-        slots, line = self.slots, self.line
-        if self.closing or not (line or self._min_size) or not (slots.idle or slots.vacant):
+        """Start what the waiters and `min_size` need: hand-overs, checks of idle connections, dials at their pace."""
+        slots, waiters = self.slots, self.waiters
+        if self.closing or not (waiters or self.options.min_size) or not (slots.idle or slots.vacant):
             return
         now = time.monotonic()
-        while line and (slot := self.usable_idle(now)) and line.give(slot):
-            slots.move(slot, Place.GIVEN)
-        while slots.idle and len(line) > slots.count(Place.CHECKING):
-            self._work_on(slots.idle[-1], Place.CHECKING, self._check(slots.idle[-1]))
-        connecting, checking = slots.count(Place.CONNECTING), slots.count(Place.CHECKING)
+        while waiters and (slot := self.take_idle(now)) and waiters.hand_over(slot):
+            slots.move(slot, State.RESERVED)
+        while slots.idle and len(waiters) > slots.count(State.CHECKING):
+            self._start(slots.idle[-1], State.CHECKING, self._check(slots.idle[-1]))
+        connecting, checking = slots.count(State.CONNECTING), slots.count(State.CHECKING)
+        returning = slots.count(State.RESETTING) + slots.count(State.CLOSING)
         refusal = self.pace.refusal(now)
         if refusal is not None:
-            served = connecting + checking + slots.count(Place.RESETTING)
-            line.refuse(len(line) - served, functools.partial(_twin, refusal))
-        # A reset takes one round trip and a dial five, so half of those under way end long before a dial begun now. Not
-        # all count: with one more connection a caller that goes on at once need not wait for its own reset.
-        soon = checking + slots.count(Place.RESETTING) // 2
-        wanted = max(len(line) - soon, self._min_size - slots.connected) - connecting
+            waiters.fail(len(waiters) - connecting - checking - returning, functools.partial(_twin, refusal))
+        # A reset takes one round trip and a dial five, so half of the resets under way end long before a dial that
+        # begins now. Not all of them count: with one more connection, a caller that acquires again at once does not
+        # wait for its own reset.
+        soon = checking + returning // 2
+        wanted = max(len(waiters) - soon, self.options.min_size - slots.connected) - connecting
         if wanted > 0 and slots.vacant and (pause := self.pace.pause(now)):
-            self._resume_in(pause)
+            self._resumption.cancel()  # an earlier pause may have been longer
+            self._resumption.set(now + pause)
             return
         for _ in range(min(wanted, len(slots.vacant), self.pace.allowed(slots.connected) - connecting)):
-            self._work_on(slots.vacant[-1], Place.CONNECTING, self._dial(slots.vacant[-1]))
+            self._start(slots.vacant[-1], State.CONNECTING, self._dial(slots.vacant[-1]))
 
-    def _resume_in(self, pause: float) -> None:
-        if self._resumption is not None:  # of an earlier pause, which may have been longer
-            self._resumption.cancel()
-        self._resumption = asyncio.get_running_loop().call_later(pause, self._resume)
-
-    def _resume(self) -> None:
-        self._resumption = None
-        self.balance()
-
-    async def _dial(self, slot: Slot) -> None:
-        """Fill a vacant slot."""
+    async def _dial(self, slot: Slot) -> Exception | None:
+        """Make a connection for a vacant slot."""
         began = time.monotonic()
         if self.slots.connected == 0 and self._cold_since is None:
             self._cold_since = began
+        generation = self._generation
         try:
-            await slot.open()
+            connection = await self._connect()
         except asyncio.CancelledError:
-            self._tallies.dial_failures.since(began)
+            self.tallies.dial_failures.since(began)
             raise
-        except Exception as error:  # noqa: BLE001  told to the line, or to who waits in vain
-            self._tallies.dial_failures.since(began)
+        except Exception as error:  # noqa: BLE001  raised in the waiters, or kept for those whose time is over
+            self.tallies.dial_failures.since(began)
             self._note_failure(error.with_traceback(None), began)  # the frames would live as long as the pool
+            return error
         else:
-            self._note_success(slot, began)
+            slot.generation = generation
+            self._adopt(slot, connection, began)
+            return None
         finally:
-            self._tallies.dials.since(began)
+            self.tallies.dials.since(began)
 
-    def _note_success(self, slot: Slot, began: float) -> None:
-        slot.born = slot.heard_at = time.monotonic()
-        slot.expires = slot.born + self._max_lifetime * (1 - _LIFETIME_JITTER * random.random())  # noqa: S311
-        assert slot.connection is not None
-        slot.connection.add_termination_listener(functools.partial(self._note_end, slot))
+    async def _connect(self) -> Any:
+        """Return a new connection on which the caller's `init` has run."""
+        connection = await self.connector.connect(
+            connection_class=self.options.connection_class, record_class=self.options.record_class
+        )
+        if self.options.init is not None:
+            await self._run_init(connection)
+        if connection.is_closed():
+            raise ConnectError("The server closed the connection as soon as it was made. Try again.")
+        return connection
+
+    async def _run_init(self, connection: Any) -> None:
+        """Run the caller's `init` within `connect_timeout`. A connection that it fails on is not used."""
+        assert self.options.init is not None
+        limit = self.connector.parameters.connect_timeout
+        deadline = asyncio.timeout(limit)
+        failure: NeonAsyncError
+        try:
+            async with deadline:
+                await self.options.init(connection)
+        except BaseException as error:
+            lost = connection.is_closed()
+            connection.terminate()
+            if isinstance(error, TimeoutError) and deadline.expired():
+                failure = ConnectTimeoutError(
+                    f"init did not return within connect_timeout={limit:g} s. Let it do less, or raise connect_timeout."
+                )
+            elif isinstance(error, Exception) and lost:
+                failure = ConnectError(f"{self.name} closed the connection while init ran. Try again.")
+            else:
+                raise
+            raise failure from error
+
+    def _adopt(self, slot: Slot, connection: Any, began: float) -> None:
+        """Give a new connection to a slot."""
+        now = time.monotonic()
+        slot.holder.adopt(connection)
+        self.size += 1
+        slot.used = False
+        slot.opened_at = slot.heard_at = now
+        max_lifetime = self.options.max_lifetime or math.inf
+        slot.expires_at = now + max_lifetime * (1 - _LIFETIME_JITTER * random.random())  # noqa: S311
+        session = session_of(connection)
+        assert session is not None
+        session.on_closed = functools.partial(self._connection_closed, slot)
         if self.pace.last_failure is not None or self._cold_since is not None:
-            _log.info("%s: connected after %.2f s", self._name, slot.born - (self._cold_since or began))
+            _log.info("%s: connected in %.2f s", self.name, now - (self._cold_since or began))
         self.pace.succeeded()
         if self._cold_since is not None:
-            self._tallies.wakes.since(self._cold_since)
+            self.tallies.wakes.since(self._cold_since)
             self._cold_since = None
 
     def _note_failure(self, error: Exception, began: float) -> None:
         before = self.pace.last_failure
         if before is None or may_pass(before) != may_pass(error):
-            ours = isinstance(error, NeonAsyncError)  # the text of anybody else's may hold anything
+            ours = isinstance(error, NeonAsyncError)  # the text of any other error may contain anything
             what = " ".join(str(error).split()) if ours else type(error).__name__
-            _log.info("%s: cannot connect, %s: %s", self._name, "trying on" if may_pass(error) else "not trying", what)
+            plan = "retrying" if may_pass(error) else "not retrying for now"
+            _log.info("%s: cannot connect, %s: %s", self.name, plan, what)
         self.pace.failed(error, began=began, now=time.monotonic())
-        if not self.line:
-            self._cold_since = None  # nobody waits for this wake any more
-
-    def _note_end(self, slot: Slot, _: object) -> None:
-        """A connection has ended; where it was idle, nobody else tells."""
-        if slot.place is Place.IDLE and not slot.is_connected():
-            self.bury(slot)
-            self.balance()
-
-    async def _check(self, slot: Slot) -> None:
-        """Ping a connection that was silent for long. Where it stays so, end all that were silent for as long."""
-        deadline = asyncio.timeout(_PING_TIMEOUT)
-        try:
-            async with deadline:
-                await slot.ping()
-        except Exception as error:  # noqa: BLE001  whatever it was, the connection is of no use
-            _log.info("%s: an idle connection did not answer and ends (%s)", self._name, type(error).__name__)
-            slot.discard()
-            if deadline.expired():
-                self._end_all_silent_since(slot.heard_at)
-        else:
-            slot.heard_at = time.monotonic()
-
-    def _end_all_silent_since(self, moment: float) -> None:
-        for slot in [slot for slot in self.slots.idle if slot.heard_at <= moment]:
-            self.bury(slot)
-
-    def _reap(self) -> None:
-        """End the connections that were idle for too long, down to `min_size`, and those that are too old."""
-        now = time.monotonic()
-        spare = self.slots.connected - self.slots.count(Place.RESETTING) - self._min_size  # those may be closing
-        for slot in list(self.slots.idle):  # from the bottom: idle for the longest time
-            inactive_from = slot.idle_since + self._max_inactive
-            if not slot.is_connected():
-                self.bury(slot)
-            elif slot.is_worn(now) or (inactive_from <= now and spare > 0):
-                self.retire(slot)
-                spare -= 1
-            else:
-                self._reaper.set(min(inactive_from, slot.expires) if inactive_from > now else slot.expires)
-        self.balance()
+        if not self.waiters:
+            self._cold_since = None  # no caller waits for this wake any more
 
     # -----------------------------------------------------------------------------------------------------------------
     # The end
 
-    def wind_down(self, error: Callable[[], Exception]) -> None:
-        """Tell the line, make no more connections, close those that are free or come back. Then `emptied` is set."""
+    def start_closing(self, make_error: Callable[[], Exception]) -> None:
+        """Refuse waiters, make no more connections, close those that are free or released. Then `emptied` is set."""
         self.closing = True
-        self.line.close(error)
+        self.waiters.close(make_error)
         self._reaper.cancel()
-        if self._resumption is not None:
-            self._resumption.cancel()
+        self._resumption.cancel()
         for slot in self.slots:
-            if slot.task is not None and slot.place in (Place.CONNECTING, Place.CHECKING):
+            if slot.task is not None and slot.state in (State.CONNECTING, State.CHECKING):
                 slot.task.cancel()
         for slot in list(self.slots.idle):
-            self.retire(slot)
-        self._note_emptiness()
+            self._close(slot)
+        if len(self.slots.vacant) == len(self.slots):
+            self.emptied.set()
 
-    def end(self) -> None:
-        """End every connection at once, also those that are out."""
-        self._warden.cancel()
+    def terminate(self, make_error: Callable[[], Exception]) -> None:
+        """End every connection at once, also those in use. Works where no event loop runs."""
+        self.closing = True
+        self.waiters.close(make_error)
+        self._reaper.cancel()
+        self._resumption.cancel()
         for task in self._tasks:
             task.cancel()
         for slot in self.slots:
-            slot.discard()
-            if slot.place is Place.IDLE:  # what is anywhere else is buried by who was to take it from there
-                self.bury(slot)
+            slot.holder.terminate()  # which ends its loan, or vacates an idle slot
 
-    async def ended(self, timeout: float) -> None:  # noqa: ASYNC109  it says how long to wait, and raises nothing
-        """Wait until the tasks that were told to end have ended, for at most `timeout` seconds."""
+    async def wait_for_tasks(self) -> None:
+        """Wait until the tasks that were cancelled have ended, for a moment at most."""
         if self._tasks:
-            await asyncio.wait(self._tasks, timeout=timeout)
-
-    def _note_emptiness(self) -> None:
-        if self.closing and len(self.slots.vacant) == len(self.slots):
-            self.emptied.set()
+            await asyncio.wait(self._tasks, timeout=_CANCEL_GRACE)
 
 
 def _twin(error: Exception) -> Exception:
-    """Return `error` for one more waiter: each raises an object, and so a traceback, of its own."""
+    """Return a copy of `error` for one more waiter: each raises an object, and so a traceback, of its own."""
     try:
         twin = copy.copy(error)
-    except Exception:  # noqa: BLE001  the caller's own, which does not bear to be copied
+    except Exception:  # noqa: BLE001  the caller's own exception, which cannot be copied
         twin = error
     if type(twin) is not type(error):
         twin = error

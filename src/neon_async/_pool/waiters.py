@@ -1,6 +1,6 @@
-"""Who waits, and who is next: a strictly fair line of tasks, each waiting for one thing to be given to it.
+"""The wait queue: callers that wait for a connection, first come, first served, each with a deadline.
 
-It knows futures and when a waiter wants to leave, and not what is given.
+Knows futures and deadlines, and not what is handed over.
 """
 
 from __future__ import annotations
@@ -14,24 +14,27 @@ from .._timing import Timer
 
 _T = TypeVar("_T")
 
-# How late a waiter may learn that its time is over. All deadlines share one timer: a timer of the event loop for each
-# waiter would cost more than the rest of an acquire, and nearly all would be cancelled unused.
+# How late a waiter may learn that its time is over. All deadlines share one timer: one timer of the event loop for each
+# waiter would cost more than the rest of an acquire, and nearly all of them would be cancelled unused.
 _RESOLUTION = 0.01
 
 
-class TurnExpired(Exception):
-    """The waiter's time was over before its turn."""
+class WaitExpired(Exception):
+    """The deadline of a waiter has passed."""
 
 
-class WaitingLine(Generic[_T]):
-    """First come, first served. Leaving the line, at any moment, loses nothing that was given.
+class WaitQueue(Generic[_T]):
+    """Waiters in strict order. A waiter that leaves, at whatever moment, loses nothing that was handed to it.
 
-    `give_back`: called with what was given to a waiter who was cancelled before it could take it.
+    Args:
+        give_back: Called with what was handed to a waiter that was cancelled before it could take it.
     """
+
+    __slots__ = ("_give_back", "_timer", "_waiters")
 
     def __init__(self, give_back: Callable[[_T], None]) -> None:
         self._give_back = give_back
-        # With the deadline of each. Ordered, because waiters leave from the middle: ten thousand of them at once when
+        # Each with its deadline. Ordered, because waiters leave from the middle: ten thousand of them at once when
         # their service is stopped.
         self._waiters: OrderedDict[asyncio.Future[_T], float] = OrderedDict()
         self._timer = Timer(self._expire)
@@ -40,38 +43,41 @@ class WaitingLine(Generic[_T]):
         return len(self._waiters)
 
     def __repr__(self) -> str:
-        return f"<WaitingLine: {len(self)} waiting>"
+        return f"<WaitQueue: {len(self)} waiting>"
 
-    def join(self, until: float, *, first: bool = False) -> asyncio.Future[_T]:
-        """Stand in line until that time of the event loop. The same task awaits `turn()` before it waits for anything.
+    def join(self, deadline: float, *, front: bool = False) -> asyncio.Future[_T]:
+        """Return a new waiter. The same task awaits `wait()` before it awaits anything else.
 
-        `first`: in front of everybody, for who was served in vain.
+        Args:
+            deadline: A time of the monotonic clock.
+            front: Join at the front; used when the connection handed over was already dead.
         """
-        loop = asyncio.get_running_loop()
-        waiter: asyncio.Future[_T] = loop.create_future()
-        self._waiters[waiter] = until
-        if first:
+        waiter: asyncio.Future[_T] = asyncio.get_running_loop().create_future()
+        self._waiters[waiter] = deadline
+        if front:
             self._waiters.move_to_end(waiter, last=False)
-        self._timer.set(until)
+        self._timer.set(deadline)
         return waiter
 
-    async def turn(self, waiter: asyncio.Future[_T]) -> _T:
-        """Return what is given to `waiter`, once it is its turn.
+    async def wait(self, waiter: asyncio.Future[_T]) -> _T:
+        """Return what is handed to `waiter`.
 
-        Raises `TurnExpired` when that is not in time, and what `refuse()` was given.
+        Raises:
+            WaitExpired: Its deadline has passed.
+            Exception: What `fail()` or `close()` made for it.
         """
         try:
             return await waiter
         except asyncio.CancelledError:
-            # Cancelled between the gift and this line: the gift goes to the next.
+            # Cancelled between the hand-over and this line: the next waiter gets it.
             if waiter.done() and not waiter.cancelled() and waiter.exception() is None:
                 self._give_back(waiter.result())
             raise
         finally:
             self._waiters.pop(waiter, None)
 
-    def give(self, thing: _T) -> bool:
-        """Give `thing` to the first who still waits. False when there is nobody."""
+    def hand_over(self, thing: _T) -> bool:
+        """Hand `thing` to the first waiter. Return False when there is none."""
         while self._waiters:
             waiter, _ = self._waiters.popitem(last=False)
             if not waiter.done():
@@ -79,23 +85,23 @@ class WaitingLine(Generic[_T]):
                 return True
         return False
 
-    def refuse(self, count: int, error: Callable[[], Exception]) -> None:
-        """Raise in the last `count` waiters an exception made for each."""
+    def fail(self, count: int, make_error: Callable[[], Exception]) -> None:
+        """Raise an error in the last `count` waiters, made anew for each of them."""
         for _ in range(min(count, len(self._waiters))):
-            waiter, _until = self._waiters.popitem(last=True)
+            waiter, _deadline = self._waiters.popitem(last=True)
             if not waiter.done():
-                waiter.set_exception(error())
+                waiter.set_exception(make_error())
 
-    def close(self, error: Callable[[], Exception]) -> None:
-        """Refuse everybody, and forget the time."""
-        self.refuse(len(self._waiters), error)
+    def close(self, make_error: Callable[[], Exception]) -> None:
+        """Raise an error in all waiters, and stop the timer."""
         self._timer.cancel()
+        self.fail(len(self._waiters), make_error)
 
     def _expire(self) -> None:
         now = asyncio.get_running_loop().time()
-        for waiter in [waiter for waiter, until in self._waiters.items() if until <= now]:
+        for waiter in [waiter for waiter, deadline in self._waiters.items() if deadline <= now]:
             del self._waiters[waiter]
             if not waiter.done():
-                waiter.set_exception(TurnExpired)
+                waiter.set_exception(WaitExpired)
         if self._waiters:
             self._timer.set(max(min(self._waiters.values()), now + _RESOLUTION))

@@ -8,6 +8,7 @@ system or OpenSSL raises passes through; `_connect` gives it its public name.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -53,14 +54,25 @@ _MEMORY = 600.0
 class Wire:
     """The transport of a session, which counts what is written to it: nothing sent means nothing to reset."""
 
-    __slots__ = ("_transport", "writes")
+    __slots__ = ("_transport", "session", "writes")
 
     def __init__(self, transport: asyncio.Transport) -> None:
         self._transport = transport
         self.writes = 0
+        self.session: object = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._transport, name)
+
+    def abort(self) -> None:
+        """End the connection at once, also where the event loop is closed."""
+        try:
+            self._transport.abort()
+        except RuntimeError:
+            sock = self._transport.get_extra_info("socket")
+            if sock is not None:
+                with contextlib.suppress(OSError):
+                    sock.shutdown(socket.SHUT_RDWR)
 
     def write(self, data: bytes) -> None:
         self.writes += 1
@@ -155,6 +167,16 @@ class Door:
         self._logins.mechanism = mechanism
         self.report = dataclasses.replace(self.report, mechanism=mechanism)
         return protocol
+
+    async def cancel(self, process_id: int, secret_key: int) -> None:
+        """Send a cancel request to the server of the session."""
+        async with asyncio.timeout(self._parameters.connect_timeout):
+            mailbox, _, _ = await self._open_tls()
+            try:
+                mailbox.transport.write(struct.pack("!iiii", 16, 80877102, process_id, secret_key))
+                await mailbox.closed()
+            finally:
+                mailbox.abort()
 
     async def start_tls(self, transport: _FinishedTLS, *_: object, **__: object) -> asyncio.Transport:
         """Serve asyncpg's cancel request, for which TLS is up already."""

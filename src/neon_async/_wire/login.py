@@ -88,6 +88,11 @@ class Mailbox(asyncio.Protocol):
         self._end = self._end or exc or ConnectError(f"{self._host} closed the connection during authentication.")
         self._wake()
 
+    async def closed(self) -> None:
+        while self._end is None:
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+
     def abort(self) -> None:
         """Drop the connection at once."""
         self.transport.abort()

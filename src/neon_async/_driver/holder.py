@@ -1,0 +1,388 @@
+"""Every private name of asyncpg that this package uses, in one file.
+
+asyncpg's pool, holders, connections and statements keep some things under names with an underscore that have no
+public counterpart. Here they get public names of ours. `tests/driver/test_holder.py` pins what each of them does, on
+the oldest and on the newest asyncpg, and fails where another file uses one.
+
+Knows no slots, no waiters and no deadlines, and decides nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
+
+import asyncpg
+from asyncpg.pool import PoolConnectionHolder, PoolConnectionProxy
+
+from .session import Session
+
+if TYPE_CHECKING:
+    _Connection: TypeAlias = asyncpg.Connection[asyncpg.Record]
+    _Proxy: TypeAlias = PoolConnectionProxy[asyncpg.Record]
+    _Pool: TypeAlias = asyncpg.Pool[asyncpg.Record]
+else:
+    _Connection, _Proxy, _Pool = asyncpg.Connection, PoolConnectionProxy, asyncpg.Pool
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A connection
+
+
+def session_of(connection: Any) -> Session | None:
+    """Return the session of a connection of ours, or of a pool's proxy for one; None for any other."""
+    transport = getattr(getattr(connection, "_con", connection), "_transport", None)
+    session = getattr(transport, "session", None)
+    return session if isinstance(session, Session) else None
+
+
+class ConnectionHooks(_Connection):
+    """asyncpg's connection: its end is reported, and its cancel requests are ours."""
+
+    __slots__ = ()
+
+    def _cleanup(self) -> None:
+        # asyncpg calls this for every end of a connection: close(), terminate(), and a connection that was lost.
+        super()._cleanup()  # type: ignore[misc]
+        session = session_of(self)
+        if session is not None:
+            session.notify_closed()
+
+    async def _cancel(self, waiter: Any, cancel_waiter: Any = None) -> None:
+        """Send a cancel request over a channel of ours, with the outcomes of asyncpg's own method.
+
+        asyncpg 0.32 has the second parameter and terminates the connection where the request fails; 0.31 has neither.
+        """
+        session, protocol = session_of(self), self._protocol  # type: ignore[attr-defined]
+        assert session is not None
+        try:
+            async with asyncio.timeout(self._config.command_timeout):  # type: ignore[attr-defined]
+                with contextlib.suppress(ConnectionResetError):
+                    await session.cancel(protocol.backend_pid, protocol.backend_secret)
+                if not waiter.done():
+                    waiter.set_result(None)
+                if cancel_waiter is not None:
+                    await asyncio.shield(cancel_waiter)
+        except asyncio.CancelledError:
+            pass
+        except Exception:  # noqa: BLE001  whatever it was, asyncpg's protocol is in an unknown state
+            if not self.is_closed():
+                self.terminate()
+        finally:
+            self._cancellations.discard(asyncio.current_task())  # type: ignore[attr-defined]
+            if not waiter.done():
+                waiter.set_result(None)
+
+
+class StatementHooks(_Connection):
+    """asyncpg's connection: what prepares and what executes a statement can be overridden."""
+
+    __slots__ = ()
+
+    async def get_statement(self, query: str, timeout: float | None, **options: Any) -> Any:
+        """Return asyncpg's state of a prepared statement, from its cache or from the server."""
+        return await super()._get_statement(query, timeout, **options)  # type: ignore[misc]
+
+    async def run_statement(self, query: str, executor: Any, timeout: float | None, **options: Any) -> Any:
+        """Get the statement and execute it with `executor`. A stale one raises; asyncpg itself would retry."""
+        return await super()._do_execute(query, executor, timeout, retry=False, **options)  # type: ignore[misc]
+
+    async def _get_statement(self, query: str, timeout: float | None, **options: Any) -> Any:
+        return await self.get_statement(query, timeout, **options)
+
+    async def _do_execute(
+        self,
+        query: str,
+        executor: Any,
+        timeout: float | None,
+        retry: bool = True,
+        **options: Any,
+    ) -> Any:
+        return await self.run_statement(query, executor, timeout, **options)
+
+
+def connection_of(resource: Any) -> Any:
+    """Return the connection that a prepared statement, cursor or transaction belongs to."""
+    return resource._connection
+
+
+def adopt_running_loop(connection: Any) -> None:
+    """Have a finished connection use the running loop itself.
+
+    It was dialed through a loop adapter. From Python 3.14 on `asyncio.current_task(loop)` compares loops by identity,
+    and asyncpg forgets a finished cancel request only when it finds the task by it.
+    """
+    connection._loop = asyncio.get_running_loop()
+
+
+async def send(connection: Any, sql: str) -> None:
+    """Run `sql` for the pool itself: no query logger and no tracer sees it."""
+    await connection._protocol.query(sql, None)
+
+
+def writes(connection: Any) -> int:
+    """Return how often something was written to the server."""
+    count: int = connection._transport.writes
+    return count
+
+
+def queries_run(connection: Any) -> int:
+    """Return how many statements the connection has run."""
+    return int(connection._protocol.queries_count)
+
+
+def is_busy(connection: Any) -> bool:
+    """Return whether a cancelled statement has not ended yet."""
+    return bool(connection._protocol._is_cancelling())
+
+
+def has_transaction(connection: Any) -> bool:
+    """Return whether a transaction is open, on the server or in asyncpg's bookkeeping."""
+    return bool(connection._protocol.is_in_transaction() or connection._top_xact is not None)
+
+
+def has_listeners(connection: Any) -> bool:
+    """Return whether listeners for notifications or log messages are registered."""
+    return bool(connection._listeners or connection._log_listeners)
+
+
+def has_log_listeners(connection: Any) -> bool:
+    """Return whether listeners for log messages are registered; registering one sends nothing."""
+    return bool(connection._log_listeners)
+
+
+async def end_cancellation(connection: Any) -> None:
+    """Wait until a cancelled statement has ended. The connection may have ended with it."""
+    if connection._protocol._is_cancelling():
+        await connection._protocol._wait_for_cancellation()
+
+
+async def end_leftovers(connection: Any) -> None:
+    """Forget listeners and roll back an open transaction, as `Connection.reset()` does before its reset query.
+
+    asyncpg reports an open transaction to the event loop's exception handler, unless an `async with` block owns it.
+    """
+    connection._listeners.clear()
+    connection._log_listeners.clear()
+    if not has_transaction(connection):
+        return
+    transaction, connection._top_xact = connection._top_xact, None
+    if transaction is None or not transaction._managed:
+        asyncio.get_running_loop().call_exception_handler(
+            {"message": f"Resetting connection with an active transaction {connection!r}"}
+        )
+    await send(connection, "ROLLBACK")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a pool lends
+
+
+class Proxy(_Proxy):
+    """What a caller gets for one loan of a connection; after the loan it does nothing any more.
+
+    asyncpg's own checks that the loan goes on when a method is called. Here a coroutine checks it when it starts to
+    run, so that one that was created during the loan and awaited after it does not reach the next caller's session.
+    """
+
+    __slots__ = ()
+
+    _con: Any
+
+    def _lent(self, method: str) -> Any:
+        connection = self._con
+        if connection is None:
+            raise asyncpg.InterfaceError(
+                f"cannot call Connection.{method}(): connection has been released back to the pool"
+            )
+        return connection
+
+    if not TYPE_CHECKING:  # asyncpg-stubs has the signatures
+
+        @functools.wraps(asyncpg.Connection.execute)
+        async def execute(self, *args, **keywords):
+            return await self._lent("execute").execute(*args, **keywords)
+
+        @functools.wraps(asyncpg.Connection.executemany)
+        async def executemany(self, *args, **keywords):
+            return await self._lent("executemany").executemany(*args, **keywords)
+
+        @functools.wraps(asyncpg.Connection.fetch)
+        async def fetch(self, *args, **keywords):
+            return await self._lent("fetch").fetch(*args, **keywords)
+
+        @functools.wraps(asyncpg.Connection.fetchval)
+        async def fetchval(self, *args, **keywords):
+            return await self._lent("fetchval").fetchval(*args, **keywords)
+
+        @functools.wraps(asyncpg.Connection.fetchrow)
+        async def fetchrow(self, *args, **keywords):
+            return await self._lent("fetchrow").fetchrow(*args, **keywords)
+
+        @functools.wraps(asyncpg.Connection.fetchmany)
+        async def fetchmany(self, *args, **keywords):
+            return await self._lent("fetchmany").fetchmany(*args, **keywords)
+
+        @functools.wraps(asyncpg.Connection.prepare)
+        async def prepare(self, *args, **keywords):
+            return await self._lent("prepare").prepare(*args, **keywords)
+
+        @functools.wraps(asyncpg.Connection.copy_from_table)
+        async def copy_from_table(self, *args, **keywords):
+            return await self._lent("copy_from_table").copy_from_table(*args, **keywords)
+
+        @functools.wraps(asyncpg.Connection.copy_from_query)
+        async def copy_from_query(self, *args, **keywords):
+            return await self._lent("copy_from_query").copy_from_query(*args, **keywords)
+
+        @functools.wraps(asyncpg.Connection.copy_to_table)
+        async def copy_to_table(self, *args, **keywords):
+            return await self._lent("copy_to_table").copy_to_table(*args, **keywords)
+
+        @functools.wraps(asyncpg.Connection.copy_records_to_table)
+        async def copy_records_to_table(self, *args, **keywords):
+            return await self._lent("copy_records_to_table").copy_records_to_table(*args, **keywords)
+
+        @functools.wraps(asyncpg.Connection.add_listener)
+        async def add_listener(self, *args, **keywords):
+            return await self._lent("add_listener").add_listener(*args, **keywords)
+
+        @functools.wraps(asyncpg.Connection.remove_listener)
+        async def remove_listener(self, *args, **keywords):
+            return await self._lent("remove_listener").remove_listener(*args, **keywords)
+
+        @functools.wraps(asyncpg.Connection.set_type_codec)
+        async def set_type_codec(self, *args, **keywords):
+            return await self._lent("set_type_codec").set_type_codec(*args, **keywords)
+
+        @functools.wraps(asyncpg.Connection.reset_type_codec)
+        async def reset_type_codec(self, *args, **keywords):
+            return await self._lent("reset_type_codec").reset_type_codec(*args, **keywords)
+
+        @functools.wraps(asyncpg.Connection.set_builtin_type_codec)
+        async def set_builtin_type_codec(self, *args, **keywords):
+            return await self._lent("set_builtin_type_codec").set_builtin_type_codec(*args, **keywords)
+
+        @functools.wraps(asyncpg.Connection.reload_schema_state)
+        async def reload_schema_state(self, *args, **keywords):
+            return await self._lent("reload_schema_state").reload_schema_state(*args, **keywords)
+
+        @functools.wraps(asyncpg.Connection.reset)
+        async def reset(self, *args, **keywords):
+            return await self._lent("reset").reset(*args, **keywords)
+
+        @functools.wraps(asyncpg.Connection.close)
+        async def close(self, *args, **keywords):
+            return await self._lent("close").close(*args, **keywords)
+
+
+class Holder(PoolConnectionHolder):
+    """asyncpg's holder: what its proxies and its pool know of a connection of the pool. A slot owns it.
+
+    Args:
+        pool: The pool that asyncpg's code finds through it.
+    """
+
+    __slots__ = ()
+
+    _con: Any
+    _proxy: Proxy | None
+    _in_use: asyncio.Future[None] | None
+
+    def __init__(self, pool: object) -> None:
+        # `setup` and the end of idle connections are the pool's own: asyncpg bounds neither in time.
+        super().__init__(cast(Any, pool), max_queries=0, setup=None, max_inactive_time=0)
+
+    @property
+    def connection(self) -> Any:
+        """The connection, or None."""
+        return self._con
+
+    def adopt(self, connection: object) -> None:
+        """Own a new connection."""
+        self._con = connection
+
+    def lend(self) -> Proxy:
+        """Return a new proxy for the connection."""
+        self._proxy = proxy = Proxy(self, self._con)
+        return proxy
+
+    def recall(self) -> None:
+        """Make the proxy useless to its caller, with its cursors and statements.
+
+        Warns of listeners that were left on the connection; the warning can be an exception.
+        """
+        connection, proxy = self._con, self._proxy
+        self._proxy = None
+        try:
+            connection._on_release()
+        finally:
+            if proxy is not None:
+                proxy._detach()  # type: ignore[attr-defined]
+
+    def mark_closed(self) -> None:
+        """Forget a connection that has ended."""
+        proxy, self._proxy = self._proxy, None
+        if proxy is not None:
+            proxy._detach()  # type: ignore[attr-defined]
+        self._con = None
+
+    def terminate(self) -> None:
+        """End the connection at once, if there is one."""
+        if self._con is not None:
+            self._con.terminate()
+
+    def is_idle(self) -> bool:
+        """Return whether no caller has the connection; asyncpg asks."""
+        return self._proxy is None
+
+    def _release_on_close(self) -> None:
+        """Do nothing for asyncpg, which calls this when the connection has ended: `ConnectionHooks` reports it."""
+
+
+def holder_of(connection: object, pool: object) -> Holder | None:
+    """Return the holder of what `pool` has lent, or None when it was released before.
+
+    Raises:
+        asyncpg.InterfaceError: It is not a connection that this pool has lent.
+    """
+    holder = connection._holder if isinstance(connection, Proxy) else None
+    if not isinstance(holder, Holder) or holder._pool is not pool:
+        raise asyncpg.InterfaceError(
+            f"Pool.release() received invalid connection: {connection!r} is not a member of this pool"
+        )
+    return None if cast(Any, connection)._con is None else holder
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The pool
+
+
+class PoolBase(_Pool):
+    """asyncpg's pool as a base class: what other code reads of it is true, and none of its machinery runs.
+
+    Args:
+        min_size: As `get_min_size()` returns it.
+        max_size: As `get_max_size()` returns it.
+    """
+
+    def __init__(self, *, min_size: int, max_size: int, connection_class: type[Any], record_class: type[Any]) -> None:
+        super().__init__(
+            min_size=min_size,
+            max_size=max_size,
+            max_queries=1,
+            max_inactive_connection_lifetime=0,
+            loop=cast(asyncio.AbstractEventLoop, object()),  # nothing runs before the pool is opened in a loop
+            connection_class=connection_class,
+            record_class=record_class,
+        )
+
+    def _set_holders(self, holders: Sequence[Holder]) -> None:
+        """Name the holders that `get_size()` counts and whose caches `reload_schema_state()` clears."""
+        self._holders = list(holders)
+
+    def _set_loop(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop

@@ -1,0 +1,336 @@
+"""What a connection does differently behind a transaction pooler: a `-pooler` host, PgBouncer in transaction mode.
+
+It refuses what needs a session of its own, heals stale prepared statements, and resets only what would follow the next
+client. Knows no pools.
+
+A stale statement is healed within the call outside a transaction. Inside a transaction, from a prepared statement or
+from a cursor the error is raised, and what is prepared next is healed; a statement that was prepared before the DDL
+stays stale. The same holds for asyncpg's `ProtocolError`, which means that the query was executed and its rows are not
+as asyncpg knew them.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Generator, Iterable, Iterator
+from typing import Any, NoReturn
+
+import asyncpg
+from asyncpg import cursor, prepared_stmt
+
+from .._errors import PooledHostError
+from .._neon.sql import session_feature
+from .connection import Connection
+from .holder import StatementHooks, connection_of, session_of
+from .session import Session
+
+_log = logging.getLogger("neon_async")
+
+# A server connection that has not had the statement before prepares it again after the DDL. asyncpg reads the rows as
+# they were described to it earlier, and finds a wrong number of columns or of bytes.
+_MISREAD = (asyncpg.exceptions.ProtocolError,)
+_STALE = (asyncpg.InvalidCachedStatementError, *_MISREAD)
+
+# Settings as servers report them (PostgreSQL documentation, section 54.2.7). PgBouncer sets them on whichever server
+# connection a client is given, so what one caller has set would follow the next.
+_REPORTED = (
+    "standard_conforming_strings",
+    "client_encoding",
+    "DateStyle",
+    "IntervalStyle",
+    "TimeZone",
+    "application_name",
+)
+
+
+class PooledConnection(StatementHooks, Connection):
+    """A connection to a pooled host."""
+
+    __slots__ = ()
+
+    # Calls that carry SQL: what needs a session is refused before anything is sent.
+
+    async def execute(self, query: str, *args: Any, **options: Any) -> str:
+        """Execute SQL, as asyncpg does; `PooledHostError` where it needs a session of its own."""
+        session = refuse_session_features(self, query)
+        if args:
+            return await super().execute(query, *args, **options)
+        session.holds_server = True  # until it is over; it may be left running
+        status = await super().execute(query, *args, **options)
+        session.holds_server = False
+        return status
+
+    async def executemany(self, command: str, args: Any, **options: Any) -> Any:
+        """Execute SQL for each sequence of arguments, as asyncpg does; `PooledHostError` where it needs a session."""
+        refuse_session_features(self, command)
+        return await super().executemany(command, _once(args), **options)
+
+    async def fetch(self, query: str, *args: Any, **options: Any) -> Any:
+        """Return all rows, as asyncpg does; `PooledHostError` where the query needs a session of its own."""
+        refuse_session_features(self, query)
+        return await super().fetch(query, *args, **options)
+
+    async def fetchval(self, query: str, *args: Any, **options: Any) -> Any:
+        """Return one value, as asyncpg does; `PooledHostError` where the query needs a session of its own."""
+        refuse_session_features(self, query)
+        return await super().fetchval(query, *args, **options)
+
+    async def fetchrow(self, query: str, *args: Any, **options: Any) -> Any:
+        """Return one row, as asyncpg does; `PooledHostError` where the query needs a session of its own."""
+        refuse_session_features(self, query)
+        return await super().fetchrow(query, *args, **options)
+
+    async def fetchmany(self, query: str, args: Any, **options: Any) -> Any:
+        """Return the rows of all runs, as asyncpg does; `PooledHostError` where the query needs a session."""
+        refuse_session_features(self, query)
+        return await super().fetchmany(query, _once(args), **options)
+
+    async def prepare(self, query: str, **options: Any) -> Any:
+        """Return a prepared statement, as asyncpg does; `PooledHostError` where it needs a session of its own."""
+        refuse_session_features(self, query)
+        statement = await super().prepare(query, **options)
+        if type(statement) is prepared_stmt.PreparedStatement:
+            statement.__class__ = PreparedStatement
+        return statement
+
+    def cursor(self, query: str, *args: Any, **options: Any) -> Any:
+        """Return a cursor factory, as asyncpg does; `PooledHostError` where the query needs a session of its own."""
+        refuse_session_features(self, query)
+        return _noting_factory(super().cursor(query, *args, **options))
+
+    async def copy_from_query(self, query: str, *args: Any, **options: Any) -> Any:
+        """Copy the rows of a query, as asyncpg does; `PooledHostError` where it needs a session of its own."""
+        session = refuse_session_features(self, query)
+        status = await super().copy_from_query(query, *args, **options)
+        session.holds_server = False
+        return status
+
+    async def copy_records_to_table(self, table_name: str, **options: Any) -> Any:
+        """Copy records to a table, as asyncpg does."""
+        status = await super().copy_records_to_table(table_name, **options)
+        _session(self).holds_server = False
+        return status
+
+    async def add_listener(self, *_: Any, **__: Any) -> NoReturn:
+        """Raise `PooledHostError`: LISTEN needs a session of its own."""
+        _refuse(_session(self), "LISTEN")
+
+    def get_reset_query(self) -> str:
+        """Return the SQL that ends what is open and sets back what would follow the next client, or ""."""
+        session = _session(self)
+        return _restoring(self, session.initial_settings) or ("SELECT 1" if session.holds_server else "")
+
+    # How statements are prepared and executed
+
+    async def get_statement(self, query: str, timeout: float | None, **options: Any) -> Any:
+        """Prepare the text with the token of this pool, and once more where it has become stale."""
+        session, began = _session(self), time.monotonic()
+        session.holds_server = True
+        token = session.healing.token
+        try:
+            return await super().get_statement(query + token, timeout, **options)
+        except asyncpg.InvalidCachedStatementError:
+            if not self._may_retry(token):
+                raise
+        with _Retry(session, timeout, began) as retry:
+            return await super().get_statement(query + session.healing.token, retry.timeout, **options)
+
+    async def run_statement(self, query: str, executor: Any, timeout: float | None, **options: Any) -> Any:
+        """Execute a statement, and once more where it has become stale and nothing of it was executed."""
+        session, began = _session(self), time.monotonic()
+        token = session.healing.token
+        try:
+            result = await super().run_statement(query, executor, timeout, **options)
+        except asyncpg.InvalidCachedStatementError:
+            if not self._may_retry(token):
+                raise
+        except _MISREAD:
+            note_stale(session, token)
+            raise  # it was executed: only the caller can decide whether it may be once more
+        else:
+            session.holds_server = False
+            return result
+        with _Retry(session, timeout, began) as retry:
+            result = await super().run_statement(query, executor, retry.timeout, **options)
+        session.holds_server = False
+        return result
+
+    def _may_retry(self, token: str) -> bool:
+        note_stale(_session(self), token)
+        return not (self.is_closed() or self.is_in_transaction())
+
+
+class _Retry:
+    """The second run of a statement: its share of the timeout, and its time in the statistics."""
+
+    def __init__(self, session: Session, timeout: float | None, began: float) -> None:
+        self._session = session
+        self._began = time.monotonic()
+        self._token = session.healing.token
+        self.timeout = None if timeout is None else timeout - (self._began - began)
+
+    def __enter__(self) -> _Retry:
+        return self
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        self._session.healing.seconds += time.monotonic() - self._began
+        if isinstance(error, _STALE):
+            note_stale(self._session, self._token)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Statements and cursors: they cannot be healed, and report what is stale, so that the next ones are
+
+
+class PreparedStatement(prepared_stmt.PreparedStatement):
+    """asyncpg's prepared statement, which reports that it is stale."""
+
+    __slots__ = ()
+
+    async def fetch(self, *args: Any, **options: Any) -> Any:
+        """Return all rows, as asyncpg does."""
+        with _Noting(self):
+            return await super().fetch(*args, **options)
+
+    async def fetchval(self, *args: Any, **options: Any) -> Any:
+        """Return one value, as asyncpg does."""
+        with _Noting(self):
+            return await super().fetchval(*args, **options)
+
+    async def fetchrow(self, *args: Any, **options: Any) -> Any:
+        """Return one row, as asyncpg does."""
+        with _Noting(self):
+            return await super().fetchrow(*args, **options)
+
+    async def fetchmany(self, args: Any, **options: Any) -> Any:
+        """Return the rows of all runs, as asyncpg does."""
+        with _Noting(self):
+            return await super().fetchmany(args, **options)
+
+    async def executemany(self, args: Any, **options: Any) -> Any:
+        """Execute the statement for each sequence of arguments, as asyncpg does."""
+        with _Noting(self):
+            return await super().executemany(args, **options)
+
+    def cursor(self, *args: Any, **options: Any) -> Any:
+        """Return a cursor factory, as asyncpg does."""
+        return _noting_factory(super().cursor(*args, **options))
+
+
+class CursorFactory(cursor.CursorFactory):
+    """asyncpg's cursor factory, whose cursors report that they are stale."""
+
+    __slots__ = ()
+
+    def __aiter__(self) -> Any:
+        iterator = super().__aiter__()
+        iterator.__class__ = CursorIterator
+        return iterator
+
+    def __await__(self) -> Generator[Any, Any, Any]:
+        with _Noting(self):
+            return (yield from super().__await__())
+
+
+class CursorIterator(cursor.CursorIterator):
+    """asyncpg's iterator over a cursor, which reports that it is stale."""
+
+    __slots__ = ()
+
+    async def __anext__(self) -> Any:
+        with _Noting(self):
+            return await super().__anext__()
+
+
+def _noting_factory(factory: Any) -> Any:
+    if type(factory) is cursor.CursorFactory:
+        factory.__class__ = CursorFactory
+    return factory
+
+
+class _Noting:
+    """Report a stale statement of `resource`, and let the error pass."""
+
+    def __init__(self, resource: object) -> None:
+        self._resource = resource
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        if isinstance(error, _STALE):
+            note_stale(_session(connection_of(self._resource)), getattr(error, "query", None))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is stale, what is refused, what is set back
+
+
+def note_stale(session: Session, stale: str | None) -> None:
+    """Have everything prepared again from now on, because `stale`, a text or the end of one, was refused as stale."""
+    if session.healing.renew(stale):
+        _log.info(
+            "%s: a prepared statement is stale, the schema has changed; statements are prepared again from now on",
+            session.endpoint.id if session.endpoint else session.host,
+        )
+
+
+def refuse_session_features(connection: object, query: object) -> Session:
+    """Return the session of `connection`.
+
+    Raises:
+        PooledHostError: `query` needs a session of its own.
+    """
+    session = _session(connection)
+    feature = session_feature(query) if isinstance(query, str) else None
+    if feature is not None:
+        _refuse(session, feature.name, f"Write {feature.instead}, or use" if feature.instead else "Use")
+    return session
+
+
+def _refuse(session: Session, what: str, use: str = "Use") -> NoReturn:
+    direct_host = session.endpoint.direct_host if session.endpoint else session.host
+    raise PooledHostError(
+        f"{what} needs a session of its own, and {session.host} may run each transaction in another session. "
+        f"{use} the direct host {direct_host}."
+    )
+
+
+def _session(connection: object) -> Session:
+    session = session_of(connection)
+    assert session is not None
+    return session
+
+
+def tracked_settings(connection: Any) -> dict[str, str]:
+    """Return the settings that PgBouncer tracks for its clients, as they are now."""
+    settings = connection.get_settings()
+    return {name: getattr(settings, name) for name in _REPORTED if hasattr(settings, name)}
+
+
+def _restoring(connection: Any, initial: dict[str, str]) -> str:
+    now = tracked_settings(connection)
+    return "; ".join(
+        f"SET {name} TO '" + value.replace("'", "''") + "'" for name, value in initial.items() if now.get(name) != value
+    )
+
+
+class _Once:
+    """Rows from an iterator. A second run would go on with the rows that the first run has left."""
+
+    def __init__(self, rows: Iterator[Any]) -> None:
+        self._rows: Iterator[Any] | None = rows
+
+    def __iter__(self) -> Iterator[Any]:
+        rows, self._rows = self._rows, None
+        if rows is None:
+            raise asyncpg.InvalidCachedStatementError(
+                "The prepared statement was stale, and its rows came from an iterator that is used up. Nothing was "
+                "written. Call again with the rows from the beginning."
+            )
+        return rows
+
+
+def _once(rows: Iterable[Any]) -> Iterable[Any]:
+    return _Once(rows) if isinstance(rows, Iterator) else rows

@@ -1,0 +1,94 @@
+"""What is known of one session beyond what asyncpg knows, and what the sessions of one pool share.
+
+Data only. Knows no connection and sends nothing.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+
+from .._neon.endpoint import Endpoint
+from .._wire.tls import TLSReport
+from .._wire.transport import SessionTransport
+
+
+class Healing:
+    """What the connections of one pool share about stale prepared statements.
+
+    PgBouncer shares prepared statements among clients by their text. A server connection that prepared a text before
+    the DDL answers "cached plan must not change result type" for ever, however often a client prepares it again. So
+    the pool changes its texts: from then on every query that is prepared ends with a comment.
+
+    The comment is random, because another process may have healed with a comment of its own before, and its texts may
+    be stale again. It stands at the end, because pg_hint_plan reads the first comment. At the end of a `--` comment it
+    becomes part of that comment, and still makes another text.
+
+    Attributes:
+        token: The comment behind every query that is prepared; empty until the first stale statement.
+        heals: How often the token was renewed.
+        seconds: How long calls took to run once more, in total.
+    """
+
+    __slots__ = ("heals", "seconds", "token")
+
+    def __init__(self) -> None:
+        self.token = ""
+        self.heals = 0
+        self.seconds = 0.0
+
+    def __repr__(self) -> str:
+        return f"<Healing {self.heals} heals in {self.seconds:.3f} s>"
+
+    def renew(self, stale: str | None = None) -> bool:
+        """Change the text of every query that is prepared from now on.
+
+        Calls fail together, and some were sent with a token that has been renewed since: one renewal serves them all.
+
+        Args:
+            stale: The text that was refused as it was sent, or the end of it. None where it is not known.
+
+        Returns:
+            Whether a renewal was needed.
+        """
+        if stale is not None and not stale.endswith(self.token):
+            return False
+        self.token = f" /* neon-async {secrets.token_hex(4)} */"
+        self.heals += 1
+        return True
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Session:
+    """One session with the server, from its login to its end.
+
+    Attributes:
+        host: The host name that was verified.
+        endpoint: What the host name says, or None when it is not a Neon endpoint.
+        healing: Shared by the connections of one pool.
+        report: What the TLS handshake settled on.
+        transport: Where asyncpg writes.
+        cancel: Sends a cancel request to the server of this session.
+        on_closed: Called once, as soon as the connection is closed, by either side.
+        initial_settings: The settings that PgBouncer tracks, as they were after the login.
+        holds_server: Whether PgBouncer may reserve a server connection for this client although no transaction is
+            open. asyncpg ends a prepare with Flush, and the server connection stays reserved, with its locks on tables,
+            until something is executed.
+    """
+
+    host: str
+    endpoint: Endpoint | None
+    healing: Healing
+    report: TLSReport
+    transport: SessionTransport
+    cancel: Callable[[int, int], Awaitable[None]]
+    on_closed: Callable[[], None] | None = None
+    initial_settings: dict[str, str] = field(default_factory=dict)
+    holds_server: bool = False
+
+    def notify_closed(self) -> None:
+        """Call `on_closed`, unless it has been called."""
+        callback, self.on_closed = self.on_closed, None
+        if callback is not None:
+            callback()

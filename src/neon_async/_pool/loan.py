@@ -1,0 +1,154 @@
+"""One borrow of one connection: lend it, decide what it needs at the end, and give it back on one path.
+
+Knows nothing of waiters and of dials.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import logging
+import time
+import traceback
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from .._driver import holder
+from .._driver.connection import resets_itself
+from .slots import Slot, State
+
+if TYPE_CHECKING:
+    from .supply import Supply
+
+_log = logging.getLogger("neon_async")
+
+
+class Facts(NamedTuple):
+    """What is known of a connection at the end of its loan.
+
+    Attributes:
+        closed: It has ended.
+        worn: It is not to be lent again: too old, too many queries, expired, or the pool is closing.
+        own_reset: The reset is the caller's own code, which may do anything.
+        untouched: Nothing was written to the server and no log listener is registered.
+        leftovers: A statement is being cancelled, a transaction is open, or listeners are registered.
+        has_reset_query: There is SQL to send.
+    """
+
+    closed: bool
+    worn: bool
+    own_reset: bool
+    untouched: bool
+    leftovers: bool
+    has_reset_query: bool
+
+
+class Need(enum.Enum):
+    """What a connection needs at the end of its loan."""
+
+    NOTHING = "nothing"
+    RESET = "a reset in the background"
+    CLOSE = "to be closed"
+    FORGET = "to be forgotten, because it has ended"
+
+
+def need_of(facts: Facts) -> Need:
+    """Return what a connection needs before it can be lent again."""
+    if facts.closed:
+        return Need.FORGET
+    if facts.worn:
+        return Need.CLOSE
+    if facts.own_reset or facts.leftovers:
+        return Need.RESET
+    if facts.untouched or not facts.has_reset_query:
+        return Need.NOTHING
+    return Need.RESET
+
+
+class Loan:
+    """One borrow of the connection of one slot, from `lend` to `end()`.
+
+    Args:
+        supply: What the slot goes back to.
+        slot: A slot with a connection that is reserved for the caller, or idle.
+        called_at: When the caller asked for it; a time of the monotonic clock.
+    """
+
+    __slots__ = ("_leak_timer", "_supply", "_writes", "lent_at", "owner", "proxy", "slot")
+
+    def __init__(self, supply: Supply, slot: Slot, called_at: float) -> None:
+        self.slot = slot
+        self._supply = supply
+        self.proxy = slot.holder.lend()
+        self.owner = asyncio.current_task()
+        self.lent_at = time.monotonic()
+        self._writes = holder.writes(slot.holder.connection)
+        self._leak_timer: asyncio.TimerHandle | None = None
+        supply.slots.move(slot, State.IN_USE)
+        supply.tallies.acquires.add(self.lent_at - called_at)
+        slot.loan = self
+        slot.used = True
+        if supply.options.leak_after is not None:
+            self._watch(supply.options.leak_after)
+
+    def __repr__(self) -> str:
+        return f"<Loan of {self.slot!r}>"
+
+    def end(self, timeout: float | None = None) -> asyncio.Task[Any] | None:
+        """End the loan. All ways back come through here: release, the end of the block, and a connection that ended.
+
+        Args:
+            timeout: Seconds for a reset or a close. Default: `release_timeout`.
+
+        Returns:
+            The task that resets or closes the connection in the background, where there is something to do. Its result
+            is the error that ended the connection, or None.
+        """
+        slot, supply = self.slot, self._supply
+        facts = self._facts()
+        slot.loan = None
+        if self._leak_timer is not None:
+            self._leak_timer.cancel()
+        supply.tallies.releases.since(self.lent_at)
+        try:
+            if not facts.closed:
+                slot.holder.recall()  # warns of listeners, and a warning can be an exception
+        finally:
+            if not facts.untouched:
+                slot.heard_at = time.monotonic()
+            task = supply.take_back(slot, need_of(facts), timeout)
+        return task
+
+    def _facts(self) -> Facts:
+        connection, supply = self.slot.holder.connection, self._supply
+        if connection is None or connection.is_closed():
+            return Facts(True, False, False, False, False, False)
+        untouched = self._writes == holder.writes(connection) and not holder.has_log_listeners(connection)
+        return Facts(
+            closed=False,
+            worn=supply.is_worn(self.slot, time.monotonic()),
+            own_reset=supply.options.reset is not None or resets_itself(connection),
+            untouched=untouched,
+            leftovers=holder.is_busy(connection)
+            or holder.has_transaction(connection)
+            or holder.has_listeners(connection),
+            has_reset_query=not untouched and _has_reset_query(connection),
+        )
+
+    def _watch(self, leak_after: float) -> None:
+        """Log the stack that acquired the connection if it is not released within `leak_after` seconds."""
+        stack = traceback.StackSummary.extract(traceback.walk_stack(None), lookup_lines=False)
+        self._leak_timer = asyncio.get_running_loop().call_later(leak_after, self._report_leak, leak_after, stack)
+
+    def _report_leak(self, leak_after: float, stack: traceback.StackSummary) -> None:
+        stack.reverse()  # as in a traceback: the latest call comes last
+        _log.warning(
+            "%s: a connection has not been released for %g s. It was acquired at:\n%s",
+            *(self._supply.name, leak_after, "".join(stack.format())),
+        )
+
+
+def _has_reset_query(connection: Any) -> bool:
+    try:
+        return bool(connection.get_reset_query())
+    except Exception:  # noqa: BLE001  the caller's own; the reset raises it again, and ends the connection
+        return True

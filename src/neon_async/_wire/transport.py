@@ -1,0 +1,3 @@
+from .dial import Wire as SessionTransport
+
+__all__ = ("SessionTransport",)

@@ -143,6 +143,20 @@ class PoolClosedError(NeonAsyncError, asyncpg.InterfaceError):
         super().__init__(message)
 
 
+class ConnectionLostError(NeonAsyncError, asyncpg.ConnectionDoesNotExistError, ConnectionError):
+    """The connection ended while it was in use.
+
+    Attributes:
+        nothing_executed: Whether it is certain that nothing of the call was executed.
+    """
+
+    retryable = True
+
+    def __init__(self, message: str = "", *, nothing_executed: bool = False) -> None:
+        super().__init__(message)
+        self.nothing_executed = nothing_executed
+
+
 class CommitUnknownError(NeonAsyncError, asyncpg.TransactionResolutionUnknownError):
     """The connection was lost while COMMIT was under way: the transaction may have been committed, or not."""
 

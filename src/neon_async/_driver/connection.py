@@ -15,20 +15,14 @@ from typing import Any, TypeVar
 
 import asyncpg
 
-from .holder import ConnectionHooks
+from .holder import ConnectionHooks, own_session
+from .session import Codec
 from .transaction import Transaction
 
 _T = TypeVar("_T")
 
 # Seconds that a cancelled call may take to end, because it may have to read what the server still sends.
 _CANCEL_GRACE = 0.5
-
-# What RESET ALL leaves behind and the next caller would meet, in one message: a role, temporary tables, the caches of
-# sequences. Not DISCARD ALL, which would also drop asyncpg's prepared statements.
-_RESET = (
-    "CLOSE ALL; SET SESSION AUTHORIZATION DEFAULT; RESET ALL; UNLISTEN *; SELECT pg_advisory_unlock_all(); "
-    "DISCARD TEMP; DISCARD SEQUENCES"
-)
 
 
 class Connection(ConnectionHooks):
@@ -56,8 +50,23 @@ class Connection(ConnectionHooks):
         return Transaction(self, isolation, readonly, deferrable)
 
     def get_reset_query(self) -> str:
-        """Return the SQL that `reset()` sends: everything a caller can leave in a session, in one message."""
-        return _RESET
+        """Return the SQL that `reset()` sends: it cleans everything, and restores what the pool's `init` set up."""
+        return own_session(self).snapshot.reset_query()
+
+    async def set_type_codec(self, typename: str, *, schema: str = "public", **options: Any) -> None:
+        """Set an encoder and a decoder for a type, as asyncpg does. At the end of a loan that is undone."""
+        await super().set_type_codec(typename, schema=schema, **options)
+        own_session(self).codecs[schema, typename] = Codec("set_type_codec", options)
+
+    async def set_builtin_type_codec(self, typename: str, *, schema: str = "public", **options: Any) -> None:
+        """Set a built-in codec for a type, as asyncpg does. At the end of a loan that is undone."""
+        await super().set_builtin_type_codec(typename, schema=schema, **options)
+        own_session(self).codecs[schema, typename] = Codec("set_builtin_type_codec", options)
+
+    async def reset_type_codec(self, typename: str, *, schema: str = "public") -> None:
+        """Reset the codec of a type to the default, as asyncpg does. At the end of a loan that is undone."""
+        await super().reset_type_codec(typename, schema=schema)
+        own_session(self).codecs.pop((schema, typename), None)
 
     async def executemany(self, command: str, args: Any, **options: Any) -> Any:
         """Run `command` for each sequence of arguments, as asyncpg does; one cancellation ends it."""
@@ -151,3 +160,8 @@ def combine(base: type[Any], ours: type[Connection]) -> type[Any]:
 def resets_itself(connection: object) -> bool:
     """Return whether the caller's class has a `reset()` of its own, which may do anything."""
     return type(connection).reset is not asyncpg.Connection.reset  # type: ignore[attr-defined]
+
+
+def has_own_reset_query(connection: object) -> bool:
+    """Return whether the caller's class has a `get_reset_query()` of its own."""
+    return type(connection).get_reset_query is not Connection.get_reset_query  # type: ignore[attr-defined]

@@ -32,7 +32,7 @@ from .._wire.login import Logins, Secret
 from .._wire.tls import NOT_TLS_REASONS, TLSReport, build_context, explain, openssl_reason
 from .._wire.trust import AnchorSource, TrustAnchor, find_isrg_root_x1, load_trust_anchor
 from .connection import Connection, combine
-from .holder import adopt_running_loop, session_of
+from .holder import begin_session, session_of
 from .pooled import PooledConnection, tracked_settings
 from .session import Healing, Session
 
@@ -115,10 +115,9 @@ class Connector:
             transport=door.wire,
             cancel=door.cancel,
         )
-        door.wire.session = session
         if isinstance(connection, PooledConnection):
             session.initial_settings = tracked_settings(connection)
-        adopt_running_loop(connection)
+        begin_session(connection, session)
 
     async def _connect_through(
         self, door: Door, connection_class: type[Any], record_class: type[Any]

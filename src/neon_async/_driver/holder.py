@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 import asyncpg
 from asyncpg.pool import PoolConnectionHolder, PoolConnectionProxy
 
-from .session import Session
+from .protocol import SessionProtocol
+from .session import Callbacks, Session
 
 if TYPE_CHECKING:
     _Connection: TypeAlias = asyncpg.Connection[asyncpg.Record]
@@ -37,6 +38,12 @@ def session_of(connection: Any) -> Session | None:
     transport = getattr(getattr(connection, "_con", connection), "_transport", None)
     session = getattr(transport, "session", None)
     return session if isinstance(session, Session) else None
+
+
+def own_session(connection: Any) -> Session:
+    """Return the session of a connection of ours."""
+    session: Session = connection._transport.session
+    return session
 
 
 class ConnectionHooks(_Connection):
@@ -109,12 +116,14 @@ def connection_of(resource: Any) -> Any:
     return resource._connection
 
 
-def adopt_running_loop(connection: Any) -> None:
-    """Have a finished connection use the running loop itself.
+def begin_session(connection: Any, session: Session) -> None:
+    """Attach a session to a new connection, and have the connection use the running loop itself.
 
     It was dialed through a loop adapter. From Python 3.14 on `asyncio.current_task(loop)` compares loops by identity,
     and asyncpg forgets a finished cancel request only when it finds the task by it.
     """
+    session.transport.session = session
+    connection._protocol = SessionProtocol(connection._protocol, session.transport, host=session.host)
     connection._loop = asyncio.get_running_loop()
 
 
@@ -125,8 +134,7 @@ async def send(connection: Any, sql: str) -> None:
 
 def writes(connection: Any) -> int:
     """Return how often something was written to the server."""
-    count: int = connection._transport.writes
-    return count
+    return own_session(connection).transport.writes
 
 
 def queries_run(connection: Any) -> int:
@@ -134,9 +142,15 @@ def queries_run(connection: Any) -> int:
     return int(connection._protocol.queries_count)
 
 
-def is_busy(connection: Any) -> bool:
-    """Return whether a cancelled statement has not ended yet."""
-    return bool(connection._protocol._is_cancelling())
+def is_idle(connection: Any) -> bool:
+    """Return whether no statement is under way or being cancelled."""
+    return bool(connection._protocol.is_idle())
+
+
+def protocol_of(connection: Any) -> SessionProtocol:
+    """Return the protocol of a connection of ours."""
+    protocol: SessionProtocol = connection._protocol
+    return protocol
 
 
 def has_transaction(connection: Any) -> bool:
@@ -144,9 +158,32 @@ def has_transaction(connection: Any) -> bool:
     return bool(connection._protocol.is_in_transaction() or connection._top_xact is not None)
 
 
-def has_listeners(connection: Any) -> bool:
-    """Return whether listeners for notifications or log messages are registered."""
-    return bool(connection._listeners or connection._log_listeners)
+def callbacks_of(connection: Any) -> Callbacks:
+    """Return the callbacks that are registered on a connection."""
+    return Callbacks(
+        {channel: frozenset(callbacks) for channel, callbacks in connection._listeners.items()},
+        frozenset(connection._log_listeners),
+        frozenset(connection._query_loggers),
+    )
+
+
+def set_callbacks(connection: Any, callbacks: Callbacks) -> None:
+    """Register these callbacks and no others. Nothing is sent to the server."""
+    connection._listeners = {channel: set(kept) for channel, kept in callbacks.listeners.items()}
+    connection._log_listeners = set(callbacks.log_listeners)
+    connection._query_loggers = set(callbacks.query_loggers)
+
+
+def _keep_only_others(connection: Any, callbacks: Callbacks) -> None:
+    for channel, listeners in callbacks.listeners.items():
+        if channel in connection._listeners:
+            connection._listeners[channel] -= listeners
+    connection._log_listeners -= callbacks.log_listeners
+
+
+def listens_otherwise(connection: Any, callbacks: Callbacks) -> bool:
+    """Return whether the connection listens to other channels than `callbacks` has."""
+    return bool(connection._listeners.keys() != callbacks.listeners.keys())
 
 
 def has_log_listeners(connection: Any) -> bool:
@@ -160,21 +197,24 @@ async def end_cancellation(connection: Any) -> None:
         await connection._protocol._wait_for_cancellation()
 
 
-async def end_leftovers(connection: Any) -> None:
-    """Forget listeners and roll back an open transaction, as `Connection.reset()` does before its reset query.
+async def roll_back(connection: Any) -> None:
+    """Roll back an open transaction, as `Connection.reset()` does.
 
-    asyncpg reports an open transaction to the event loop's exception handler, unless an `async with` block owns it.
+    asyncpg reports it to the event loop's exception handler, unless an `async with` block owns the transaction.
     """
-    connection._listeners.clear()
-    connection._log_listeners.clear()
-    if not has_transaction(connection):
-        return
     transaction, connection._top_xact = connection._top_xact, None
     if transaction is None or not transaction._managed:
         asyncio.get_running_loop().call_exception_handler(
             {"message": f"Resetting connection with an active transaction {connection!r}"}
         )
     await send(connection, "ROLLBACK")
+
+
+async def fetch(connection: Any, query: str, *args: object) -> list[Any]:
+    """Return the rows of a query of the pool itself: no query logger and no tracer sees it."""
+    statement = await connection._get_statement(query, None, use_cache=False)
+    rows: list[Any] = await connection._protocol.bind_execute(statement, args, "", 0, False, None)
+    return rows
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -313,13 +353,18 @@ class Holder(PoolConnectionHolder):
     def recall(self) -> None:
         """Make the proxy useless to its caller, with its cursors and statements.
 
-        Warns of listeners that were left on the connection; the warning can be an exception.
+        Callbacks that the caller registered are forgotten. Warns of listeners among them; the warning can be an
+        exception.
         """
         connection, proxy = self._con, self._proxy
         self._proxy = None
+        kept = own_session(connection).snapshot.callbacks
         try:
+            if kept:
+                _keep_only_others(connection, kept)  # asyncpg would warn of those that `init` registered, too
             connection._on_release()
         finally:
+            set_callbacks(connection, kept)
             if proxy is not None:
                 proxy._detach()  # type: ignore[attr-defined]
 

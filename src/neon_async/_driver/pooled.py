@@ -22,7 +22,7 @@ from asyncpg import cursor, prepared_stmt
 from .._errors import PooledHostError
 from .._neon.sql import session_feature
 from .connection import Connection
-from .holder import StatementHooks, connection_of, session_of
+from .holder import StatementHooks, connection_of, own_session
 from .session import Session
 
 _log = logging.getLogger("neon_async")
@@ -109,23 +109,23 @@ class PooledConnection(StatementHooks, Connection):
     async def copy_records_to_table(self, table_name: str, **options: Any) -> Any:
         """Copy records to a table, as asyncpg does."""
         status = await super().copy_records_to_table(table_name, **options)
-        _session(self).holds_server = False
+        own_session(self).holds_server = False
         return status
 
     async def add_listener(self, *_: Any, **__: Any) -> NoReturn:
         """Raise `PooledHostError`: LISTEN needs a session of its own."""
-        _refuse(_session(self), "LISTEN")
+        _refuse(own_session(self), "LISTEN")
 
     def get_reset_query(self) -> str:
         """Return the SQL that ends what is open and sets back what would follow the next client, or ""."""
-        session = _session(self)
+        session = own_session(self)
         return _restoring(self, session.initial_settings) or ("SELECT 1" if session.holds_server else "")
 
     # How statements are prepared and executed
 
     async def get_statement(self, query: str, timeout: float | None, **options: Any) -> Any:
         """Prepare the text with the token of this pool, and once more where it has become stale."""
-        session, began = _session(self), time.monotonic()
+        session, began = own_session(self), time.monotonic()
         session.holds_server = True
         token = session.healing.token
         try:
@@ -138,7 +138,7 @@ class PooledConnection(StatementHooks, Connection):
 
     async def run_statement(self, query: str, executor: Any, timeout: float | None, **options: Any) -> Any:
         """Execute a statement, and once more where it has become stale and nothing of it was executed."""
-        session, began = _session(self), time.monotonic()
+        session, began = own_session(self), time.monotonic()
         token = session.healing.token
         try:
             result = await super().run_statement(query, executor, timeout, **options)
@@ -157,7 +157,7 @@ class PooledConnection(StatementHooks, Connection):
         return result
 
     def _may_retry(self, token: str) -> bool:
-        note_stale(_session(self), token)
+        note_stale(own_session(self), token)
         return not (self.is_closed() or self.is_in_transaction())
 
 
@@ -260,7 +260,7 @@ class _Noting:
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         if isinstance(error, _STALE):
-            note_stale(_session(connection_of(self._resource)), getattr(error, "query", None))
+            note_stale(own_session(connection_of(self._resource)), getattr(error, "query", None))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -282,7 +282,7 @@ def refuse_session_features(connection: object, query: object) -> Session:
     Raises:
         PooledHostError: `query` needs a session of its own.
     """
-    session = _session(connection)
+    session = own_session(connection)
     feature = session_feature(query) if isinstance(query, str) else None
     if feature is not None:
         _refuse(session, feature.name, f"Write {feature.instead}, or use" if feature.instead else "Use")
@@ -295,12 +295,6 @@ def _refuse(session: Session, what: str, use: str = "Use") -> NoReturn:
         f"{what} needs a session of its own, and {session.host} may run each transaction in another session. "
         f"{use} the direct host {direct_host}."
     )
-
-
-def _session(connection: object) -> Session:
-    session = session_of(connection)
-    assert session is not None
-    return session
 
 
 def tracked_settings(connection: Any) -> dict[str, str]:

@@ -6,10 +6,12 @@ Data only. Knows no connection and sends nothing.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from .._neon.endpoint import Endpoint
+from .._neon.sql import quote, quote_name
 from .._wire.tls import TLSReport
 from .._wire.transport import SessionTransport
 
@@ -59,6 +61,75 @@ class Healing:
         return True
 
 
+@dataclass(frozen=True, slots=True)
+class Callbacks:
+    """The callbacks that are registered on a connection.
+
+    Attributes:
+        listeners: Of notifications, by channel.
+        log_listeners: Of log messages.
+        query_loggers: Of statements.
+    """
+
+    listeners: Mapping[str, frozenset[Any]] = field(default_factory=dict)
+    log_listeners: frozenset[Any] = frozenset()
+    query_loggers: frozenset[Any] = frozenset()
+
+    def __bool__(self) -> bool:
+        return bool(self.listeners or self.log_listeners or self.query_loggers)
+
+
+# Everything a borrower can leave in a session, in an order that works: first the rights of the login, then settings,
+# because a statement_timeout applies until it is reset. What RESET ALL leaves behind are temporary tables and the
+# caches of sequences. Not DISCARD ALL, which runs in no transaction and drops asyncpg's prepared statements.
+RESET = (
+    "CLOSE ALL; SET SESSION AUTHORIZATION DEFAULT; RESET ALL; UNLISTEN *; SELECT pg_advisory_unlock_all(); "
+    "DISCARD TEMP; DISCARD SEQUENCES"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Codec:
+    """A type codec of a connection.
+
+    Attributes:
+        method: The method that registered it: `set_type_codec` or `set_builtin_type_codec`.
+        options: The arguments it was registered with, but for the type and its schema.
+    """
+
+    method: str
+    options: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """What `init` set up.
+
+    Attributes:
+        role: Of `SET ROLE`, or None.
+        authorization: Of `SET SESSION AUTHORIZATION`, or None.
+        settings: The settings of the session, by name.
+        callbacks: Listeners and query loggers.
+        codecs: Type codecs, by schema and type.
+    """
+
+    role: str | None = None
+    authorization: str | None = None
+    settings: Mapping[str, str] = field(default_factory=dict)
+    callbacks: Callbacks = field(default_factory=Callbacks)
+    codecs: Mapping[tuple[str, str], Codec] = field(default_factory=dict)
+
+    def reset_query(self) -> str:
+        """Return the SQL that sets a session back to this."""
+        restore = [f"LISTEN {quote_name(channel)}" for channel in self.callbacks.listeners]
+        restore += [f"SELECT set_config({quote(name)}, {quote(value)}, false)" for name, value in self.settings.items()]
+        if self.authorization is not None:
+            restore.append(f"SET SESSION AUTHORIZATION {quote_name(self.authorization)}")
+        if self.role is not None:
+            restore.append(f"SET ROLE {quote_name(self.role)}")
+        return "; ".join([RESET, *restore])
+
+
 @dataclass(slots=True, eq=False, kw_only=True)
 class Session:
     """One session with the server, from its login to its end.
@@ -71,6 +142,8 @@ class Session:
         transport: Where asyncpg writes.
         cancel: Sends a cancel request to the server of this session.
         on_closed: Called once, as soon as the connection is closed, by either side.
+        snapshot: What a reset restores.
+        codecs: The type codecs that are registered now, by schema and type.
         initial_settings: The settings that PgBouncer tracks, as they were after the login.
         holds_server: Whether PgBouncer may reserve a server connection for this client although no transaction is
             open. asyncpg ends a prepare with Flush, and the server connection stays reserved, with its locks on tables,
@@ -84,6 +157,8 @@ class Session:
     transport: SessionTransport
     cancel: Callable[[int, int], Awaitable[None]]
     on_closed: Callable[[], None] | None = None
+    snapshot: Snapshot = field(default_factory=Snapshot)
+    codecs: dict[tuple[str, str], Codec] = field(default_factory=dict)
     initial_settings: dict[str, str] = field(default_factory=dict)
     holds_server: bool = False
 

@@ -211,3 +211,17 @@ def _of_set_config(statement: list[str], arguments: list[int], *, end: int) -> S
     if not setting or setting in TRACKED_SETTINGS:
         return None
     return SessionFeature(f"set_config('{setting}', ..., false)", _ADVICE_CONFIG)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Literals
+
+
+def quote(text: str) -> str:
+    """Return `text` as a string literal, whatever `standard_conforming_strings` says."""
+    return "E'" + text.replace("\\", "\\\\").replace("'", "''") + "'"
+
+
+def quote_name(name: str) -> str:
+    """Return `name` as a quoted identifier."""
+    return '"' + name.replace('"', '""') + '"'

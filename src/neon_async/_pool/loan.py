@@ -13,7 +13,7 @@ import traceback
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .._driver import holder
-from .._driver.connection import resets_itself
+from .._driver.connection import has_own_reset_query, resets_itself
 from .slots import Slot, State
 
 if TYPE_CHECKING:
@@ -29,9 +29,11 @@ class Facts(NamedTuple):
         closed: It has ended.
         worn: It is not to be lent again: too old, too many queries, expired, or the pool is closing.
         own_reset: The reset is the caller's own code, which may do anything.
-        untouched: Nothing was written to the server and no log listener is registered.
-        leftovers: A statement is being cancelled, a transaction is open, or listeners are registered.
+        untouched: Nothing was written to the server.
+        leftovers: A statement is under way or being cancelled, a transaction is open, or channels or type codecs were
+            changed.
         has_reset_query: There is SQL to send.
+        ahead: That SQL may be sent ahead of the next statement.
     """
 
     closed: bool
@@ -40,12 +42,14 @@ class Facts(NamedTuple):
     untouched: bool
     leftovers: bool
     has_reset_query: bool
+    ahead: bool
 
 
 class Need(enum.Enum):
     """What a connection needs at the end of its loan."""
 
     NOTHING = "nothing"
+    RESET_AHEAD = "a reset sent ahead of the next statement"
     RESET = "a reset in the background"
     CLOSE = "to be closed"
     FORGET = "to be forgotten, because it has ended"
@@ -61,7 +65,7 @@ def need_of(facts: Facts) -> Need:
         return Need.RESET
     if facts.untouched or not facts.has_reset_query:
         return Need.NOTHING
-    return Need.RESET
+    return Need.RESET_AHEAD if facts.ahead else Need.RESET
 
 
 class Loan:
@@ -121,17 +125,20 @@ class Loan:
     def _facts(self) -> Facts:
         connection, supply = self.slot.holder.connection, self._supply
         if connection is None or connection.is_closed():
-            return Facts(True, False, False, False, False, False)
-        untouched = self._writes == holder.writes(connection) and not holder.has_log_listeners(connection)
+            return Facts(True, False, False, False, False, False, False)
+        session = holder.own_session(connection)
+        untouched = self._writes == session.transport.writes
         return Facts(
             closed=False,
             worn=supply.is_worn(self.slot, time.monotonic()),
             own_reset=supply.options.reset is not None or resets_itself(connection),
             untouched=untouched,
-            leftovers=holder.is_busy(connection)
+            leftovers=not holder.is_idle(connection)
             or holder.has_transaction(connection)
-            or holder.has_listeners(connection),
+            or holder.listens_otherwise(connection, session.snapshot.callbacks)
+            or session.codecs != session.snapshot.codecs,
             has_reset_query=not untouched and _has_reset_query(connection),
+            ahead=not has_own_reset_query(connection),
         )
 
     def _watch(self, leak_after: float) -> None:

@@ -16,13 +16,14 @@ import logging
 import math
 import random
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
 from .._driver import holder
 from .._driver.connection import resets_itself
 from .._driver.connector import Connector
-from .._driver.holder import Holder, session_of
+from .._driver.holder import Holder, own_session
+from .._driver.snapshot import restore_codecs, take_snapshot
 from .._errors import ConnectError, ConnectTimeoutError, NeonAsyncError, PoolTimeoutError
 from .._neon.endpoint import short_name
 from .._timing import Timer
@@ -163,6 +164,9 @@ class Supply:
         match need:
             case Need.NOTHING:
                 self._offer(slot)
+            case Need.RESET_AHEAD:
+                self._reset_ahead(slot)
+                self._offer(slot)
             case Need.RESET:
                 return self._start(slot, State.RESETTING, self._reset(slot, limit))
             case Need.CLOSE:
@@ -237,6 +241,16 @@ class Supply:
             slot.holder.terminate()
         self._offer(slot)
 
+    def _reset_ahead(self, slot: Slot) -> None:
+        """Send a reset ahead of the next statement. If it fails, the connection ends before that statement runs."""
+        connection, began = slot.holder.connection, time.monotonic()
+
+        def note_success() -> None:
+            self.tallies.resets.since(began)
+            slot.heard_at = time.monotonic()
+
+        holder.protocol_of(connection).send_reset_ahead(connection.get_reset_query(), note_success)
+
     async def _reset(self, slot: Slot, limit: float) -> Exception | None:
         """Reset what a caller has left."""
         began, connection = time.monotonic(), slot.holder.connection
@@ -266,7 +280,9 @@ class Supply:
         if self.options.reset is None and resets_itself(connection):
             await connection.reset()
             return
-        await holder.end_leftovers(connection)
+        if holder.has_transaction(connection):
+            await holder.roll_back(connection)
+        await restore_codecs(connection)
         if self.options.reset is not None:
             await self.options.reset(connection)
         elif query := connection.get_reset_query():
@@ -324,15 +340,10 @@ class Supply:
         while slots.idle and len(waiters) > slots.count(State.CHECKING):
             self._start(slots.idle[-1], State.CHECKING, self._check(slots.idle[-1]))
         connecting, checking = slots.count(State.CONNECTING), slots.count(State.CHECKING)
-        returning = slots.count(State.RESETTING) + slots.count(State.CLOSING)
         refusal = self.pace.refusal(now)
         if refusal is not None:
-            waiters.fail(len(waiters) - connecting - checking - returning, functools.partial(_twin, refusal))
-        # A reset takes one round trip and a dial five, so half of the resets under way end long before a dial that
-        # begins now. Not all of them count: with one more connection, a caller that acquires again at once does not
-        # wait for its own reset.
-        soon = checking + returning // 2
-        wanted = max(len(waiters) - soon, self.options.min_size - slots.connected) - connecting
+            waiters.fail(len(waiters) - connecting - checking, functools.partial(_twin, refusal))
+        wanted = max(len(waiters) - checking, self.options.min_size - slots.connected) - connecting
         if wanted > 0 and slots.vacant and (pause := self.pace.pause(now)):
             self._resumption.cancel()  # an earlier pause may have been longer
             self._resumption.set(now + pause)
@@ -381,7 +392,7 @@ class Supply:
         failure: NeonAsyncError
         try:
             async with deadline:
-                await self.options.init(connection)
+                await self._set_up(self.options.init, connection)
         except BaseException as error:
             lost = connection.is_closed()
             connection.terminate()
@@ -395,6 +406,15 @@ class Supply:
                 raise
             raise failure from error
 
+    async def _set_up(self, init: Callable[[Any], Awaitable[None]], connection: Any) -> None:
+        """Run `init`, and remember what it set up, so that every reset restores it."""
+        session, protocol = own_session(connection), holder.protocol_of(connection)
+        writes, protocol.mentioned = session.transport.writes, set()
+        await init(connection)
+        names, protocol.mentioned = protocol.mentioned, None
+        if session.transport.writes != writes or holder.callbacks_of(connection):
+            session.snapshot = await take_snapshot(connection, user=self.connector.parameters.user, names=names)
+
     def _adopt(self, slot: Slot, connection: Any, began: float) -> None:
         """Give a new connection to a slot."""
         now = time.monotonic()
@@ -404,9 +424,7 @@ class Supply:
         slot.opened_at = slot.heard_at = now
         max_lifetime = self.options.max_lifetime or math.inf
         slot.expires_at = now + max_lifetime * (1 - _LIFETIME_JITTER * random.random())  # noqa: S311
-        session = session_of(connection)
-        assert session is not None
-        session.on_closed = functools.partial(self._connection_closed, slot)
+        own_session(connection).on_closed = functools.partial(self._connection_closed, slot)
         if self.pace.last_failure is not None or self._cold_since is not None:
             _log.info("%s: connected in %.2f s", self.name, now - (self._cold_since or began))
         self.pace.succeeded()

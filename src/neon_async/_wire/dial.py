@@ -8,7 +8,6 @@ system or OpenSSL raises passes through; `_connect` gives it its public name.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
 import functools
 import itertools
@@ -18,7 +17,7 @@ import socket
 import ssl
 import struct
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias, cast
 
 from .._config.connection import ConnectionParameters
@@ -33,6 +32,7 @@ from .tls import (
     check_handshake,
     openssl_reason,
 )
+from .transport import SessionTransport as Wire
 from .trust import TrustAnchor
 
 _SSL_REQUEST = struct.pack("!ii", 8, 80877103)  # PostgreSQL documentation, section 54.7, SSLRequest
@@ -49,38 +49,6 @@ _ProtocolFactory: TypeAlias = Callable[[], asyncio.Protocol]
 # after a while, for what looked like it may have been a server on its way down.
 _without_direct_tls: dict[tuple[str, str | None, int], float] = {}
 _MEMORY = 600.0
-
-
-class Wire:
-    """The transport of a session, which counts what is written to it: nothing sent means nothing to reset."""
-
-    __slots__ = ("_transport", "session", "writes")
-
-    def __init__(self, transport: asyncio.Transport) -> None:
-        self._transport = transport
-        self.writes = 0
-        self.session: object = None
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._transport, name)
-
-    def abort(self) -> None:
-        """End the connection at once, also where the event loop is closed."""
-        try:
-            self._transport.abort()
-        except RuntimeError:
-            sock = self._transport.get_extra_info("socket")
-            if sock is not None:
-                with contextlib.suppress(OSError):
-                    sock.shutdown(socket.SHUT_RDWR)
-
-    def write(self, data: bytes) -> None:
-        self.writes += 1
-        self._transport.write(data)
-
-    def writelines(self, chunks: Iterable[bytes]) -> None:
-        self.writes += 1
-        self._transport.writelines(chunks)
 
 
 class Door:

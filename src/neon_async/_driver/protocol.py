@@ -1,0 +1,216 @@
+"""asyncpg's protocol as our connections use it: the one place through which every statement passes.
+
+Connections, prepared statements, cursors and transactions of asyncpg all send through `connection._protocol`. Here that
+is a `SessionProtocol`, which knows whether a statement is under way, sends BEGIN and the reset ahead of the next
+statement, and holds back what must not follow a reset that can still fail.
+
+Knows nothing of pools and loans.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
+
+import asyncpg
+
+from .._errors import ConnectionLostError, ServerError, server_error
+from .._wire.transport import SessionTransport
+
+_T = TypeVar("_T")
+
+# What a server runs in a failed transaction (PostgreSQL, exec_simple_query): in a text of several statements, those that
+# follow would run outside of it.
+_ENDS_TRANSACTION = frozenset({"abort", "commit", "end", "prepare", "rollback"})
+_DOTTED_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_$]*(?:\.[A-Za-z_][A-Za-z0-9_$]*)+")
+_LEADING = re.compile(r"(?:[\s;]+|--[^\r\n]*|/\*.*?\*/)*([A-Za-z]*)", re.DOTALL)
+
+
+class SessionProtocol:
+    """asyncpg's protocol object of one connection, with what travels ahead of its statements.
+
+    Args:
+        protocol: asyncpg's own object; whatever is not defined here is its.
+        transport: The session's transport.
+        host: The host name, for messages.
+    """
+
+    __slots__ = (
+        "_asyncpg",
+        "_begun",
+        "_failure",
+        "_host",
+        "_next",
+        "_reset_failure",
+        "_running",
+        "_transport",
+        "get_settings",
+        "is_connected",
+        "mentioned",
+    )
+
+    def __init__(self, protocol: Any, transport: SessionTransport, *, host: str) -> None:
+        self._asyncpg = protocol
+        self._transport = transport
+        self._host = host
+        self._running = 0
+        self._next: str | None = None  # what replaces the next simple query, sent ahead
+        self._begun = False  # a BEGIN went ahead, and asyncpg has not seen a ReadyForQuery since
+        self._failure: ServerError | None = None  # of a BEGIN that went ahead
+        self._reset_failure: ServerError | None = None
+        # Dotted names in texts and arguments, where someone collects them: what may be custom settings.
+        self.mentioned: set[str] | None = None
+        self.is_connected = protocol.is_connected
+        self.get_settings = protocol.get_settings
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._asyncpg, name)
+
+    def __repr__(self) -> str:
+        return f"<SessionProtocol of {self._host}>"
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # State
+
+    def is_idle(self) -> bool:
+        """Return whether no statement is under way, so that one may be sent ahead."""
+        return not self._running and self._asyncpg.is_connected() and not self._asyncpg._is_cancelling()
+
+    def is_in_transaction(self) -> bool:
+        """Return whether a transaction is open, one whose BEGIN went ahead included."""
+        return self._begun or bool(self._asyncpg.is_in_transaction())
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Sent ahead
+
+    def send_reset_ahead(self, sql: str, on_success: Callable[[], None]) -> None:
+        """Send a reset ahead of the next statement. If any part of it fails, the connection ends.
+
+        It is one transaction, so a part that fails leaves a failed transaction, in which the server itself refuses the
+        next statement (25P02). READ COMMITTED, because a default of SERIALIZABLE READ ONLY DEFERRABLE would make the
+        first query wait for a safe snapshot. No access mode, because READ WRITE is refused on a standby.
+
+        Args:
+            sql: The statements of the reset.
+            on_success: Called when the server has done it.
+        """
+        answer = functools.partial(self._take_reset_answer, on_success)
+        self._transport.send_ahead(f"BEGIN ISOLATION LEVEL READ COMMITTED; {sql}; COMMIT", answer)
+
+    def send_next_ahead(self, sql: str) -> None:
+        """Have the next `query()` send `sql` ahead in place of its text, where nothing is under way."""
+        self._next = sql
+
+    def _take_reset_answer(self, on_success: Callable[[], None], status: bytes, error: bytes | None) -> None:
+        if error is None and status == b"I":
+            on_success()
+            return
+        self._reset_failure = server_error(error or b"")
+        self._transport.abort()
+
+    def _take_begin_answer(self, status: bytes, error: bytes | None) -> None:
+        if error is not None:
+            self._failure = server_error(error)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # asyncpg's calls
+
+    async def query(self, query: str, timeout: float | None) -> Any:
+        """Run a simple query, or send it ahead where `send_next_ahead()` said so."""
+        self._note(query)
+        ahead, self._next = self._next, None
+        if ahead is not None and self.is_idle():
+            self._transport.send_ahead(ahead, self._take_begin_answer)
+            self._begun = True
+            return ahead.partition(" ")[0].rstrip(";")
+        if self._transport.unanswered and _ends_transaction(query):
+            await self._transport.wait_for_answers()
+        return await self._run(self._asyncpg.query(query, timeout))
+
+    async def prepare(self, *args: Any, **options: Any) -> Any:
+        """Prepare a statement. No ReadyForQuery follows, so asyncpg's transaction status stays as it is."""
+        self._note(*args)
+        return await self._run(self._asyncpg.prepare(*args, **options), ready=False)
+
+    async def bind_execute(self, state: Any, args: Any, *rest: Any, **options: Any) -> Any:
+        """Execute a prepared statement."""
+        self._note(*args)
+        return await self._run(self._asyncpg.bind_execute(state, args, *rest, **options))
+
+    async def bind_execute_many(self, *args: Any, **options: Any) -> Any:
+        """Execute a prepared statement for each sequence of arguments."""
+        return await self._run(self._asyncpg.bind_execute_many(*args, **options))
+
+    async def bind(self, *args: Any, **options: Any) -> Any:
+        """Bind arguments to a portal."""
+        return await self._run(self._asyncpg.bind(*args, **options))
+
+    async def execute(self, *args: Any, **options: Any) -> Any:
+        """Execute a portal."""
+        return await self._run(self._asyncpg.execute(*args, **options))
+
+    async def close_portal(self, *args: Any, **options: Any) -> Any:
+        """Close a portal."""
+        return await self._run(self._asyncpg.close_portal(*args, **options))
+
+    async def close_statement(self, *args: Any, **options: Any) -> Any:
+        """Close a prepared statement."""
+        return await self._run(self._asyncpg.close_statement(*args, **options))
+
+    async def copy_in(self, *args: Any, **options: Any) -> Any:
+        """Copy data to the server."""
+        return await self._run(self._asyncpg.copy_in(*args, **options))
+
+    async def copy_out(self, *args: Any, **options: Any) -> Any:
+        """Copy data from the server."""
+        return await self._run(self._asyncpg.copy_out(*args, **options))
+
+    async def _run(self, call: Coroutine[Any, Any, _T], *, ready: bool = True) -> _T:
+        """Run one of asyncpg's calls and raise what went wrong with the statement ahead of it, if anything did."""
+        self._running += 1
+        try:
+            result = await call
+        except Exception as error:
+            failure = self._name(error)
+            if failure is error:
+                raise
+            raise failure from None
+        finally:
+            self._running -= 1
+        if ready:
+            self._begun = False
+        if self._failure is not None:
+            raise self._take_failure()
+        return result
+
+    def _note(self, *texts: object) -> None:
+        if self.mentioned is not None:
+            for text in texts:
+                if isinstance(text, str):
+                    self.mentioned.update(_DOTTED_NAME.findall(text))
+
+    def _name(self, error: Exception) -> Exception:
+        if self._reset_failure is not None:
+            return ConnectionLostError(
+                f"The session at {self._host} could not be reset after its last use "
+                f"({self._reset_failure.args[0]}), so the connection was closed. Nothing of this call was executed: "
+                "call again.",
+                nothing_executed=True,
+            )
+        if isinstance(error, asyncpg.PostgresError) and error.sqlstate is not None:
+            self._begun = False  # the server answered, and asyncpg knows the state of the transaction
+        if isinstance(error, asyncpg.InFailedSQLTransactionError) and self._failure is not None:
+            return self._take_failure()
+        return error
+
+    def _take_failure(self) -> Exception:
+        failure, self._failure = self._failure, None
+        assert failure is not None
+        return failure
+
+
+def _ends_transaction(query: object) -> bool:
+    match = _LEADING.match(query) if isinstance(query, str) else None
+    return match is not None and match[1].lower() in _ENDS_TRANSACTION

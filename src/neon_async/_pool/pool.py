@@ -6,11 +6,12 @@ Which connection is next, and when one is made, checked and closed, is the suppl
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import enum
 import logging
 import time
 import warnings
-from collections.abc import Awaitable, Callable, Generator
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias, TypeVar, Unpack, cast
 
 import asyncpg
@@ -22,6 +23,7 @@ from .._driver.holder import Holder, PoolBase, Proxy, holder_of
 from .._driver.transaction import run_transaction
 from .._errors import (
     ConfigurationError,
+    ConnectionLostError,
     PoolBusyError,
     PoolClosedError,
     PoolTimeoutError,
@@ -459,6 +461,44 @@ class Pool(PoolBase):
     # -----------------------------------------------------------------------------------------------------------------
     # Transactions, and asyncpg's calls that acquire by themselves
 
+    @contextlib.asynccontextmanager
+    async def transaction(
+        self,
+        *,
+        isolation: str | None = None,
+        readonly: bool = False,
+        deferrable: bool = False,
+        role: str | None = None,
+        settings: Mapping[str, str] | None = None,
+        timeout: float | None = None,
+    ) -> AsyncIterator[Connection]:
+        """Acquire a connection and run a transaction on it: `async with pool.transaction() as connection:`.
+
+        BEGIN, the role and the settings travel with the first statement and cost no round trip. Leaving the block
+        commits; an exception rolls back. The connection is released either way.
+
+        Args:
+            isolation: `read_uncommitted`, `read_committed`, `repeatable_read` or `serializable`. Default: the server's.
+            readonly: Whether the transaction is READ ONLY.
+            deferrable: Whether the transaction is DEFERRABLE.
+            role: The role for this transaction (`SET LOCAL ROLE`), for row-level security. Default: the session's.
+            settings: Settings for this transaction by name (`set_config(name, value, true)`), such as the claims that
+                policies of row-level security read. Default: none.
+            timeout: Seconds for the acquire. Default: `acquire_timeout`. The transaction itself has no deadline but
+                `command_timeout`; use `asyncio.timeout()`.
+
+        Raises:
+            ConfigurationError: An argument is not valid.
+            Exception: What `acquire()` raises, and what the server says of the role or of a setting; no statement of
+                the block has run then.
+        """
+        async with self.acquire(timeout=timeout) as connection:
+            block = connection.transaction(
+                isolation=isolation, readonly=readonly, deferrable=deferrable, role=role, settings=settings
+            )
+            async with block:
+                yield connection
+
     async def run_transaction(
         self,
         work: Callable[[Connection], Awaitable[_T]],
@@ -502,47 +542,74 @@ class Pool(PoolBase):
             on_retry=self._supply.tallies.retries.add,
         )
 
+    async def _call(
+        self, run: Callable[[Any, float | None], Awaitable[_T]], timeout: float | None, *, again: bool = True
+    ) -> _T:
+        """Run one call on a connection of its own, within `timeout` for all of it.
+
+        It runs once more, on another connection, when a reset sent ahead of it failed: the server has refused it then,
+        and nothing of it was executed.
+
+        Args:
+            run: Makes the call, with the connection and the seconds that are left.
+            timeout: Seconds, or None for `acquire_timeout` and `command_timeout`.
+            again: Whether the arguments can be used a second time.
+        """
+        call = self.acquire(timeout=timeout)
+        try:
+            async with call as connection:
+                return await run(connection, call.left())
+        except ConnectionLostError as error:
+            if not (error.nothing_executed and again):
+                raise
+        async with self.acquire(timeout=call.left()) as connection:
+            return await run(connection, call.left())
+
     if not TYPE_CHECKING:  # asyncpg-stubs has the signatures
 
         async def execute(self, query, *args, timeout=None):
-            async with (call := self.acquire(timeout=timeout)) as connection:
-                return await connection.execute(query, *args, timeout=call.left())
+            return await self._call(lambda con, left: con.execute(query, *args, timeout=left), timeout)
 
         async def executemany(self, command, args, *, timeout=None):
-            async with (call := self.acquire(timeout=timeout)) as connection:
-                return await connection.executemany(command, args, timeout=call.left())
+            again = not isinstance(args, Iterator)
+            return await self._call(
+                lambda con, left: con.executemany(command, args, timeout=left), timeout, again=again
+            )
 
         async def fetch(self, query, *args, timeout=None, **options):
-            async with (call := self.acquire(timeout=timeout)) as connection:
-                return await connection.fetch(query, *args, timeout=call.left(), **options)
+            return await self._call(lambda con, left: con.fetch(query, *args, timeout=left, **options), timeout)
 
         async def fetchval(self, query, *args, timeout=None, **options):
-            async with (call := self.acquire(timeout=timeout)) as connection:
-                return await connection.fetchval(query, *args, timeout=call.left(), **options)
+            return await self._call(lambda con, left: con.fetchval(query, *args, timeout=left, **options), timeout)
 
         async def fetchrow(self, query, *args, timeout=None, **options):
-            async with (call := self.acquire(timeout=timeout)) as connection:
-                return await connection.fetchrow(query, *args, timeout=call.left(), **options)
+            return await self._call(lambda con, left: con.fetchrow(query, *args, timeout=left, **options), timeout)
 
         async def fetchmany(self, query, args, *, timeout=None, **options):
-            async with (call := self.acquire(timeout=timeout)) as connection:
-                return await connection.fetchmany(query, args, timeout=call.left(), **options)
+            again = not isinstance(args, Iterator)
+            return await self._call(
+                lambda con, left: con.fetchmany(query, args, timeout=left, **options), timeout, again=again
+            )
 
         async def copy_from_table(self, table_name, *, timeout=None, **options):
-            async with (call := self.acquire(timeout=timeout)) as connection:
-                return await connection.copy_from_table(table_name, timeout=call.left(), **options)
+            return await self._call(
+                lambda con, left: con.copy_from_table(table_name, timeout=left, **options), timeout, again=False
+            )
 
         async def copy_from_query(self, query, *args, timeout=None, **options):
-            async with (call := self.acquire(timeout=timeout)) as connection:
-                return await connection.copy_from_query(query, *args, timeout=call.left(), **options)
+            return await self._call(
+                lambda con, left: con.copy_from_query(query, *args, timeout=left, **options), timeout, again=False
+            )
 
         async def copy_to_table(self, table_name, *, timeout=None, **options):
-            async with (call := self.acquire(timeout=timeout)) as connection:
-                return await connection.copy_to_table(table_name, timeout=call.left(), **options)
+            return await self._call(
+                lambda con, left: con.copy_to_table(table_name, timeout=left, **options), timeout, again=False
+            )
 
         async def copy_records_to_table(self, table_name, *, timeout=None, **options):
-            async with (call := self.acquire(timeout=timeout)) as connection:
-                return await connection.copy_records_to_table(table_name, timeout=call.left(), **options)
+            return await self._call(
+                lambda con, left: con.copy_records_to_table(table_name, timeout=left, **options), timeout, again=False
+            )
 
 
 def _is_current(loop: asyncio.AbstractEventLoop) -> bool:

@@ -116,9 +116,9 @@ async def test_a_reset_is_passed_on(postgres: LocalPostgres) -> None:
 
 
 async def test_a_client_is_reset_if_the_server_is_down() -> None:
-    with socket.socket() as nobody:
-        nobody.bind(("127.0.0.1", 0))
-        async with LocalEndpoint(Elsewhere(nobody.getsockname()[1])) as endpoint, client(endpoint.port) as one:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        async with LocalEndpoint(Elsewhere(unused.getsockname()[1])) as endpoint, client(endpoint.port) as one:
             with pytest.raises(ConnectionResetError):
                 await one.receive()
             assert endpoint.connections == 0

@@ -218,6 +218,8 @@ def _refuse_key(key: str, source: str) -> NoReturn:
 
 
 def _refuse_outside_code(keyword: Keyword, key: str, source: str) -> NoReturn:
+    if keyword.refused:
+        keyword.reader.read(Given(key, None, source))
     error = InsecureConfigurationError if keyword.insecure_as_text else ConfigurationError
     advice = "Pass it to create_pool() or connect()." if keyword.code_only else f"Write {keyword.name} here."
     raise error(f"{key} ({source}) can be given in code only. {advice}")

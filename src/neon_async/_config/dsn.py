@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import urllib.parse
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from .._errors import ConfigurationError, forget_arguments
 
@@ -45,17 +45,17 @@ def harden_dsn(dsn: str) -> str:
     return f"{head}?{'&'.join(items)}"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class URL:
-    """The parts of a connection URL as they are written, with their percent-encoding."""
+    """The parts of a connection URL as they are written, with their percent-encoding. Its `repr` shows none of them."""
 
     scheme: str
     user: str
-    password: str = field(repr=False)
+    password: str
     host: str
     port: str
     path: str
-    query: str = field(repr=False)
+    query: str
 
 
 def split(dsn: object) -> URL:

@@ -19,6 +19,7 @@ from .readers import (
     Host,
     HostAddress,
     Integer,
+    Name,
     Reader,
     Refused,
     Seconds,
@@ -28,7 +29,7 @@ from .readers import (
 from .startup import ServerSettings
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Keyword:
     """One keyword.
 
@@ -42,7 +43,8 @@ class Keyword:
         code_aliases: Other names that only code may use.
         secret: Whether no message may show the value.
         code_only: Whether only code may give it.
-        insecure_as_text: Whether a DSN that gives a keyword for code only asks for less than verify-full.
+        insecure_as_text: Whether a DSN that gives a keyword for code only asks for less than verify-full. What a
+            refused keyword asks for is its reader's to say.
         judged_when_empty: Whether an empty environment variable is judged. Otherwise it counts as unset, as in libpq.
     """
 
@@ -103,10 +105,10 @@ KEYWORDS: tuple[Keyword, ...] = (
         name="dbname",
         variable="PGDATABASE",
         aliases=("database",),
-        reader=Text(may_be_empty=False),
+        reader=Name(),
         note="The database. Default: the name of the user.",
     ),
-    Keyword(name="user", variable="PGUSER", reader=Text(may_be_empty=False), note="The role to log in as; required."),
+    Keyword(name="user", variable="PGUSER", reader=Name(), note="The role to log in as; required."),
     Keyword(
         name="password",
         variable="PGPASSWORD",
@@ -132,7 +134,7 @@ KEYWORDS: tuple[Keyword, ...] = (
     Keyword(
         name="client_encoding",
         variable="PGCLIENTENCODING",
-        reader=Choice(("UTF8", "UTF-8"), "asyncpg decodes UTF-8 only. Leave it out.", ignore_case=True),
+        reader=Choice("UTF8", "UTF-8", advice="asyncpg decodes UTF-8 only. Leave it out.", ignore_case=True),
         default="UTF8",
         note="The encoding of text.",
     ),
@@ -188,7 +190,7 @@ KEYWORDS: tuple[Keyword, ...] = (
     Keyword(
         name="sslnegotiation",
         variable="PGSSLNEGOTIATION",
-        reader=Choice(("direct", "postgres")),
+        reader=Choice("direct", "postgres"),
         note="How TLS begins. Default: direct, and postgres for a server that does not support direct.",
     ),
     Keyword(
@@ -226,21 +228,21 @@ KEYWORDS: tuple[Keyword, ...] = (
     Keyword(
         name="sslcertmode",
         variable="PGSSLCERTMODE",
-        reader=Choice(("allow",), "A server that asks for sslcert gets it. Leave sslcertmode out."),
+        reader=Choice("allow", advice="A server that asks for sslcert gets it. Leave sslcertmode out."),
         default="allow",
         note="When the client certificate is sent.",
     ),
     Keyword(
         name="sslsni",
         variable="PGSSLSNI",
-        reader=Choice(("1",), _LEAVE_IT_OUT, weakness="leaves out the name by which Neon finds the endpoint"),
+        reader=Choice("1", advice=_LEAVE_IT_OUT, weakness="leaves out the name by which Neon finds the endpoint"),
         default="1",
         note="Whether the TLS handshake names the host.",
     ),
     Keyword(
         name="sslcompression",
         variable="PGSSLCOMPRESSION",
-        reader=Choice(("0",), _LEAVE_IT_OUT, weakness="asks for compression, which TLS 1.3 removed"),
+        reader=Choice("0", advice=_LEAVE_IT_OUT, weakness="asks for compression, which TLS 1.3 removed"),
         default="0",
         note="Whether TLS compresses.",
     ),
@@ -252,7 +254,8 @@ KEYWORDS: tuple[Keyword, ...] = (
         name="ssl_min_protocol_version",
         variable="PGSSLMINPROTOCOLVERSION",
         reader=Choice(
-            ("TLSv1", "TLSv1.1", "TLSv1.2", "TLSv1.3"), "TLS 1.3 is the only version that is used. Leave it out."
+            *("TLSv1", "TLSv1.1", "TLSv1.2", "TLSv1.3"),
+            advice="TLS 1.3 is the only version that is used. Leave it out.",
         ),
         default="TLSv1.3",
         note="The lowest version of TLS. TLS 1.3 is required, whatever is written here.",
@@ -260,21 +263,21 @@ KEYWORDS: tuple[Keyword, ...] = (
     Keyword(
         name="ssl_max_protocol_version",
         variable="PGSSLMAXPROTOCOLVERSION",
-        reader=Choice(("TLSv1.3",), _LEAVE_IT_OUT, weakness="rules out TLS 1.3, the only version that is used"),
+        reader=Choice("TLSv1.3", advice=_LEAVE_IT_OUT, weakness="rules out TLS 1.3, the only version that is used"),
         default="TLSv1.3",
         note="The highest version of TLS.",
     ),
     Keyword(
         name="min_protocol_version",
         variable="PGMINPROTOCOLVERSION",
-        reader=Choice(("3.0",), _PROTOCOL),
+        reader=Choice("3.0", advice=_PROTOCOL),
         default="3.0",
         note="The lowest version of the PostgreSQL protocol.",
     ),
     Keyword(
         name="max_protocol_version",
         variable="PGMAXPROTOCOLVERSION",
-        reader=Choice(("3.0", "3.2", "latest"), _PROTOCOL),
+        reader=Choice("3.0", "3.2", "latest", advice=_PROTOCOL),
         default="3.0",
         note="The highest version of the PostgreSQL protocol. 3.0 is used, whatever is written here.",
     ),
@@ -291,8 +294,9 @@ KEYWORDS: tuple[Keyword, ...] = (
         name="channel_binding",
         variable="PGCHANNELBINDING",
         reader=Choice(
-            ("prefer", "require"),
-            "Write prefer or require, or leave it out.",
+            "prefer",
+            "require",
+            advice="Write prefer or require, or leave it out.",
             weakness="leaves the login open to a relay between client and server",
         ),
         default="prefer",
@@ -303,7 +307,9 @@ KEYWORDS: tuple[Keyword, ...] = (
         name="require_auth",
         variable="PGREQUIREAUTH",
         reader=Choice(
-            ("scram-sha-256",), _LEAVE_IT_OUT, weakness="allows authentication methods other than scram-sha-256"
+            "scram-sha-256",
+            advice=_LEAVE_IT_OUT,
+            weakness="allows authentication methods other than scram-sha-256",
         ),
         default="scram-sha-256",
         judged_when_empty=True,
@@ -323,14 +329,14 @@ KEYWORDS: tuple[Keyword, ...] = (
     Keyword(
         name="gssencmode",
         variable="PGGSSENCMODE",
-        reader=Choice(("disable", "prefer"), "Every connection is encrypted by TLS. Leave it out."),
+        reader=Choice("disable", "prefer", advice="Every connection is encrypted by TLS. Leave it out."),
         default="disable",
         note="Whether GSSAPI encrypts. It never does.",
     ),
     Keyword(
         name="gssdelegation",
         variable="PGGSSDELEGATION",
-        reader=Choice(("0",), _NO_GSS),
+        reader=Choice("0", advice=_NO_GSS),
         default="0",
         note="Whether GSSAPI credentials are sent. They never are.",
     ),
@@ -346,14 +352,14 @@ KEYWORDS: tuple[Keyword, ...] = (
     Keyword(
         name="target_session_attrs",
         variable="PGTARGETSESSIONATTRS",
-        reader=Choice(("any",), _ONE_HOST),
+        reader=Choice("any", advice=_ONE_HOST),
         default="any",
         note="Which of several hosts to choose. There is one.",
     ),
     Keyword(
         name="load_balance_hosts",
         variable="PGLOADBALANCEHOSTS",
-        reader=Choice(("disable",), _ONE_HOST),
+        reader=Choice("disable", advice=_ONE_HOST),
         default="disable",
         note="Whether to choose among several hosts at random. There is one.",
     ),
@@ -398,7 +404,6 @@ KEYWORDS: tuple[Keyword, ...] = (
     Keyword(
         name="direct_tls",
         code_only=True,
-        insecure_as_text=True,
         reader=Refused(
             "asyncpg's own TLS is never used. Write sslnegotiation=direct or sslnegotiation=postgres.", insecure=True
         ),
@@ -406,7 +411,6 @@ KEYWORDS: tuple[Keyword, ...] = (
     Keyword(
         name="connect",
         code_only=True,
-        insecure_as_text=True,
         reader=Refused(
             "neon-async opens each connection itself, with a TLS context that is built for it alone. Leave it out.",
             insecure=True,
@@ -415,8 +419,7 @@ KEYWORDS: tuple[Keyword, ...] = (
     Keyword(
         name="loop",
         code_only=True,
-        insecure_as_text=True,
-        reader=Refused("the event loop that is running is used. Leave it out.", insecure=True),
+        reader=Refused("the running event loop is used. Leave it out.", insecure=True),
     ),
 )
 

@@ -11,14 +11,13 @@ import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Generic, NoReturn, TypeVar, cast
+from dataclasses import dataclass
+from typing import Final, Generic, NoReturn, TypeVar
 
 from .._errors import ConfigurationError, InsecureConfigurationError
 
 _T = TypeVar("_T")
 _T_co = TypeVar("_T_co", covariant=True)
-_Function = TypeVar("_Function", bound=Callable[..., object])
 
 # More seconds or connections than any service needs, and few enough for the timers of event loops.
 LIMIT = 1_000_000_000
@@ -26,9 +25,9 @@ LIMIT = 1_000_000_000
 INT32_MAX = 2_147_483_647
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Given:
-    """One value together with its name and its source.
+    """One value together with its name and its source. Its `repr` does not show the value.
 
     Attributes:
         name: The canonical name of the keyword or argument.
@@ -39,7 +38,7 @@ class Given:
     """
 
     name: str
-    value: object = field(repr=False)
+    value: object
     source: str | None = None
     secret: bool = False
 
@@ -102,9 +101,12 @@ def is_utf8(text: str) -> bool:
 
 
 class Reader(ABC, Generic[_T_co]):
-    """What a value must be. Readers are immutable and compare by what they accept."""
+    """What a value must be. Readers are immutable, and no dataclasses only because those take longer to import."""
 
     __slots__ = ()
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}: {self.expected}>"
 
     @property
     @abstractmethod
@@ -138,14 +140,20 @@ class Reader(ABC, Generic[_T_co]):
 # Values of any keyword, option or argument
 
 
-@dataclass(frozen=True, slots=True)
 class Integer(Reader[int]):
     """A whole number within bounds. `maximum_is` names the option that the upper bound comes from."""
 
-    minimum: int
-    maximum: int | None = None
-    unit: str = ""
-    maximum_is: str = ""
+    __slots__ = ("_unit", "maximum", "maximum_is", "minimum")
+
+    def __init__(self, minimum: int, maximum: int | None = None, unit: str = "", *, maximum_is: str = "") -> None:
+        self.minimum: Final = minimum
+        self.maximum: Final = maximum
+        self.maximum_is: Final = maximum_is
+        self._unit: Final = unit
+
+    @property
+    def unit(self) -> str:
+        return self._unit
 
     @property
     def expected(self) -> str:
@@ -165,12 +173,14 @@ class Integer(Reader[int]):
         return value
 
 
-@dataclass(frozen=True, slots=True)
 class Seconds(Reader[float]):
     """A finite duration. `zero` says what 0 means; without it 0 is refused, because every wait has a deadline."""
 
-    maximum: float = LIMIT
-    zero: str = ""
+    __slots__ = ("maximum", "zero")
+
+    def __init__(self, maximum: float = LIMIT, *, zero: str = "") -> None:
+        self.maximum: Final = maximum
+        self.zero: Final = zero
 
     @property
     def expected(self) -> str:
@@ -209,7 +219,6 @@ class Flag(Reader[bool]):
         given.must_be(self.expected)
 
 
-@dataclass(frozen=True, slots=True)
 class Choice(Reader[str]):
     """One of several words.
 
@@ -220,10 +229,13 @@ class Choice(Reader[str]):
         ignore_case: Whether upper and lower case are the same.
     """
 
-    words: tuple[str, ...]
-    advice: str = ""
-    weakness: str = ""
-    ignore_case: bool = False
+    __slots__ = ("advice", "ignore_case", "weakness", "words")
+
+    def __init__(self, *words: str, advice: str = "", weakness: str = "", ignore_case: bool = False) -> None:
+        self.words: Final = words
+        self.advice: Final = advice
+        self.weakness: Final = weakness
+        self.ignore_case: Final = ignore_case
 
     @property
     def expected(self) -> str:
@@ -240,21 +252,30 @@ class Choice(Reader[str]):
         given.must_be(self.expected, self.advice)
 
 
-@dataclass(frozen=True, slots=True)
 class Text(Reader[str]):
-    """Text for the server, in UTF-8."""
+    """Text for the server, in UTF-8. It may be empty."""
 
-    may_be_empty: bool = True
+    __slots__ = ()
 
     @property
     def expected(self) -> str:
-        return "a string" if self.may_be_empty else "a string that is not empty"
+        return "a string"
 
     def read(self, given: Given) -> str:
-        text = given.utf8()
-        if not text and not self.may_be_empty:
-            given.refuse("is empty. Write a name, or leave it out.")
-        return text
+        return given.utf8()
+
+
+class Name(Reader[str]):
+    """Text for the server, in UTF-8 and not empty."""
+
+    __slots__ = ()
+
+    @property
+    def expected(self) -> str:
+        return "a string that is not empty"
+
+    def read(self, given: Given) -> str:
+        return given.utf8() or given.refuse("is empty. Write a name, or leave it out.")
 
 
 class FilePath(Reader[str]):
@@ -270,28 +291,29 @@ class FilePath(Reader[str]):
         return given.text() or given.refuse("is empty. Write a path, or leave it out.")
 
 
-@dataclass(frozen=True, slots=True)
-class Function(Reader[_Function]):
-    """A function. `description` says which, in words that follow "must be"."""
+class AsyncFunction(Reader[Callable[..., object]]):
+    """A function that is called with a connection. Whether it is async shows only when it is called."""
 
-    description: str
+    __slots__ = ()
 
     @property
     def expected(self) -> str:
-        return self.description
+        return "an async function that takes a connection"
 
-    def read(self, given: Given) -> _Function:
+    def read(self, given: Given) -> Callable[..., object]:
         if not callable(given.value):
             given.must_be(self.expected)
-        return cast(_Function, given.value)
+        return given.value
 
 
-@dataclass(frozen=True, slots=True)
 class SubclassOf(Reader[type[_T]]):
     """A class derived from `base`, which messages call `name`."""
 
-    base: type[_T]
-    name: str
+    __slots__ = ("base", "name")
+
+    def __init__(self, base: type[_T], name: str) -> None:
+        self.base: Final = base
+        self.name: Final = name
 
     @property
     def expected(self) -> str:
@@ -303,30 +325,14 @@ class SubclassOf(Reader[type[_T]]):
         return given.value
 
 
-@dataclass(frozen=True, slots=True)
-class OrNone(Reader[_T | None]):
-    """What `reader` reads, or None."""
-
-    reader: Reader[_T]
-
-    @property
-    def expected(self) -> str:
-        return f"{self.reader.expected}, or None"
-
-    @property
-    def unit(self) -> str:
-        return self.reader.unit
-
-    def read(self, given: Given) -> _T | None:
-        return None if given.value is None else self.reader.read(given)
-
-
-@dataclass(frozen=True, slots=True)
 class Refused(Reader[NoReturn]):
     """Nothing: the keyword is known, and giving it is an error. `why` says why, and what to do instead."""
 
-    why: str
-    insecure: bool = False
+    __slots__ = ("insecure", "why")
+
+    def __init__(self, why: str, *, insecure: bool = False) -> None:
+        self.why: Final = why
+        self.insecure: Final = insecure
 
     @property
     def expected(self) -> str:
@@ -361,8 +367,10 @@ class Host(Reader[str]):
         if "*" in host:
             given.refuse(f"is the wildcard {given.shown}. Write the name of one host.")
         if host.endswith("."):
-            given.refuse(f"is {given.shown}, and certificates contain no name with a dot at the end. Remove the dot.")
-        if len(host) > 253 or not _DNS_NAME.fullmatch(host):
+            given.refuse(
+                f"is {given.shown}, and certificates do not name a host with a dot at the end. Remove the dot."
+            )
+        if len(host) > 253 or not re.fullmatch(_DNS_NAME, host):
             given.must_be("a DNS name (letters, digits and hyphens in labels separated by dots)")
         if "." not in host and host.lower() != "localhost":
             given.refuse(
@@ -372,14 +380,14 @@ class Host(Reader[str]):
 
 
 # RFC 1123, section 2.1: labels of 1 to 63 letters, digits and hyphens; RFC 1035, section 2.3.4: 253 characters in all.
-_DNS_NAME = re.compile(r"(?:(?!-)[A-Za-z0-9-]{1,63}(?<!-)(?:\.(?!\Z)|\Z))+")
+_DNS_NAME = r"(?:(?!-)[A-Za-z0-9-]{1,63}(?<!-)(?:\.(?!\Z)|\Z))+"
 
 
 def _refuse_sockets_lists_and_addresses(host: str, given: Given) -> None:
     """Refuse what libpq and asyncpg accept as a host besides the name of one server."""
     if host.startswith(("/", "@", "\\")) or "/" in host:
         given.refuse(
-            f"is {given.shown}, the path of a socket, where asyncpg sends plaintext. Write the server's DNS name.",
+            f"is the socket path {given.shown}, where asyncpg sends plaintext. Write the server's DNS name.",
             insecure=True,
         )
     if "," in host:
@@ -391,7 +399,7 @@ def _refuse_sockets_lists_and_addresses(host: str, given: Given) -> None:
         given.refuse("contains '@'. If it belongs to the user or password, write it as %40.")
     if _is_ip_literal(host):
         given.refuse(
-            f"is {given.shown}, an IP address, which public certificates do not name. "
+            f"is the IP address {given.shown}, which public certificates do not name. "
             "Write the DNS name as host, and the address as hostaddr.",
             insecure=True,
         )
@@ -424,13 +432,15 @@ class HostAddress(Reader[str]):
         except ValueError:
             given.must_be(self.expected, "hostaddr says where to connect, host what to verify.")
         zone = getattr(address, "scope_id", None)
-        if zone is not None and not _INTERFACE.fullmatch(zone):
-            given.refuse(f"is {given.shown}, and what follows '%' is not the name of a network interface.")
+        if zone is not None and not re.fullmatch(_INTERFACE, zone):
+            given.refuse(
+                f"is {given.shown}, with a zone that is not the name of a network interface. Correct the zone."
+            )
         return str(address)
 
 
 # IFNAMSIZ of Linux and macOS is 16, with the NUL at the end.
-_INTERFACE = re.compile(r"[A-Za-z0-9_.-]{1,15}")
+_INTERFACE = r"[A-Za-z0-9_.-]{1,15}"
 
 
 class SSLMode(Reader[str]):

@@ -88,8 +88,10 @@ class ServerSettings(Reader[Mapping[str, str]]):
 
     def read(self, given: Given) -> Mapping[str, str]:
         settings = given.value
-        if not isinstance(settings, Mapping) or not all(isinstance(x, str) for kv in settings.items() for x in kv):
+        if not isinstance(settings, Mapping):
             given.must_be(self.expected)
+        if not all(isinstance(text, str) for item in settings.items() for text in item):
+            given.refuse("contains a name or a value that is not a string. Write strings only.")
         for name, value in settings.items():
             if not name or "\0" in name + value or not is_utf8(name + value):
                 given.refuse("has a name that is empty, or a name or value with NUL or invalid UTF-8. Correct it.")
@@ -97,7 +99,7 @@ class ServerSettings(Reader[Mapping[str, str]]):
                 given.refuse(f"contains {name!r}, which {_REFUSED_SETTINGS.get(name.lower(), _NOT_A_SETTING)}")
             if not _SETTING_NAME.fullmatch(name):
                 given.refuse(
-                    f"contains {name[:60]!r}, which is not the name of a setting: letters, digits, '_' and '$', "
+                    f"contains {name[:60]!r}, which is not the name of a setting. Use letters, digits, '_' and '$', "
                     "joined by dots."
                 )
         if len({name.lower() for name in settings}) < len(settings):

@@ -245,17 +245,15 @@ def _judge_sslmode_of_dsn(given: Mapping[str, Given], dsn: str) -> None:
     try:
         BY_NAME["sslmode"].reader.read(sslmode)
     except InsecureConfigurationError as error:
-        public = {name for name, keyword in BY_DSN_NAME.items() if not keyword.secret}
-        hardened = redact(harden_dsn(dsn), public=public)
-        raise InsecureConfigurationError(f"{error} Hardened: {hardened}") from None
+        raise InsecureConfigurationError(f"{error} Hardened: {redact(harden_dsn(dsn))}") from None
 
 
 def _assemble(values: dict[str, object]) -> ConnectionParameters:
-    for name in ("host", "user", "password"):
-        if values[name] is None:
+    for keyword in KEYWORDS:
+        if keyword.required and values[keyword.name] is None:
             raise ConfigurationError(
-                f"No {name} is given. Pass a DSN such as postgresql://user:password@host/dbname or the keyword {name}, "
-                f"or set {BY_NAME[name].variable}."
+                f"No {keyword.name} is given. Pass a DSN such as postgresql://user:password@host/dbname or the keyword "
+                f"{keyword.name}, or set {keyword.variable}."
             )
     if values["sslkey"] is not None and values["sslcert"] is None:
         raise ConfigurationError("sslkey is given without sslcert. Write both, or neither.")

@@ -1,16 +1,16 @@
 """Take the text of a connection URL apart as libpq does, harden it, and show it without its secrets.
 
-It must not know what the parts mean.
+Of a parameter it knows two things, from the table of keywords: whether it is sslmode, and whether it is secret.
 """
 
 from __future__ import annotations
 
 import re
 import urllib.parse
-from collections.abc import Collection
 from dataclasses import dataclass
 
 from .._errors import ConfigurationError, forget_arguments
+from .keywords import BY_DSN_NAME, BY_NAME
 
 _SCHEMES = ("postgresql", "postgres", "postgresql+asyncpg")
 
@@ -35,7 +35,7 @@ def harden_dsn(dsn: str) -> str:
     head = dsn[: len(dsn) - len(query)].removesuffix("?")
     items, placed = [], False
     for item in query.split("&"):
-        if decode(item.partition("=")[0]) not in ("sslmode", "ssl"):
+        if decode(item.partition("=")[0]) not in BY_NAME["sslmode"].dsn_names:
             items.append(item)
         elif not placed:
             items.append("sslmode=verify-full")
@@ -111,15 +111,16 @@ def decode(text: str) -> str:
     raise ConfigurationError("The DSN contains percent-encoded bytes that are not UTF-8. Encode the text as UTF-8.")
 
 
-def redact(dsn: str, *, public: Collection[str]) -> str:
-    """Return `dsn` with the password, and the value of every parameter that is not in `public`, as `***`."""
+def redact(dsn: str) -> str:
+    """Return `dsn` with the password, and the value of every parameter that is secret or unknown, as `***`."""
     url = split(dsn)
     login = f"{url.user}:***@" if url.password else f"{url.user}@" if url.user else ""
     port = f":{url.port}" if url.port else ""
     items = []
     for item in filter(None, url.query.split("&")):
-        key = decode(item.partition("=")[0])
-        items.append(item if key in public else f"{item.partition('=')[0]}=***")
+        encoded_key = item.partition("=")[0]
+        keyword = BY_DSN_NAME.get(decode(encoded_key))
+        items.append(f"{encoded_key}=***" if keyword is None or keyword.secret else item)
     query = f"?{'&'.join(items)}" if items else ""
     return f"{url.scheme}://{login}{url.host}{port}{url.path}{query}"
 

@@ -38,6 +38,7 @@ class Keyword:
         reader: What a value must be, with unit and limits. `Refused` for a keyword that must not be given.
         note: What the keyword is for, and what it interacts with.
         default: The value where the keyword is given nowhere.
+        required: Whether it must be given somewhere.
         variable: The environment variable that gives it.
         aliases: Other names, which may stand in a DSN, too.
         code_aliases: Other names that only code may use.
@@ -52,6 +53,7 @@ class Keyword:
     reader: Reader[object]
     note: str = ""
     default: object = None
+    required: bool = False
     variable: str | None = None
     aliases: tuple[str, ...] = ()
     code_aliases: tuple[str, ...] = ()
@@ -92,7 +94,8 @@ KEYWORDS: tuple[Keyword, ...] = (
         name="host",
         variable="PGHOST",
         reader=Host(),
-        note="The server, by the name that its certificate must contain. Exactly one; required.",
+        required=True,
+        note="The server, by the name that its certificate must contain. Exactly one.",
     ),
     Keyword(
         name="hostaddr",
@@ -108,13 +111,14 @@ KEYWORDS: tuple[Keyword, ...] = (
         reader=Name(),
         note="The database. Default: the name of the user.",
     ),
-    Keyword(name="user", variable="PGUSER", reader=Name(), note="The role to log in as; required."),
+    Keyword(name="user", variable="PGUSER", reader=Name(), required=True, note="The role to log in as."),
     Keyword(
         name="password",
         variable="PGPASSWORD",
         reader=PasswordReader(),
+        required=True,
         secret=True,
-        note="The password; required. In code also a function, plain or async, called for each new connection.",
+        note="The password. In code also a function, plain or async, which is called for each new connection.",
     ),
     # -----------------------------------------------------------------------------------------------------------------
     # What the session starts with

@@ -230,7 +230,7 @@ def _refuse_outside_code(keyword: Keyword, key: str, source: str) -> NoReturn:
 
 
 def _require_one_root(given: Mapping[str, Given]) -> None:
-    """Refuse two roots given in code. A sslrootcert from elsewhere does not replace the trust_anchor of the code."""
+    """Refuse two roots in code. A sslrootcert from another source does not replace the trust_anchor, so it may stay."""
     if "trust_anchor" in given and "sslrootcert" in given and given["sslrootcert"].source == _CODE:
         raise ConfigurationError(
             "trust_anchor and sslrootcert are both given, and name different roots. Write one of them."

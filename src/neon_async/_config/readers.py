@@ -101,7 +101,7 @@ def is_utf8(text: str) -> bool:
 
 
 class Reader(ABC, Generic[_T_co]):
-    """What a value must be. Readers are immutable, and no dataclasses only because those take longer to import."""
+    """What a value must be. Readers are immutable. They are not dataclasses, which take longer to import."""
 
     __slots__ = ()
 
@@ -198,13 +198,13 @@ class Seconds(Reader[float]):
         value = given.value if numeral is None else float(numeral)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= self.maximum:
             given.must_be(self.expected)
-        if value == 0 and not self.zero:
+        if not value and not self.zero:
             given.must_be(self.expected)
         return float(value)
 
 
 class Flag(Reader[bool]):
-    """Yes or no, as libpq writes it."""
+    """Yes or no, written as in libpq."""
 
     __slots__ = ()
 

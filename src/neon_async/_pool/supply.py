@@ -114,12 +114,7 @@ class Supply:
 
     def is_worn(self, slot: Slot, now: float) -> bool:
         """Return whether a connection is not to be lent again."""
-        return (
-            now >= slot.expires_at
-            or slot.generation != self._generation
-            or self.closing
-            or holder.queries_run(slot.holder.connection) >= self.options.max_queries
-        )
+        return now >= slot.expires_at or slot.generation != self._generation or self.closing
 
     def is_expired(self, slot: Slot) -> bool:
         """Return whether the connection was made before `expire_connections()`."""

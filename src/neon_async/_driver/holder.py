@@ -156,8 +156,7 @@ def has_log_listeners(connection: Any) -> bool:
 
 async def end_cancellation(connection: Any) -> None:
     """Wait until a cancelled statement has ended. The connection may have ended with it."""
-    if connection._protocol._is_cancelling():
-        await connection._protocol._wait_for_cancellation()
+    await connection._protocol._wait_for_cancellation()
 
 
 async def end_leftovers(connection: Any) -> None:

@@ -1,4 +1,7 @@
-"""A bar chart as SVG, readable on light and dark pages. It knows numbers and names, not what they mean."""
+"""Draw a bar chart as SVG that is readable on light and dark pages.
+
+This module must not know what the numbers mean.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from html import escape
 
 _WIDTH, _LABELS, _ROW, _GAP, _TOP = 760, 150, 18, 34, 84
 
-# Its own background: an image cannot ask the page around it for colours, only the browser.
+# With a background of its own: an image knows the colour scheme of the browser, but not the colours of the page.
 _STYLE = """
   .page { fill: #ffffff; stroke: #d0d7de } .text { fill: #1f2328 } .soft { fill: #59636e }
   .bar { fill: #8c959f } .ours { fill: #1a7f5a } .extra { fill-opacity: 0.35 }
@@ -23,7 +26,7 @@ _STYLE = """
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """One bar: its label, its number, and what comes on top of it, drawn paler."""
+    """One bar: its label, its number, and an extra part that is drawn paler."""
 
     label: str
     value: int
@@ -39,7 +42,13 @@ class Group:
 
 
 def bar_chart(title: str, groups: Sequence[Group], *, extra: str) -> str:
-    """Return the SVG text. `extra` tells what the paler ends of the bars are."""
+    """Return the SVG text.
+
+    Args:
+        title: Drawn above the bars.
+        groups: The bars of each candidate.
+        extra: What the paler parts of the bars mean.
+    """
     longest = max(bar.value + bar.extra for group in groups for bar in group.bars)
     scale = (_WIDTH - _LABELS - 90) / longest
     rows, y = [], _TOP

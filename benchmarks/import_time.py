@@ -1,26 +1,26 @@
-"""What `import neon_async` costs beyond the `import asyncpg` it contains.
+"""Measure what `import neon_async` costs in addition to the `import asyncpg` that it contains.
 
     python -m pip install -e '.[dev]'
     python benchmarks/import_time.py [--rounds 21] [--json FILE]
 
-Each round starts a new Python, which imports asyncpg, then neon_async, and times each; the second is the extra cost, as
-asyncpg is loaded by then. The byte code comes from a cache of the benchmark's own. The numbers are medians over the
-rounds. Exit status: 0 when the extra cost is at most 25 ms, else 1.
+Each round starts a new Python that imports asyncpg, then neon_async, and times both. The second time is the additional
+cost, because asyncpg is loaded already. The byte code comes from a cache of this benchmark. Limit: the median of the
+additional cost is at most 25 ms.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
-from pathlib import Path
+from collections.abc import Mapping
 
-LIMIT = 0.025
-ASYNCPG, EXTRA = "asyncpg", "neon_async, beyond asyncpg"
+from harness import Figure, Limit, Report, Table, run
+
+EXTRA, ASYNCPG = "neon_async, after asyncpg", "asyncpg"
+TIME = "import time"
 
 CODE = """
 from time import perf_counter
@@ -28,46 +28,33 @@ start = perf_counter()
 import asyncpg
 between = perf_counter()
 import neon_async
-print(between - start, perf_counter() - between)
+print(perf_counter() - between, between - start)
 """
 
 
-def measure(rounds: int) -> dict[str, list[float]]:
-    """Return the seconds that each import took, one per round, after a run that fills the caches and does not count."""
-    seconds: dict[str, list[float]] = {ASYNCPG: [], EXTRA: []}
+def measure(arguments: argparse.Namespace) -> Report:
+    """Return the seconds of each import in a new interpreter."""
+    table = Table(
+        "import time in a new interpreter",
+        (EXTRA, ASYNCPG),
+        [Figure(TIME, "ms", show=("median", "min", "max"))],
+    )
     with tempfile.TemporaryDirectory() as cache:
         environment = {**os.environ, "PYTHONPYCACHEPREFIX": cache, "PYTHONDONTWRITEBYTECODE": ""}
-        for round_number in range(rounds + 1):
-            finished = subprocess.run(
-                [sys.executable, "-c", CODE], env=environment, check=True, capture_output=True, text=True
-            )
-            if round_number:
-                for taken, text in zip(seconds.values(), finished.stdout.split(), strict=True):
-                    taken.append(float(text))
-    return seconds
+        import_both(environment)  # fills the caches
+        for _ in range(arguments.rounds):
+            for name, seconds in zip((EXTRA, ASYNCPG), import_both(environment), strict=True):
+                table.add(name, TIME, seconds)
+    milliseconds = table.value(EXTRA, TIME) * 1e3
+    return Report([table], [Limit("neon_async takes {} ms more than asyncpg", milliseconds, at_most=25)])
 
 
-def main() -> int:
-    """Run the benchmark, print the table, write the JSON, and return the exit status."""
-    parser = argparse.ArgumentParser(description="The import time of neon_async beyond that of asyncpg.")
-    parser.add_argument("--rounds", type=int, default=21, help="rounds that count (default: 21)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers to FILE")
-    arguments = parser.parse_args()
-
-    seconds = measure(arguments.rounds)
-    medians = {name: statistics.median(taken) for name, taken in seconds.items()}
-
-    print(f"import time in a new interpreter, median of {arguments.rounds} rounds")
-    print(f"{'':28}{'median':>10}{'fastest':>10}{'slowest':>10}")
-    for name, taken in seconds.items():
-        print(f"{name:28}{medians[name] * 1e3:7.1f} ms{min(taken) * 1e3:7.1f} ms{max(taken) * 1e3:7.1f} ms")
-    good = medians[EXTRA] <= LIMIT
-    print(f"{'good' if good else 'TOO SLOW'}: {medians[EXTRA] * 1e3:.1f} ms; the limit is {LIMIT * 1e3:.0f} ms")
-    if arguments.json:
-        result = {"limit": LIMIT, "medians": medians, "seconds": seconds}
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
-    return 0 if good else 1
+def import_both(environment: Mapping[str, str]) -> list[float]:
+    """Return the seconds of importing neon_async after asyncpg, and of importing asyncpg."""
+    command = [sys.executable, "-c", CODE]
+    finished = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    return [float(text) for text in finished.stdout.split()]
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(measure, __doc__, rounds=21))

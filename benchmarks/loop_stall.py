@@ -1,90 +1,69 @@
-"""How long the event loop stands still while many connections are made at once: ours beside asyncpg's, in one run.
+"""Measure how long the event loop stands still while many connections are made at once: ours and asyncpg's in one run.
 
     python -m pip install -e '.[dev]'
     python benchmarks/loop_stall.py [--connections 20] [--rounds 15] [--json FILE]
 
-Each round opens an empty pool and lets 20 tasks acquire a connection at once, against the same PostgreSQL over verified
-TLS. Meanwhile a task that only yields to the loop notes the longest time between two of its turns: so long did nothing
-else in the process get its turn either. Three ways take turns, in an order that changes from round to round:
+Each round opens an empty pool, and 20 tasks acquire a connection at once, from the same PostgreSQL over verified TLS.
+The number of a round is the longest time in which the event loop ran no other task. Three kinds take turns, in an order
+that changes from round to round:
 
-- ours: `neon_async.create_pool(dsn, trust_anchor=...)`, which builds a context of one anchor for every dial;
-- asyncpg, shared context: `asyncpg.create_pool(ssl=context, direct_tls=True)`, with one context built beforehand, which
-  is the best asyncpg can do;
-- asyncpg, DSN: `sslmode=verify-full&sslrootcert=...` with a full bundle of roots, which is what people write.
+- ours: `neon_async.create_pool(dsn, trust_anchor=...)`, which builds a context with one anchor for every dial;
+- asyncpg, shared context: `asyncpg.create_pool(ssl=context, direct_tls=True)`, with one context that was built
+  beforehand, the best that asyncpg can do;
+- asyncpg, verify-full DSN: `sslmode=verify-full&sslrootcert=...` with a complete bundle of roots, the usual way.
 
-The numbers are medians over the rounds. Exit status: 0 when ours is at most 1.2 times the shared context's, else 1.
+Limit: the median of ours is at most 1.2 times that of the shared context.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import gc
-import json
-import statistics
 import sys
 import tempfile
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from urllib.parse import quote, urlencode
 
 import asyncpg
 import certifi
+from harness import Figure, Limit, Option, Report, Table, run, take_turns
+from loops import longest_stall
 from peers import dsn_of, verified_context
 
 import neon_async
 from neon_async.testing import LocalPostgres
 
-LIMIT = 1.2
 OURS, SHARED, BUNDLE = "neon-async", "asyncpg, shared context", "asyncpg, verify-full DSN"
+STALL = "longest stall"
 
 OpenPool = Callable[[], Awaitable[asyncpg.Pool]]
 
 
-@contextlib.asynccontextmanager
-async def longest_stall() -> AsyncIterator[list[float]]:
-    """Yield a list that holds, when the block has ended, the longest stall of the loop in seconds."""
-    result = [0.0]
-
-    async def heartbeat() -> None:
-        before = time.perf_counter()
-        while True:
-            await asyncio.sleep(0)
-            now = time.perf_counter()
-            result[0] = max(result[0], now - before)
-            before = now
-
-    task = asyncio.create_task(heartbeat())
-    await asyncio.sleep(0)
-    try:
-        yield result
-        await asyncio.sleep(0)
-    finally:
-        task.cancel()
-
-
-async def stall_of(open_pool: OpenPool, connections: int) -> float:
-    """Return the longest stall, in seconds, while `connections` tasks each wait for their own new connection."""
-    gc.collect()
-    everybody = asyncio.Barrier(connections)
-
-    async def work(pool: asyncpg.Pool) -> None:
-        async with pool.acquire():
-            await everybody.wait()
-
-    async with longest_stall() as stall:
-        pool = await open_pool()
-        async with asyncio.timeout(60), asyncio.TaskGroup() as tasks:
-            for _ in range(connections):
-                tasks.create_task(work(pool))
-    await pool.close()
-    return stall[0]
+async def measure(arguments: argparse.Namespace) -> Report:
+    """Return the longest stall of each kind in seconds."""
+    connections, rounds = arguments.connections, arguments.rounds
+    table = Table(
+        f"longest event-loop stall, {connections} connections at once",
+        (OURS, SHARED, BUNDLE),
+        [Figure(STALL, "ms", show=("median", "min", "max"), base=SHARED)],
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        bundle = Path(folder, "bundle.pem")
+        async with LocalPostgres() as server:
+            bundle.write_bytes(Path(certifi.where()).read_bytes() + b"\n" + server.trust_anchor)
+            candidates = kinds(server, connections, bundle)
+            for counts, name, open_pool in take_turns(candidates, rounds, warm_up=True):
+                stall = await stall_of(open_pool, connections)
+                if counts:
+                    table.add(name, STALL, stall)
+    ratio = table.ratio(STALL, OURS, SHARED)
+    return Report([table], [Limit("ours stalls the loop {} times as long as the shared context", ratio, at_most=1.2)])
 
 
-def ways(server: LocalPostgres, connections: int, bundle: Path) -> dict[str, OpenPool]:
-    """Return the three ways to open the pool, by name; `bundle` is a file of all public roots and the server's own."""
+def kinds(server: LocalPostgres, connections: int, bundle: Path) -> dict[str, OpenPool]:
+    """Return how to open each kind of pool. `bundle` is a file with all public roots and the server's own."""
     dsn, context = dsn_of(server), verified_context(server.trust_anchor)
     options = f"?{urlencode({'sslmode': 'verify-full', 'sslrootcert': str(bundle)}, quote_via=quote)}"
 
@@ -100,48 +79,24 @@ def ways(server: LocalPostgres, connections: int, bundle: Path) -> dict[str, Ope
     return {OURS: ours, SHARED: shared, BUNDLE: from_dsn}
 
 
-async def measure(connections: int, rounds: int) -> dict[str, list[float]]:
-    """Return the stalls of each way in seconds, one per round, after one round that is not counted."""
-    stalls: dict[str, list[float]] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        bundle = Path(folder, "bundle.pem")
-        async with LocalPostgres() as server:
-            bundle.write_bytes(Path(certifi.where()).read_bytes() + b"\n" + server.trust_anchor)
-            candidates = list(ways(server, connections, bundle).items())
-            for round_number in range(rounds + 1):
-                turn = round_number % len(candidates)
-                for name, open_pool in candidates[turn:] + candidates[:turn]:
-                    stall = await stall_of(open_pool, connections)
-                    if round_number:
-                        stalls.setdefault(name, []).append(stall)
-    return stalls
+async def stall_of(open_pool: OpenPool, connections: int) -> float:
+    """Return the longest stall in seconds while `connections` tasks each acquire a new connection."""
+    gc.collect()
+    all_connected = asyncio.Barrier(connections)
 
+    async def work(pool: asyncpg.Pool) -> None:
+        async with pool.acquire():
+            await all_connected.wait()
 
-def main() -> int:
-    """Run the benchmark, print the table, write the JSON, and return the exit status."""
-    parser = argparse.ArgumentParser(description="The longest event-loop stall while connecting.")
-    parser.add_argument("--connections", type=int, default=20, help="connections made at once (default: 20)")
-    parser.add_argument("--rounds", type=int, default=15, help="rounds that count (default: 15)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers to FILE")
-    arguments = parser.parse_args()
-
-    stalls = asyncio.run(measure(arguments.connections, arguments.rounds))
-    medians = {name: statistics.median(stalls[name]) for name in (OURS, SHARED, BUNDLE)}
-    ratios = {name: median / medians[SHARED] for name, median in medians.items()}
-
-    print(f"longest event-loop stall, {arguments.connections} connections at once, median of {arguments.rounds} rounds")
-    print(f"{'':26}{'median':>10}{'fastest':>10}{'slowest':>10}{'ratio':>8}")
-    for name, median in medians.items():
-        low, high = min(stalls[name]), max(stalls[name])
-        print(f"{name:26}{median * 1e3:7.1f} ms{low * 1e3:7.1f} ms{high * 1e3:7.1f} ms{ratios[name]:8.2f}")
-    good = ratios[OURS] <= LIMIT
-    verdict = "good" if good else "TOO LONG"
-    print(f"{verdict}: ours is {ratios[OURS]:.2f} times the shared context's; the limit is {LIMIT}")
-    if arguments.json:
-        result = {"connections": arguments.connections, "limit": LIMIT, "ratios": ratios, "seconds": stalls}
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
-    return 0 if good else 1
+    async with longest_stall() as stall:
+        pool = await open_pool()
+        async with asyncio.timeout(60), asyncio.TaskGroup() as tasks:
+            for _ in range(connections):
+                tasks.create_task(work(pool))
+    await pool.close()
+    return stall[0]
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    options = [Option("--connections", "connections that are made at once", 20)]
+    sys.exit(run(measure, __doc__, rounds=15, options=options))

@@ -1,6 +1,6 @@
-"""What the benchmarks that compare share: how each client reaches a server, and its pool behind one small interface.
+"""Give every client that is compared the same small interface, and the same verified TLS to the same server.
 
-Everybody reaches a server over the same verified TLS, on asyncio's own event loop.
+This module must not know what is measured. Of neon_async it uses the public names only.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 import asyncpg
@@ -25,21 +25,19 @@ from sqlalchemy.ext.asyncio import create_async_engine
 import neon_async
 
 OURS, ASYNCPG, PSYCOPG, SQLALCHEMY = "neon-async", "asyncpg", "psycopg_pool", "SQLAlchemy on asyncpg"
-POOLS = (OURS, ASYNCPG, PSYCOPG, SQLALCHEMY)  # as each is by default
+POOLS = (OURS, ASYNCPG, PSYCOPG, SQLALCHEMY)  # with their defaults
 
-# The same, asked for something else than the default.
+# The same pools without their defaults.
 OURS_BARE, ASYNCPG_BARE = "neon-async, no reset", "asyncpg, no reset"
 ASYNCPG_DIRECT, PSYCOPG_DIRECT = "asyncpg, direct_tls=True", "psycopg_pool, sslnegotiation=direct"
 PSYCOPG_AUTOCOMMIT = "psycopg_pool, autocommit"
 
-Item = TypeVar("Item")
-
-# psycopg_pool logs every connect that fails; the numbers tell as much.
+# psycopg_pool logs every connect that fails; the numbers contain that.
 logging.getLogger("psycopg.pool").setLevel(logging.CRITICAL)
 
 
 class Server(Protocol):
-    """A `LocalPostgres`, or what stands in front of one."""
+    """A `LocalPostgres`, or a relay or PgBouncer in front of one."""
 
     @property
     def dsn(self) -> str: ...
@@ -50,16 +48,22 @@ class Server(Protocol):
 
 
 def dsn_of(server: Server, port: int | None = None, *, password: str | None = None) -> str:
-    """Return a DSN that every client understands: `localhost`, no options; `port` is a relay's, if there is one."""
+    """Return a DSN that every client understands, with `localhost` and without options.
+
+    Args:
+        server: The server.
+        port: The port of a relay in front of the server. None (the default): the server's own.
+        password: Another password than the server's.
+    """
     seed = urlsplit(server.dsn)
     return f"postgresql://{seed.username}:{password or seed.password}@localhost:{port or server.port}{seed.path}"
 
 
 def verified_context(trust_anchor: bytes) -> ssl.SSLContext:
-    """Return a context that verifies in full: what asyncpg does best with is one of these for all dials."""
+    """Return a TLS context that verifies in full. asyncpg is fastest with one such context for all dials."""
     context = ssl.create_default_context(cadata=trust_anchor.decode())
     context.minimum_version = ssl.TLSVersion.TLSv1_3
-    context.set_alpn_protocols(["postgresql"])  # PostgreSQL 17 closes a direct TLS connection without it
+    context.set_alpn_protocols(["postgresql"])  # without it PostgreSQL 17 closes a direct TLS connection
     return context
 
 
@@ -69,7 +73,13 @@ def verified_context(trust_anchor: bytes) -> ssl.SSLContext:
 
 @dataclass(frozen=True, slots=True)
 class Client:
-    """A pool, by what is measured: taking a connection, a query with all that goes with it, and what it has open."""
+    """What is measured of a pool.
+
+    Attributes:
+        acquire: Return a context manager that acquires a connection and releases it.
+        fetchval: Acquire a connection, run a query, release the connection, and return the first value.
+        size: Return how many connections are open.
+    """
 
     acquire: Callable[[], AbstractAsyncContextManager[object]]
     fetchval: Callable[[str], Awaitable[object]]
@@ -77,10 +87,10 @@ class Client:
 
 
 class OpenClient(Protocol):
-    """Opens an empty pool of at most `size` connections.
+    """Open an empty pool of at most `size` connections.
 
-    `deadline`: seconds that taking a connection may last, by the pool's own parameter where it has one that covers all
-    of it; None for the pool's default.
+    `deadline` is how many seconds an acquire may take, by the pool's own parameter if it has one that includes the
+    connect. None (the default): the pool's default.
     """
 
     def __call__(self, size: int, *, deadline: float | None = None) -> AbstractAsyncContextManager[Client]: ...
@@ -133,13 +143,13 @@ async def psycopg_client(
 async def sqlalchemy_client(
     url: str, connect_args: dict[str, object], size: int, *, deadline: float | None = None
 ) -> AsyncIterator[Client]:
-    """Yield a client on an engine of SQLAlchemy's, which sets up each new connection with queries of its own."""
+    """Yield a client on an engine of SQLAlchemy, which sets up each new connection with queries of its own."""
     engine = create_async_engine(url, connect_args=connect_args, pool_size=size, max_overflow=0)
     waiting = engine.pool
 
     @asynccontextmanager
     async def connection_in_time() -> AsyncIterator[Any]:
-        # `pool_timeout=` is for waiting in line only, not for the connect.
+        # `pool_timeout=` does not include the connect.
         async with asyncio.timeout(deadline):
             connection = await engine.connect()
         try:
@@ -159,7 +169,7 @@ async def sqlalchemy_client(
         await engine.dispose()
 
 
-async def _nothing(_: object) -> None:
+async def _no_reset(_: object) -> None:
     """Reset nothing."""
 
 
@@ -167,12 +177,15 @@ async def _nothing(_: object) -> None:
 def clients_of(
     server: Server, port: int | None = None, *, password: str | None = None
 ) -> Iterator[dict[str, OpenClient]]:
-    """Yield, by name, how to open each client.
+    """Yield how to open each client, by its name.
 
-    `port`: that of a relay in front of `server`, if there is one. `password`: another one than the server's.
+    Args:
+        server: The server to which the clients connect.
+        port: The port of a relay in front of the server. None (the default): the server's own.
+        password: Another password than the server's.
     """
     dsn = dsn_of(server, port, password=password)
-    # The others know no hostaddr=. Ours learns from the host name whether it is a pooled one.
+    # Ours needs the server's host name, which says whether it is pooled. The others do not know hostaddr=.
     seed, place = urlsplit(server.dsn), urlsplit(dsn)
     own_dsn = seed._replace(netloc=place.netloc.replace("localhost", seed.hostname or "")).geturl()
     with tempfile.TemporaryDirectory() as folder:
@@ -183,16 +196,16 @@ def clients_of(
 
 def _clients(own_dsn: str, dsn: str, trust_anchor: bytes, anchor: Path) -> dict[str, OpenClient]:
     context = verified_context(trust_anchor)
-    # With gssencmode a machine with a Kerberos ticket would take one flight more.
+    # With gssencmode a machine with a Kerberos ticket would take one more round trip.
     libpq = f"{dsn}?sslmode=verify-full&sslrootcert={anchor}&gssencmode=disable"
     url = dsn.replace("postgresql://", "postgresql+asyncpg://")
     ours = partial(neon_async.create_pool, own_dsn, trust_anchor=trust_anchor)
     theirs = partial(asyncpg.create_pool, dsn, ssl=context)
     return {
         OURS: partial(our_client, ours),
-        OURS_BARE: partial(our_client, partial(ours, reset=_nothing)),
+        OURS_BARE: partial(our_client, partial(ours, reset=_no_reset)),
         ASYNCPG: partial(asyncpg_client, theirs),
-        ASYNCPG_BARE: partial(asyncpg_client, partial(theirs, reset=_nothing)),
+        ASYNCPG_BARE: partial(asyncpg_client, partial(theirs, reset=_no_reset)),
         ASYNCPG_DIRECT: partial(asyncpg_client, partial(theirs, direct_tls=True)),
         PSYCOPG: partial(psycopg_client, libpq),
         PSYCOPG_AUTOCOMMIT: partial(psycopg_client, libpq, autocommit=True),
@@ -202,22 +215,13 @@ def _clients(own_dsn: str, dsn: str, trust_anchor: bytes, anchor: Path) -> dict[
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Fair conditions
-
-
-def in_turns(items: Mapping[str, Item], rounds: int) -> Iterator[tuple[int, str, Item]]:
-    """Yield the number of the round, from 0, and every item in it, in an order that changes from round to round."""
-    order = list(items.items())
-    for number in range(rounds):
-        turn = number % len(order)
-        for name, item in order[turn:] + order[:turn]:
-            yield number, name, item
+# Equal conditions
 
 
 async def open_all(
     stack: AsyncExitStack, candidates: Mapping[str, OpenClient], names: Iterable[str], size: int
 ) -> dict[str, Client]:
-    """Open the clients of these names until `stack` is left, each with all of its `size` connections made."""
+    """Open the clients with these names until `stack` is left, each with all of its `size` connections."""
     opened = {name: await stack.enter_async_context(candidates[name](size)) for name in names}
     for client in opened.values():
         await fill(client, size)
@@ -225,12 +229,12 @@ async def open_all(
 
 
 async def fill(client: Client, size: int) -> None:
-    """Have the pool make all of its `size` connections, by taking them at once."""
-    everybody = asyncio.Barrier(size)
+    """Let the pool open all of its `size` connections, by acquiring them at the same time."""
+    all_acquired = asyncio.Barrier(size)
 
     async def hold() -> None:
         async with client.acquire():
-            await everybody.wait()
+            await all_acquired.wait()
 
     async with asyncio.timeout(60), asyncio.TaskGroup() as tasks:
         for _ in range(size):

@@ -35,9 +35,18 @@ def no_postgres_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
-def postgres() -> Iterator[LocalPostgres]:
+def postgres_bin_dir() -> str | None:
+    """The folder with the PostgreSQL to test against: NEON_ASYNC_TEST_POSTGRES_BIN, or None for the wheel."""
+    return os.environ.get("NEON_ASYNC_TEST_POSTGRES_BIN")
+
+
+@pytest.fixture(scope="session")
+def postgres(postgres_bin_dir: str | None) -> Iterator[LocalPostgres]:
     """One running server for the whole session. It lives in an event loop of its own; tests must not stop it."""
-    with start_blocking_portal() as portal, portal.wrap_async_context_manager(LocalPostgres()) as server:
+    with (
+        start_blocking_portal() as portal,
+        portal.wrap_async_context_manager(LocalPostgres(postgres_bin_dir)) as server,
+    ):
         yield server
 
 

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 def lint_imports(tree: Path) -> subprocess.CompletedProcess[str]:
     """Run import-linter on the package below `tree`, whatever is installed."""
     command = "import sys; from importlinter.cli import lint_imports; sys.exit(lint_imports(no_cache=True))"
-    environment = os.environ | {"PYTHONPATH": str(tree / "src")}
+    environment = os.environ | {"PYTHONPATH": str(tree / "src"), "COLUMNS": "200"}  # long names are not wrapped
     return subprocess.run(
         [sys.executable, "-c", command], cwd=tree, env=environment, capture_output=True, text=True, check=False
     )

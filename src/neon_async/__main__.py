@@ -1,4 +1,4 @@
-"""`python -m neon_async`: the command line."""
+"""Run the command line: `python -m neon_async` and the console script `neon-async`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Everything weaker, unknown or malformed is refused by the call itself, through each channel, before any socket."""
+"""What is weaker, unknown or malformed is refused by the call itself, from every source, before any socket exists."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from typing import Any
 from urllib.parse import quote
 
 import pytest
+from support.dsns import HOST, POOLED
 
 from neon_async import ConfigurationError, InsecureConfigurationError, connect, create_pool
 
-HOST = "ep-cool-darkness-123456.us-east-2.aws.neon.tech"
 SECRET = "pw-7c1f9e2d"
 ENVIRONMENT = {
     "host": "PGHOST",
@@ -157,7 +157,12 @@ EVERYWHERE: tuple[tuple[str, str, bool], ...] = (
 
 @dataclass(frozen=True)
 class Case:
-    """One attempt: the DSN, keywords and environment that make it, and the error it must end in."""
+    """One attempt: its DSN, keywords and environment, and the error that it must raise.
+
+    Attributes:
+        insecure: Whether the error is an `InsecureConfigurationError`.
+        names: What the message must name.
+    """
 
     dsn: str | None
     keywords: dict[str, object]
@@ -170,7 +175,7 @@ def url(host: str = HOST, query: str = "", port: str = "") -> str:
     return f"postgresql://alex:{SECRET}@{host}{port}/neondb" + (f"?{query}" if query else "")
 
 
-def each_channel() -> Iterator[object]:
+def from_every_source() -> Iterator[object]:
     for name, value, insecure in EVERYWHERE:
         label = f"{name}={value[:70]!r}"
         yield pytest.param(Case(url(), {name: value}, {}, insecure, name), id=f"keyword {label}")
@@ -198,7 +203,7 @@ def only_in_a_dsn() -> Iterator[object]:
         ("sslmode twice, the weak one last", url(query="sslmode=verify-full&sslmode=disable"), False),
         ("sslmode twice, the weak one first", url(query="sslmode=disable&sslmode=verify-full"), False),
         ("sslmode with an encoded key", url(query="sslm%6Fde=disable"), True),
-        ("sslmode behind a fragment", url(query="sslmode=verify-full#x"), False),
+        ("sslmode before a fragment", url(query="sslmode=verify-full#x"), False),
         ("host in authority and query", url(query="host=evil.example.org"), False),
         ("host in authority and query, the same", url(query=f"host={HOST}"), False),
         ("port in authority and query", url(port=":5432", query="port=5433"), False),
@@ -313,7 +318,7 @@ def only_in_code() -> Iterator[object]:
         ("server_settings transaction_deferrable", {"server_settings": {"transaction_deferrable": "on"}}, False),
         (
             "server_settings on a pooled host",
-            {"host": HOST.replace(".", "-pooler.", 1), "server_settings": {"search_path": "a"}},
+            {"host": POOLED, "server_settings": {"search_path": "a"}},
             False,
         ),
         (
@@ -354,16 +359,16 @@ def only_in_a_pool() -> Iterator[object]:
         yield pytest.param(Case(url(), keywords, {}, insecure=False), id=f"pool {label}")
 
 
-BOTH_CALLS = [*each_channel(), *only_in_a_dsn(), *only_in_code()]
+BOTH_CALLS = [*from_every_source(), *only_in_a_dsn(), *only_in_code()]
 POOL_CALLS = [*BOTH_CALLS, *only_in_a_pool()]
 
 
 @pytest.fixture
 def listener(monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
-    """Listen where every case would lead, were it let through; whatever resolves a name fails the test."""
+    """Listen where each case would connect if it were accepted, and fail if it does or if it resolves a name."""
 
     def resolve(*args: object, **_: object) -> object:
-        raise AssertionError(f"a refused configuration was resolved: {args}")
+        raise AssertionError(f"a refused configuration resolved a name: {args}")
 
     with socket.create_server(("127.0.0.1", 0)) as server:
         server.setblocking(False)
@@ -387,7 +392,7 @@ def assert_refused(call: object, case: Case, monkeypatch: pytest.MonkeyPatch) ->
         assert case.names in str(caught.value)
 
 
-def test_there_are_at_least_120_inputs_over_three_channels() -> None:
+def test_there_are_at_least_120_inputs_from_three_sources() -> None:
     ids = [str(parameter.id) for parameter in POOL_CALLS]  # type: ignore[attr-defined]
     assert len(set(ids)) == len(ids) >= 120
     assert {name.split()[0] for name in ids} >= {"keyword", "DSN", "environment"}
@@ -403,7 +408,7 @@ def test_connect_refuses(case: Case, listener: socket.socket, monkeypatch: pytes
     assert_refused(connect, case, monkeypatch)
 
 
-def test_the_refusal_of_a_weak_dsn_shows_the_hardened_one_without_its_password() -> None:
+def test_the_refusal_of_a_weak_dsn_shows_the_hardened_dsn_without_its_password() -> None:
     with pytest.raises(InsecureConfigurationError) as caught:
         create_pool(url(query="sslmode=require&channel_binding=require&sslpassword=pw-7c1f9e2d"))
     assert SECRET not in str(caught.value)
@@ -417,7 +422,7 @@ def test_the_refusal_of_a_weak_dsn_shows_the_hardened_one_without_its_password()
     ("wrong", "right"),
     [("sslmod", "sslmode"), ("aplication_name", "application_name"), ("channelbinding", "channel_binding")],
 )
-def test_an_unknown_key_is_refused_with_the_closest_known_one(wrong: str, right: str) -> None:
+def test_an_unknown_keyword_is_refused_with_the_closest_known_one(wrong: str, right: str) -> None:
     keywords: dict[str, Any] = {wrong: "x"}
     with pytest.raises(ConfigurationError, match=f"Did you mean {right}?"):
         create_pool(url(query=f"{wrong}=x"))
@@ -448,14 +453,14 @@ def test_an_environment_variable_that_is_not_utf_8_is_refused_by_name(monkeypatc
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
 @pytest.mark.parametrize("name", ["sslrootcert", "sslcrl", "sslcert", "trust_anchor"])
-def test_a_pipe_in_place_of_a_file_is_refused_and_not_waited_for(name: str, tmp_path: Path) -> None:
+def test_a_named_pipe_instead_of_a_file_is_refused_without_waiting(name: str, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     keywords: dict[str, Any] = {name: str(tmp_path / "pipe")}
     with pytest.raises(ConfigurationError, match=name):
         create_pool(url(), **keywords)
 
 
-def test_an_error_of_another_kind_leaves_no_frame_with_the_dsn_either() -> None:
+def test_an_error_of_the_callers_own_leaves_no_frame_with_the_dsn() -> None:
     class Broken:
         def __fspath__(self) -> str:
             raise RuntimeError("the caller's own")

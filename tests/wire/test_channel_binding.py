@@ -106,9 +106,12 @@ class Server:
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def server(tmp_path_factory: pytest.TempPathFactory, postgres_bin_dir: str | None) -> Iterator[Server]:
     path = tmp_path_factory.mktemp("anchor") / "root.pem"
-    with start_blocking_portal() as portal, portal.wrap_async_context_manager(LocalPostgres()) as postgres:
+    with (
+        start_blocking_portal() as portal,
+        portal.wrap_async_context_manager(LocalPostgres(postgres_bin_dir)) as postgres,
+    ):
         path.write_bytes(postgres.trust_anchor)
         dsn = f"{postgres.dsn}&sslmode=verify-full&sslrootcert={path}"
         with psycopg.connect(dsn, autocommit=True) as admin:

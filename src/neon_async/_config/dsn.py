@@ -1,62 +1,128 @@
-"""The text of a connection URL: taken apart as libpq does it, hardened, and shown without its secrets.
+"""Take the text of a connection URL apart as libpq does, harden it, and show it without its secrets.
 
-This module knows what the parts are, and not what they mean.
+Of a parameter it knows two things, from the table of keywords: whether it is sslmode, and whether it is secret.
 """
 
 from __future__ import annotations
 
 import re
 import urllib.parse
-from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from .._errors import ConfigurationError, forget_arguments
+from .keywords import BY_DSN_NAME, BY_NAME
 
 _SCHEMES = ("postgresql", "postgres", "postgresql+asyncpg")
 
 
-@dataclass(frozen=True, slots=True)
+@forget_arguments
+def harden_dsn(dsn: str) -> str:
+    """Return the same connection string with `sslmode=verify-full`, and everything else unchanged, byte for byte.
+
+    An `sslmode` or `ssl` in it is replaced where it stands, and further ones are removed; where there is none,
+    `sslmode=verify-full` is appended. The rest is not checked: `create_pool()` does that.
+
+    Args:
+        dsn: A connection URL (`postgresql://`, `postgres://` or `postgresql+asyncpg://`).
+
+    Returns:
+        The connection URL to use, with its password. Hardening it again changes nothing.
+
+    Raises:
+        ConfigurationError: The text is not such a URL.
+    """
+    query = split(dsn).query
+    head = dsn[: len(dsn) - len(query)].removesuffix("?")
+    items, placed = [], False
+    for item in query.split("&"):
+        if decode(item.partition("=")[0]) not in BY_NAME["sslmode"].dsn_names:
+            items.append(item)
+        elif not placed:
+            items.append("sslmode=verify-full")
+            placed = True
+    if not placed:
+        items = [*items, "sslmode=verify-full"] if query.strip("&") else ["sslmode=verify-full"]
+    return f"{head}?{'&'.join(items)}"
+
+
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class URL:
-    """The raw, still percent-encoded parts of a connection URL."""
+    """The parts of a connection URL as they are written, with their percent-encoding. Its `repr` shows none of them."""
 
     scheme: str
     user: str
-    password: str = field(repr=False)
+    password: str
     host: str
     port: str
     path: str
-    query: str = field(repr=False)
+    query: str
 
 
 def split(dsn: object) -> URL:
-    """Split a connection URL as libpq does (conninfo_uri_parse_options), refusing what parsers disagree about.
+    """Split a connection URL as libpq does (conninfo_uri_parse_options), and refuse what parsers disagree about.
 
-    No message shows a part of the text: in a DSN with a character that should have been encoded, any part may hold a
-    piece of the password.
+    No message shows a part of the text: in a DSN with a character that should have been encoded, any part may contain
+    a piece of the password.
+
+    Raises:
+        ConfigurationError: The text is not a connection URL, or not every parser would split it alike.
     """
     if not isinstance(dsn, str):
         raise ConfigurationError(
-            f"The DSN is of type {type(dsn).__name__}; pass a str such as postgresql://user@host/db."
+            f"The DSN is of type {type(dsn).__name__}. Pass a str such as postgresql://user@host/db."
         )
     if dsn != dsn.strip() or any(ord(character) < 32 for character in dsn):
-        raise ConfigurationError("The DSN contains a line break, control character or outer white space; remove it.")
+        raise ConfigurationError(
+            "The DSN contains a line break or control character, or begins or ends with white space. Remove it."
+        )
     scheme, separator, rest = dsn.partition("://")
     if not separator or scheme not in _SCHEMES:
         is_scheme = separator and re.fullmatch(r"[A-Za-z0-9+.-]{1,40}", scheme)
-        what = f"begins with {scheme + '://'!r}" if is_scheme else "is no URL"
-        raise ConfigurationError(f"The DSN {what}; write postgresql://user:password@host/dbname?sslmode=verify-full.")
+        what = f"begins with {scheme + '://'!r}" if is_scheme else "is not a URL"
+        raise ConfigurationError(f"The DSN {what}. Write postgresql://user:password@host/dbname?sslmode=verify-full.")
     login, _, rest = rest.rpartition("@")
     # libpq takes the first '@' before the first '/', urllib the last one, and asyncpg cuts off what follows a '#'.
     if any(mark in login for mark in "@/?#") or "#" in rest:
         raise ConfigurationError(
-            "The DSN has a character that must be encoded. In user, password and parameters write '@' as %40, '/' as "
-            "%2F, ':' as %3A, '?' as %3F and '#' as %23."
+            "The DSN contains a character that must be encoded. In user, password and parameters write '@' as %40, "
+            "'/' as %2F, ':' as %3A, '?' as %3F and '#' as %23."
         )
     user, _, password = login.partition(":")
     authority_and_path, _, query = rest.partition("?")
     authority, slash, path = authority_and_path.partition("/")
     host, port = _split_authority(authority)
     return URL(scheme, user, password, host, port, slash + path, query)
+
+
+def decode(text: str) -> str:
+    """Return a part of a URL without its percent-encoding. A '+' is a plus, as in libpq.
+
+    Raises:
+        ConfigurationError: The encoding is broken, or what it encodes is not UTF-8.
+    """
+    if re.search(r"%(?![0-9A-Fa-f]{2})", text):
+        raise ConfigurationError(
+            "The DSN contains a '%' that is not followed by two hexadecimal digits. Write a plain '%' as %25."
+        )
+    try:
+        return urllib.parse.unquote_to_bytes(text).decode()
+    except UnicodeDecodeError:
+        pass  # raised below, where the error does not carry the bytes as its context
+    raise ConfigurationError("The DSN contains percent-encoded bytes that are not UTF-8. Encode the text as UTF-8.")
+
+
+def redact(dsn: str) -> str:
+    """Return `dsn` with the password, and the value of every parameter that is secret or unknown, as `***`."""
+    url = split(dsn)
+    login = f"{url.user}:***@" if url.password else f"{url.user}@" if url.user else ""
+    port = f":{url.port}" if url.port else ""
+    items = []
+    for item in filter(None, url.query.split("&")):
+        encoded_key = item.partition("=")[0]
+        keyword = BY_DSN_NAME.get(decode(encoded_key))
+        items.append(f"{encoded_key}=***" if keyword is None or keyword.secret else item)
+    query = f"?{'&'.join(items)}" if items else ""
+    return f"{url.scheme}://{login}{url.host}{port}{url.path}{query}"
 
 
 def _split_authority(authority: str) -> tuple[str, str]:
@@ -69,49 +135,3 @@ def _split_authority(authority: str) -> tuple[str, str]:
             "The port in the DSN is not a number. If it belongs to a password, write '/' as %2F and '@' as %40."
         )
     return host, port
-
-
-def decode(text: str) -> str:
-    """Return a part of a URL without its percent-encoding. A '+' is a plus, as in libpq."""
-    if re.search(r"%(?![0-9A-Fa-f]{2})", text):
-        raise ConfigurationError("The DSN has a '%' that two hex digits do not follow; write a plain '%' as %25.")
-    try:
-        return urllib.parse.unquote_to_bytes(text).decode()
-    except UnicodeDecodeError:
-        pass
-    raise ConfigurationError("The DSN has percent-encoded bytes that are not UTF-8; encode the UTF-8 form of the text.")
-
-
-@forget_arguments
-def harden_dsn(dsn: str) -> str:
-    """Return the same connection string with `sslmode=verify-full`, everything else kept byte for byte.
-
-    `dsn`: a connection URL (`postgresql://`, `postgres://` or `postgresql+asyncpg://`). An `sslmode` or `ssl` it has is
-    replaced where it stands, further ones are removed, and one is appended where there is none. The rest is not judged:
-    `create_pool()` does that. Raises `ConfigurationError` when the text is not such a URL.
-    """
-    query = split(dsn).query
-    head = dsn[: len(dsn) - len(query)].removesuffix("?")
-    items, placed = [], False
-    for item in query.split("&"):
-        if decode(item.partition("=")[0]) not in ("sslmode", "ssl"):
-            items.append(item)
-        elif not placed:
-            items.append("sslmode=verify-full")
-            placed = True
-    if not placed:
-        items = [*items, "sslmode=verify-full"] if query.strip("&") else ["sslmode=verify-full"]
-    return f"{head}?{'&'.join(items)}"
-
-
-def redact(dsn: str, *, public: Collection[str]) -> str:
-    """Return `dsn` with the password, and the value of every parameter that is not in `public`, as `***`."""
-    url = split(dsn)
-    login = f"{url.user}:***@" if url.password else f"{url.user}@" if url.user else ""
-    port = f":{url.port}" if url.port else ""
-    items = []
-    for item in filter(None, url.query.split("&")):
-        key = decode(item.partition("=")[0])
-        items.append(item if key in public else f"{item.partition('=')[0]}=***")
-    query = f"?{'&'.join(items)}" if items else ""
-    return f"{url.scheme}://{login}{url.host}{port}{url.path}{query}"

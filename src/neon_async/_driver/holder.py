@@ -142,6 +142,11 @@ def queries_run(connection: Any) -> int:
     return int(connection._protocol.queries_count)
 
 
+def is_cancelling(connection: Any) -> bool:
+    """Return whether a cancelled statement has not ended yet."""
+    return bool(connection._protocol._is_cancelling())
+
+
 def is_idle(connection: Any) -> bool:
     """Return whether no statement is under way or being cancelled."""
     return bool(connection._protocol.is_idle())
@@ -193,8 +198,7 @@ def has_log_listeners(connection: Any) -> bool:
 
 async def end_cancellation(connection: Any) -> None:
     """Wait until a cancelled statement has ended. The connection may have ended with it."""
-    if connection._protocol._is_cancelling():
-        await connection._protocol._wait_for_cancellation()
+    await connection._protocol._wait_for_cancellation()
 
 
 async def roll_back(connection: Any) -> None:

@@ -128,16 +128,20 @@ class Loan:
             return Facts(True, False, False, False, False, False, False)
         session = holder.own_session(connection)
         untouched = self._writes == session.transport.writes
+        worn = supply.is_worn(self.slot, time.monotonic())
+        own_reset = supply.options.reset is not None or resets_itself(connection)
+        if untouched:  # there is nothing else to ask for
+            return Facts(False, worn, own_reset, True, False, False, False)
         return Facts(
             closed=False,
-            worn=supply.is_worn(self.slot, time.monotonic()),
-            own_reset=supply.options.reset is not None or resets_itself(connection),
-            untouched=untouched,
+            worn=worn or holder.queries_run(connection) >= supply.options.max_queries,
+            own_reset=own_reset,
+            untouched=False,
             leftovers=not holder.is_idle(connection)
             or holder.has_transaction(connection)
             or holder.listens_otherwise(connection, session.snapshot.callbacks)
             or session.codecs != session.snapshot.codecs,
-            has_reset_query=not untouched and _has_reset_query(connection),
+            has_reset_query=_has_reset_query(connection),
             ahead=not has_own_reset_query(connection),
         )
 

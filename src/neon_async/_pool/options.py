@@ -1,18 +1,119 @@
+"""State every option of a pool once: its default, its limits and what it does.
+
+It must not know how a pool works. The parameters of a connection are another table (`_config.keywords`).
+"""
+
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
-from typing import Any, cast
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, TypeAlias, cast
 
 import asyncpg
 
 from .._config.connection import ConnectKeywords
-from .._errors import ConfigurationError
+from .._config.readers import LIMIT, AsyncFunction, Integer, Seconds, SubclassOf
 
-_MAX_COUNT = 1_000_000_000
+_Callback: TypeAlias = Callable[[Any], Awaitable[None]]
+
+_COUNT = {"reader": Integer(1, LIMIT)}
+_DURATION = {"reader": Seconds()}
+_LIFETIME = {"reader": Seconds(zero="never")}
+_CALLBACK = {"reader": AsyncFunction()}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolOptions:
+    """The options of a pool, checked. `create_pool()` takes the same ones, by the same names.
+
+    Durations are in seconds, and at most 1,000,000,000. Sizes are numbers of connections.
+
+    Attributes:
+        min_size: Connections that the pool keeps while they are idle. Default 0, at most `max_size`. Neon closes
+            connections when it suspends a compute; the pool then opens `min_size` new ones, which wakes the compute
+            again, so that it never scales to zero.
+        max_size: The largest number of connections. Default 10, at least 1.
+        init_size: Connections that opening the pool waits for. Default `min_size`; from `min_size` to `max_size`. With
+            0, opening connects to nothing, and a wrong password shows at the first acquire.
+        acquire_timeout: Limit for everything that an acquire does: waiting, connecting (transient failures are retried
+            within it), and `setup`. Default 30.0, above 0.
+        release_timeout: Limit for the reset, and for the cancellation, of a connection that was released; after that
+            it is terminated. Default 5.0, above 0.
+        max_waiting: Callers that may wait at once for a connection that another caller uses; the next one gets
+            `PoolBusyError`. Default None for any number; with 0, no caller waits for another.
+        max_queries: Queries after which a connection is replaced. Default 50,000, at least 1.
+        max_lifetime: Age at which a connection is replaced, up to a tenth earlier at random. Default 3600.0; 0 for
+            never.
+        max_inactive_connection_lifetime: Idle time after which a connection is closed. Default 240.0, because Neon
+            suspends a compute after 300 s by default; 0 for never.
+        check_after_idle: Idle time after which a connection is pinged before it is lent. Default 30.0; 0 for always.
+        leak_after: Time after which a connection that was not released is logged as a warning, with the stack that
+            acquired it. Default None for never, because every acquire then has to record its stack; otherwise above 0.
+        setup: An async function that is called with the connection on every acquire, within `acquire_timeout`. Default
+            None. An error ends the connection and reaches the caller.
+        init: An async function that is called with every new connection, within `connect_timeout`. Default None. An
+            error ends the connection.
+        reset: An async function that is called with every released connection, within `release_timeout`, instead of
+            the pool's own reset. Default None. An error ends the connection.
+        connection_class: The class of the connections, a subclass of `asyncpg.Connection`, which is the default.
+        record_class: The class of the rows, a subclass of `asyncpg.Record`, which is the default.
+
+    Raises:
+        ConfigurationError: An option is out of range or of the wrong type.
+    """
+
+    min_size: int = 0
+    max_size: int = field(default=10, metadata=_COUNT)
+    init_size: int | None = None
+    acquire_timeout: float = field(default=30.0, metadata=_DURATION)
+    release_timeout: float = field(default=5.0, metadata=_DURATION)
+    max_waiting: int | None = field(default=None, metadata={"reader": Integer(0, LIMIT)})
+    max_queries: int = field(default=50_000, metadata=_COUNT)
+    max_lifetime: float = field(default=3600.0, metadata=_LIFETIME)
+    max_inactive_connection_lifetime: float = field(default=240.0, metadata=_LIFETIME)
+    check_after_idle: float = field(default=30.0, metadata={"reader": Seconds(zero="always")})
+    leak_after: float | None = field(default=None, metadata={"reader": Seconds()})
+    setup: _Callback | None = field(default=None, metadata=_CALLBACK)
+    init: _Callback | None = field(default=None, metadata=_CALLBACK)
+    reset: _Callback | None = field(default=None, metadata=_CALLBACK)
+    connection_class: type[Any] = field(
+        default=asyncpg.Connection, metadata={"reader": SubclassOf(asyncpg.Connection, "asyncpg.Connection")}
+    )
+    record_class: type[Any] = field(
+        default=asyncpg.Record, metadata={"reader": SubclassOf(asyncpg.Record, "asyncpg.Record")}
+    )
+
+    def __post_init__(self) -> None:
+        for option in fields(self):
+            value = getattr(self, option.name)
+            by_default = value is None and option.default is None
+            if "reader" in option.metadata and not by_default:
+                option.metadata["reader"].check(option.name, value)
+        # The bounds of these two are other options.
+        Integer(0, self.max_size, maximum_is="max_size").check("min_size", self.min_size)
+        Integer(self.min_size, self.max_size, maximum_is="max_size").check("init_size", self.opening_size)
+
+    @classmethod
+    def split(cls, keywords: Mapping[str, object]) -> tuple[PoolOptions, ConnectKeywords]:
+        """Return the options in the keywords of `create_pool()`, and the keywords that are not options of the pool.
+
+        Raises:
+            ConfigurationError: An option is out of range or of the wrong type.
+        """
+        names = {option.name for option in fields(cls)}
+        options = {name: value for name, value in keywords.items() if name in names}
+        others = {name: value for name, value in keywords.items() if name not in names}
+        return cls(**cast(dict[str, Any], options)), cast(ConnectKeywords, others)
+
+    @property
+    def opening_size(self) -> int:
+        """The number of connections that opening the pool waits for: `init_size`, or else `min_size`."""
+        return self.min_size if self.init_size is None else self.init_size
 
 
 class PoolKeywords(ConnectKeywords, total=False):
+    """The keywords of `create_pool()`: the fields of `PoolOptions`, and the keywords of every connection."""
+
     min_size: int
     max_size: int
     init_size: int | None
@@ -24,102 +125,20 @@ class PoolKeywords(ConnectKeywords, total=False):
     max_inactive_connection_lifetime: float
     check_after_idle: float
     leak_after: float | None
-    setup: Callable[[Any], Awaitable[None]] | None
-    init: Callable[[Any], Awaitable[None]] | None
-    reset: Callable[[Any], Awaitable[None]] | None
+    setup: _Callback | None
+    init: _Callback | None
+    reset: _Callback | None
     connection_class: type[Any]
     record_class: type[Any]
 
 
-@dataclass(frozen=True, kw_only=True)
-class PoolOptions:
-    min_size: int = 0
-    max_size: int = 10
-    init_size: int | None = None
-    acquire_timeout: float = 30.0
-    release_timeout: float = 5.0
-    max_waiting: int | None = None
-    max_queries: int = 50_000
-    max_lifetime: float = 3600.0
-    max_inactive_connection_lifetime: float = 240.0
-    check_after_idle: float = 30.0
-    leak_after: float | None = None
-    setup: Callable[[Any], Awaitable[None]] | None = None
-    init: Callable[[Any], Awaitable[None]] | None = None
-    reset: Callable[[Any], Awaitable[None]] | None = None
-    connection_class: type[Any] = asyncpg.Connection
-    record_class: type[Any] = asyncpg.Record
+def check_timeout(name: str, value: object) -> None:
+    """Check a `timeout=` of one of the pool's methods.
 
-    @property
-    def opening_size(self):
-        return self.min_size if self.init_size is None else self.init_size
-
-    @classmethod
-    def split(cls, keywords):
-        kw = dict(keywords)
-        mine = {n: kw.pop(n) for n in list(kw) if n in cls.__dataclass_fields__}
-        return cls(**mine), kw
-
-    def __post_init__(self):
-        init_size = self.opening_size
-        for name, count, lowest, highest in (
-            ("max_size", self.max_size, 1, _MAX_COUNT),
-            ("min_size", self.min_size, 0, self.max_size),
-            ("init_size", init_size, self.min_size, self.max_size),
-            ("max_queries", self.max_queries, 1, _MAX_COUNT),
-            ("max_waiting", 0 if self.max_waiting is None else self.max_waiting, 0, _MAX_COUNT),
-        ):
-            _check_count(name, count, lowest, highest)
-        for name, seconds, meaning in (
-            ("acquire_timeout", self.acquire_timeout, None),
-            ("release_timeout", self.release_timeout, None),
-            ("leak_after", 1.0 if self.leak_after is None else self.leak_after, None),
-            ("max_lifetime", self.max_lifetime, "for never"),
-            ("max_inactive_connection_lifetime", self.max_inactive_connection_lifetime, "for never"),
-            ("check_after_idle", self.check_after_idle, "for always"),
-        ):
-            _check_seconds(name, seconds, zero=meaning)
-        for name, cls, base in (
-            ("connection_class", self.connection_class, asyncpg.Connection),
-            ("record_class", self.record_class, asyncpg.Record),
-        ):
-            if not (isinstance(cls, type) and issubclass(cls, base)):
-                raise ConfigurationError(f"{name} must be a subclass of asyncpg.{base.__name__}.")
-        for name, callback in (("setup", self.setup), ("init", self.init), ("reset", self.reset)):
-            if callback is not None and not callable(callback):
-                raise ConfigurationError(f"{name} must be an async function that takes a connection.")
+    Raises:
+        ConfigurationError: It is not a number of seconds, or out of range. 0 is in range and means at once.
+    """
+    _TIMEOUT.check(name, value)
 
 
-def signature_of(function):
-    import inspect
-
-    signature = inspect.signature(function)
-    own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
-    rest = [p for p in signature.parameters.values() if p.kind is inspect.Parameter.VAR_KEYWORD]
-    options = [
-        p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in inspect.signature(PoolOptions).parameters.values()
-    ]
-    return signature.replace(parameters=[*own, *options, *rest])
-
-
-def check_timeout(name, value):
-    _check_seconds(name, value, zero="for at once")
-
-
-def _check_count(name: str, value: object, lowest: int, highest: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not lowest <= value <= highest:
-        of = " (max_size)" if name != "max_size" and highest != _MAX_COUNT else ""
-        raise ConfigurationError(f"{name} must be a whole number from {lowest} to {highest}{of}, not {_shown(value)}.")
-
-
-def _check_seconds(name: str, value: object, *, zero: str | None) -> None:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not 0 <= cast(float, value) <= _MAX_COUNT or (value == 0 and zero is None):
-        least = "above 0" if zero is None else f"from 0, {zero},"
-        raise ConfigurationError(f"{name} must be seconds {least} to {_MAX_COUNT}, not {_shown(value)}.")
-
-
-def _shown(value: object) -> str:
-    if isinstance(value, float) or (isinstance(value, int) and abs(value) <= _MAX_COUNT):
-        return repr(value)
-    return f"a value of type {type(value).__name__}"
+_TIMEOUT = Seconds(zero="at once")

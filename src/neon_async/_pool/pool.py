@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import enum
+import inspect
 import logging
 import time
 import warnings
@@ -34,7 +35,7 @@ from .._neon.endpoint import Endpoint
 from .._wire.tls import TLSReport
 from .._wire.trust import AnchorSource
 from .loan import Loan
-from .options import PoolKeywords, PoolOptions, check_timeout, signature_of
+from .options import PoolKeywords, PoolOptions, check_timeout
 from .slots import Slot, State
 from .stats import PoolStats
 from .supply import Supply
@@ -651,7 +652,14 @@ def create_pool(
     return Pool(connector, options)
 
 
-create_pool.__signature__ = signature_of(create_pool)  # type: ignore[attr-defined]
+def _with_options(function: Callable[..., Any]) -> inspect.Signature:
+    """Return the signature of `create_pool()` with the options of the pool, which stand once, in `PoolOptions`."""
+    signature = inspect.signature(function)
+    *own, keywords = signature.parameters.values()
+    return signature.replace(parameters=[*own, *inspect.signature(PoolOptions).parameters.values(), keywords])
+
+
+create_pool.__signature__ = _with_options(create_pool)  # type: ignore[attr-defined]  # for help() and editors
 
 
 def _warn_of_floor(min_size: int, endpoint: Endpoint) -> None:

@@ -72,6 +72,7 @@ class Slot:
         "state",
         "task",
         "used",
+        "work_until",
     )
 
     def __init__(self, holder: Holder) -> None:
@@ -79,6 +80,7 @@ class Slot:
         self.state = State.VACANT
         self.loan: Loan | None = None
         self.task: asyncio.Task[object] | None = None  # what is being done to the connection in the background
+        self.work_until = 0.0  # when that is cancelled
         self.generation = 0  # of the pool's `expire_connections()`, when the connection was made
         self.opened_at = 0.0
         self.expires_at = 0.0

@@ -71,6 +71,7 @@ class Supply:
         self._generation = 0
         self._tasks: set[asyncio.Task[Any]] = set()
         self._reaper = Timer(self._reap)
+        self._late_work = Timer(self._cancel_late_work)
         self._resumption = Timer(self.balance)
         self._cold_since: float | None = None  # since when there has been no connection and a dial has been under way
         self._clock_offset = time.time() - time.monotonic()
@@ -115,12 +116,7 @@ class Supply:
 
     def is_worn(self, slot: Slot, now: float) -> bool:
         """Return whether a connection is not to be lent again."""
-        return (
-            now >= slot.expires_at
-            or slot.generation != self._generation
-            or self.closing
-            or holder.queries_run(slot.holder.connection) >= self.options.max_queries
-        )
+        return now >= slot.expires_at or slot.generation != self._generation or self.closing
 
     def is_expired(self, slot: Slot) -> bool:
         """Return whether the connection was made before `expire_connections()`."""
@@ -168,7 +164,7 @@ class Supply:
                 self._reset_ahead(slot)
                 self._offer(slot)
             case Need.RESET:
-                return self._start(slot, State.RESETTING, self._reset(slot, limit))
+                return self._start(slot, State.RESETTING, self._reset(slot, limit), limit)
             case Need.CLOSE:
                 return self._close(slot, limit)
             case Need.FORGET:
@@ -218,20 +214,36 @@ class Supply:
     # -----------------------------------------------------------------------------------------------------------------
     # Work in the background
 
-    def _start(self, slot: Slot, state: State, work: Coroutine[Any, Any, Exception | None]) -> asyncio.Task[Any]:
+    def _start(
+        self, slot: Slot, state: State, work: Coroutine[Any, Any, Exception | None], limit: float = math.inf
+    ) -> asyncio.Task[Any]:
         """Run `work` on the slot in the background. Afterwards the slot is offered.
 
         Args:
             slot: The slot; no other work is under way on it.
             state: The state of the slot meanwhile.
             work: Returns the error for which the connection must not be used again, or None.
+            limit: Seconds after which the work is cancelled. All these limits share one timer, because nearly all are
+                met, and `asyncio.timeout()` takes longer than the rest of a reset.
         """
         self.slots.move(slot, state)
+        slot.work_until = time.monotonic() + limit
+        self._late_work.set(slot.work_until)
         # Not by create_task(): an eager task (Python 3.12) would run before it is known here.
         slot.task = task = asyncio.Task(work, loop=asyncio.get_running_loop())
         self._tasks.add(task)  # the event loop itself keeps weak references only
         task.add_done_callback(functools.partial(self._finished, slot))
         return task
+
+    def _cancel_late_work(self) -> None:
+        now = time.monotonic()
+        for slot in self.slots:
+            if slot.task is None:
+                continue
+            if slot.work_until > now:
+                self._late_work.set(slot.work_until)
+            else:
+                slot.task.cancel()
 
     def _finished(self, slot: Slot, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
@@ -252,33 +264,35 @@ class Supply:
         holder.protocol_of(connection).send_reset_ahead(connection.get_reset_query(), note_success)
 
     async def _reset(self, slot: Slot, limit: float) -> Exception | None:
-        """Reset what a caller has left."""
+        """Reset what a caller has left, and return the error that `release()` raises, if there is one."""
         began, connection = time.monotonic(), slot.holder.connection
         if connection is None:
             return None  # it ended before this task began
-        deadline = asyncio.timeout(limit)
         try:
-            async with deadline:
-                await self._reset_session(connection)
-        except Exception as error:  # noqa: BLE001  raised by `release()`
-            if not deadline.expired():
-                _log.info("%s: a connection could not be reset and was closed (%s)", self.name, type(error).__name__)
-                return error
+            await self._reset_session(connection)
+        except asyncio.CancelledError:
+            if time.monotonic() < slot.work_until:
+                raise  # the pool was terminated
             _log.info("%s: a connection was not reset within %g s and was closed", self.name, limit)
             return PoolTimeoutError(
                 f"A connection of {self.name} was not reset within {limit:g} s and was terminated; its slot is free. "
                 "The server or the network may be stuck."
             )
+        except Exception as error:  # noqa: BLE001  raised by `release()`
+            _log.info("%s: a connection could not be reset and was closed (%s)", self.name, type(error).__name__)
+            return error
         self.tallies.resets.since(began)
         slot.heard_at = time.monotonic()
         return None
 
     async def _reset_session(self, connection: Any) -> None:
-        await holder.end_cancellation(connection)
-        if connection.is_closed():
-            return
+        if holder.is_cancelling(connection):
+            await holder.end_cancellation(connection)
+            if connection.is_closed():
+                return
         if self.options.reset is None and resets_itself(connection):
             await connection.reset()
+            await restore_codecs(connection)
             return
         if holder.has_transaction(connection):
             await holder.roll_back(connection)
@@ -291,15 +305,13 @@ class Supply:
     def _close(self, slot: Slot, limit: float | None = None) -> asyncio.Task[Any]:
         """Close the connection of a slot that no caller has, within `limit` seconds (default: `release_timeout`)."""
         limit = self.options.release_timeout if limit is None else limit
-        return self._start(slot, State.CLOSING, self._close_connection(slot, limit))
+        return self._start(slot, State.CLOSING, self._close_connection(slot.holder.connection), limit)
 
-    async def _close_connection(self, slot: Slot, limit: float) -> Exception | None:
-        connection = slot.holder.connection
+    async def _close_connection(self, connection: Any) -> Exception | None:
         if connection is None:
             return None  # it ended before this task began
         try:
-            async with asyncio.timeout(limit):
-                await connection.close()
+            await connection.close()
         except Exception as error:  # noqa: BLE001  it ends, one way or the other
             _log.info("%s: a connection could not be closed and was terminated (%s)", self.name, type(error).__name__)
             return error
@@ -468,6 +480,7 @@ class Supply:
         self._resumption.cancel()
         for task in self._tasks:
             task.cancel()
+        self._late_work.cancel()
         for slot in self.slots:
             slot.holder.terminate()  # which ends its loan, or vacates an idle slot
 

@@ -1,11 +1,11 @@
-"""What tests of neon-async, and of code that uses it, need: a real server that is verified as Neon is, and that sleeps.
+"""Test against a real PostgreSQL that is verified as Neon is, and that scales to zero as Neon does.
 
-Needs the `testing` extra. It must not be imported by the package itself.
+Needs the extra `testing`. The rest of neon_async must not import this package; only the demonstration does.
 """
 
 from __future__ import annotations
 
-from neon_async.testing._local_endpoint import LocalEndpoint, LocalEndpointError
-from neon_async.testing._local_postgres import LocalPostgres, LocalPostgresError
+from ._local_endpoint import LocalEndpoint, LocalEndpointError
+from ._local_postgres import LocalPostgres, LocalPostgresError
 
 __all__ = ("LocalEndpoint", "LocalEndpointError", "LocalPostgres", "LocalPostgresError")

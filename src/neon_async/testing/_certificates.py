@@ -1,6 +1,6 @@
-"""The certificates of `LocalPostgres`: a certificate authority of its own and one server certificate, through trustme.
+"""Issue the certificates of `LocalPostgres`: one certificate authority and one server certificate, made by trustme.
 
-It must not know servers and files: names go in, PEM comes out.
+This module must not know servers or files: names go in, PEM comes out.
 """
 
 from __future__ import annotations
@@ -10,7 +10,13 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True)
 class Certificates:
-    """PEM texts: the authority's certificate, the server's certificate, and the server's private key."""
+    """The certificates of one server, as PEM text.
+
+    Attributes:
+        trust_anchor: The certificate of the authority.
+        chain: The certificate of the server.
+        key: The private key of the server.
+    """
 
     trust_anchor: str
     chain: str
@@ -18,13 +24,13 @@ class Certificates:
 
 
 def issue_certificates(*names: str) -> Certificates:
-    """Make a certificate authority and let it issue one server certificate.
+    """Create a certificate authority and let it issue one server certificate.
 
-    The keys are ECDSA on P-256 and the signatures use SHA-256, as on Neon, so `tls-server-end-point` channel binding
-    (RFC 5929) is possible. The authority's key is forgotten.
+    The keys are ECDSA on P-256 and the signatures use SHA-256, as on Neon, so that channel binding with
+    `tls-server-end-point` (RFC 5929) is possible. The private key of the authority is not kept.
 
-    Parameters:
-        names: the DNS names the certificate is for.
+    Args:
+        names: The DNS names of the server certificate.
 
     Raises:
         ImportError: trustme is not installed.

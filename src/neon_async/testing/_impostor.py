@@ -1,8 +1,9 @@
-"""Servers that lie: a listener that plays one scripted misbehaviour, before or during login, on every connection.
+"""Impostor servers: a listener that plays one scripted misbehaviour, before or during login, on every connection.
 
-For what no honest server does; the honest one is `LocalPostgres`. It keeps every byte the client sends, so that a test
-can show what the client did not send. Scripts are plain blocking code and run in threads of their own: they work the
-same against asyncio, uvloop and libpq. Must not know the client: nothing of neon_async is imported here.
+Impostors do what no honest server does; the honest server is `LocalPostgres`. They keep every byte that the client
+sends, so that a test can show what the client did not send. Scripts are blocking code and run in threads of their own,
+so that they work the same against asyncio, uvloop and libpq. This module must not know the client: it imports nothing
+of neon_async.
 """
 
 from __future__ import annotations
@@ -42,15 +43,18 @@ _T = TypeVar("_T")
 SERVER_NAME = "ep-cool-darkness-123456.us-east-2.aws.neon.tech"
 SSL_REQUEST = struct.pack("!II", 8, 80877103)
 _TLS_HANDSHAKE = b"\x16"  # the first byte of a ClientHello's record, RFC 8446 section 5.1
-_PATIENCE = 10.0  # seconds that a script waits for the client, so that no thread outlives a broken test for long
+_PATIENCE = 10.0  # seconds that a script waits for the client, so that threads end soon after a broken test
 
 
 class Conversation:
-    """One client's connection as the impostor sees it. Every method blocks.
+    """The connection of one client as the impostor sees it. Every method blocks.
 
-    `wire` holds each byte as it came off the socket, `decrypted` what TLS made of them. `over` is set when the caller
-    wants no more of the script. `failure` is the network or TLS error that ended the script, if one did.
-    `closed_by_client` tells whether the client closed its end.
+    Attributes:
+        wire: Every byte that was read from the socket, as it was sent.
+        decrypted: Every byte that TLS decrypted.
+        over: Set when the test does not need the script any more.
+        failure: The network or TLS error that ended the script, or None.
+        closed_by_client: Whether the client closed its end.
     """
 
     def __init__(self, connection: socket.socket, over: threading.Event) -> None:
@@ -71,14 +75,18 @@ class Conversation:
         )
 
     def receive(self, size: int) -> bytes:
-        """Return the next `size` bytes of the client, decrypted once TLS is up. Raises EOFError when it has closed."""
+        """Return the next `size` bytes of the client, decrypted once TLS is established.
+
+        Raises:
+            EOFError: The client closed the connection.
+        """
         self._fill(size)
         taken = bytes(self._unread[:size])
         del self._unread[:size]
         return taken
 
     def send(self, data: bytes) -> None:
-        """Send `data`, inside TLS once that is up."""
+        """Send `data`, encrypted once TLS is established."""
         if self._tls is None:
             self._socket.sendall(data)
         else:
@@ -86,11 +94,17 @@ class Conversation:
             self._flush()
 
     def send_raw(self, data: bytes) -> None:
-        """Send `data` as it is, whatever the state of TLS."""
+        """Send `data` in plaintext, whatever the state of TLS."""
         self._socket.sendall(data)
 
     def opens_with_tls(self) -> bool:
-        """Tell whether the client opens with a ClientHello (which stays unread) and not with an SSLRequest (taken)."""
+        """Return whether the client opens with a ClientHello and not with an SSLRequest.
+
+        The ClientHello stays unread. The SSLRequest is consumed.
+
+        Raises:
+            ValueError: The client opens with neither.
+        """
         self._fill(1)
         if self._unread[:1] == _TLS_HANDSHAKE:
             return True
@@ -99,13 +113,13 @@ class Conversation:
         return False
 
     def consent_to_tls(self) -> None:
-        """Say S to an SSLRequest, and see to it that a ClientHello is what comes next."""
+        """Answer S to an SSLRequest, so that a ClientHello is the next message in either case."""
         if not self.opens_with_tls():
             self.send(b"S")
             self.opens_with_tls()
 
     def accept_tls(self, context: ssl.SSLContext) -> None:
-        """Do the TLS handshake, in whichever of the two ways the client asks for it."""
+        """Do the TLS handshake: directly or after an SSLRequest, as the client chooses."""
         self.consent_to_tls()
         tls = context.wrap_bio(self._incoming, self._outgoing, server_side=True)
         self._incoming.write(bytes(self._unread))
@@ -119,29 +133,29 @@ class Conversation:
         return self.receive(length - 4)
 
     def read_message(self) -> tuple[bytes, bytes]:
-        """Return type and body of the client's next message."""
+        """Return the type and the body of the client's next message."""
         kind, length = struct.unpack("!cI", self.receive(5))
         return kind, self.receive(length - 4)
 
     def hang_up(self) -> None:
-        """Send FIN and nothing more. The other direction stays open, so that the client's own close is seen."""
+        """Send FIN. The other direction stays open, so that the client's own close is seen."""
         self._socket.shutdown(socket.SHUT_WR)
 
     def reset(self) -> None:
-        """Send RST. Nothing the client does afterwards is seen."""
+        """Send RST. What the client does afterwards is not seen."""
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self._socket.close()
         self.closed_by_client = True
 
     def drain(self) -> None:
-        """Read, and keep, all that the client still sends, until it closes."""
+        """Read and keep everything that the client still sends, until it closes."""
         with contextlib.suppress(EOFError, ssl.SSLError):
             while True:
                 self._fill(len(self._unread) + 1)
-        if self._tls is not None and not self.closed_by_client:  # a client that closes in order waits for an answer
+        if self._tls is not None and not self.closed_by_client:  # a client that closes TLS waits for an answer
             with contextlib.suppress(EOFError, OSError):
                 self._drive(self._tls.unwrap)
-        while not self.closed_by_client:  # TLS is over or broken; what still comes is kept as it is
+        while not self.closed_by_client:  # TLS has ended or is broken; later bytes are kept as they are
             with contextlib.suppress(EOFError):
                 self._read_wire()
 
@@ -183,17 +197,20 @@ class Conversation:
 
 
 Script: TypeAlias = Callable[[Conversation], object]
-"""What an impostor does on each connection. When it returns, the impostor keeps still and reads on."""
+"""What an impostor does on each connection. When it returns, the impostor sends nothing more and keeps reading."""
 
 
 class Impostor:
     """An async context manager: a listener on a free loopback port that plays `script` on every connection.
 
-    `host` is the name in the DSN, a Neon-like one by default; it is never resolved, as `hostaddr` stands beside it.
-    `trust_anchor` is kept for the caller: the PEM that a client of this impostor should be told to trust, None for the
-    client's own. A script that fails with anything but a network or TLS error makes `finish()` raise that error.
+    If a script fails with anything but a network or TLS error, `finish()` raises that error.
 
-    `password` is a random one by default, so that finding it in the bytes received proves something.
+    Args:
+        script: What the impostor does on each connection.
+        trust_anchor: Kept for the caller: the PEM that a client of this impostor should trust. None (the default): the
+            client's own trust anchor.
+        host: The host name in the DSN. It is never resolved, because the DSN contains `hostaddr`, too.
+        password: The password in the DSN. Random by default, so that finding it among the received bytes proves a leak.
     """
 
     def __init__(
@@ -220,18 +237,18 @@ class Impostor:
 
     @property
     def dsn(self) -> str:
-        """The DSN that leads a client here. It names no `sslmode`, no `sslnegotiation` and no trust anchor."""
+        """The DSN of this impostor. It contains no `sslmode`, no `sslnegotiation` and no trust anchor."""
         return f"postgresql://{self.user}:{self.password}@{self.host}:{self.port}/neondb?hostaddr=127.0.0.1"
 
     @property
     def connections(self) -> int:
-        """How many connections were made so far."""
+        """How many connections clients have made."""
         return len(self.conversations)
 
     async def finish(self) -> list[Conversation]:
-        """Let the scripts end, wait until the clients have closed, and return all conversations.
+        """End the scripts, wait until the clients have closed, and return all conversations.
 
-        Gives up on a client after 10 seconds; its `closed_by_client` is then False.
+        A client that does not close within 10 seconds is given up; its `closed_by_client` is then False.
         """
         if self._listener is not None:
             listener, self._listener = self._listener, None
@@ -259,7 +276,7 @@ class Impostor:
             self._script(conversation)
         except (OSError, EOFError) as error:
             conversation.failure = error
-        with contextlib.suppress(OSError):  # a client that never closes: the socket's own timeout
+        with contextlib.suppress(OSError):  # the socket's own timeout, if the client never closes
             conversation.drain()
 
 
@@ -285,14 +302,17 @@ class _Listener(socketserver.ThreadingTCPServer):
         request.settimeout(_PATIENCE)
         try:
             self._converse(request)
-        except Exception as error:  # noqa: BLE001 - it belongs to whoever awaits finish()
+        except Exception as error:  # noqa: BLE001  # finish() raises it
             self.broken_scripts.append(error)
 
 
 def message(kind: bytes, body: bytes = b"", *, length: int | None = None) -> bytes:
-    """Return a message of the PostgreSQL protocol: `kind`, one byte; a length; `body`.
+    """Return a message of the PostgreSQL protocol.
 
-    `length` overrides the length field, which otherwise tells the truth: four plus the body's length.
+    Args:
+        kind: The type of the message, one byte.
+        body: The body of the message.
+        length: The value of the length field. None (the default): the correct value, four plus the body's length.
     """
     if length is None:
         length = len(body) + 4
@@ -300,15 +320,24 @@ def message(kind: bytes, body: bytes = b"", *, length: int | None = None) -> byt
 
 
 def authentication_request(code: int, body: bytes = b"") -> bytes:
-    """Return an authentication request: 0 AuthenticationOk, 3 cleartext, 5 MD5, 10 SASL, 11 SASLContinue, ...
+    """Return an authentication request.
 
-    The codes stand in PostgreSQL's documentation, "Message Formats".
+    Args:
+        code: 0 AuthenticationOk, 3 cleartext, 5 MD5, 10 SASL, 11 SASLContinue and so on; see "Message Formats" in the
+            documentation of PostgreSQL.
+        body: The part of the message after the code.
     """
     return message(b"R", struct.pack("!I", code) + body)
 
 
 def error_response(text: str, *, code: str = "XX000", severity: str = "FATAL") -> bytes:
-    """Return an ErrorResponse. `code` is its SQLSTATE; Neon's proxy sends XX000 for all it says before login."""
+    """Return an ErrorResponse.
+
+    Args:
+        text: The message.
+        code: The SQLSTATE. Neon's proxy sends XX000 for every error before login.
+        severity: The severity.
+    """
     fields = {"S": severity, "V": severity, "C": code, "M": text}
     return message(b"E", b"".join(f"{key}{value}\0".encode() for key, value in fields.items()) + b"\0")
 
@@ -316,16 +345,19 @@ def error_response(text: str, *, code: str = "XX000", severity: str = "FATAL") -
 def server_context(
     chain: bytes, *, alpn: Sequence[str] = ("postgresql",), maximum_version: ssl.TLSVersion = ssl.TLSVersion.TLSv1_3
 ) -> ssl.SSLContext:
-    """Return a server's TLS context that presents `chain`: the leaf's private key, the leaf, its issuers, all PEM.
+    """Return the TLS context of a server.
 
-    `alpn` lists the protocols it knows, none if empty. `maximum_version` is the newest TLS version it speaks.
+    Args:
+        chain: The private key of the leaf, the leaf and its issuers, as PEM.
+        alpn: The protocols that the server supports. Empty: it does not use ALPN.
+        maximum_version: The newest TLS version that the server supports.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.maximum_version = maximum_version
-    context.set_ciphers("DEFAULT:@SECLEVEL=0")  # an impostor may well present a certificate that is too weak
+    context.set_ciphers("DEFAULT:@SECLEVEL=0")  # an impostor may present a certificate that is too weak
     if alpn:
         context.set_alpn_protocols(list(alpn))
-    with tempfile.TemporaryDirectory() as folder:  # the ssl module takes a chain from files only
+    with tempfile.TemporaryDirectory() as folder:  # the ssl module loads a chain from files only
         path = Path(folder) / "chain.pem"
         path.write_bytes(chain)
         context.load_cert_chain(path)
@@ -349,7 +381,7 @@ def play(*steps: bytes | Script) -> Script:
 
 
 def login(context: ssl.SSLContext, *steps: bytes | Script) -> Script:
-    """Return a script that does TLS honestly, reads the StartupMessage, and goes on with `steps`."""
+    """Return a script that does TLS correctly, reads the StartupMessage, and continues with `steps`."""
     return play(lambda conversation: conversation.accept_tls(context), Conversation.read_startup, *steps)
 
 
@@ -394,4 +426,4 @@ IMPOSTORS: tuple[tuple[str, Callable[[], Impostor]], ...] = (
     ("no TLS at all", _plaintext),
     ("a valid certificate, then a request for the password in clear text", _cleartext_password),
 )
-"""The impostors of `neon-async demo`: a title, and a function that makes the impostor with its `trust_anchor` set."""
+"""The impostors of `neon-async demo`: the title, and a function that returns the impostor with its `trust_anchor`."""

@@ -1,8 +1,8 @@
-"""`LocalEndpoint`: a byte relay that sleeps, wakes, stalls and breaks as the way to a Neon compute does, for tests.
+"""`LocalEndpoint`: a byte relay for tests that suspends, wakes, stalls and fails like the path to a Neon compute.
 
-It moves bytes between non-blocking sockets in callbacks of the running loop. There is no task and nothing is awaited,
-so what a method does is done when it returns, and what is closed is closed. It must not know what the bytes mean: TLS,
-and the login inside it, stay end to end.
+It moves bytes between non-blocking sockets in callbacks of the running loop. It has no task and awaits nothing, so that
+the work of a method is complete when the method returns. This module must not know the meaning of the bytes: TLS, and
+the login inside it, are end to end.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from types import TracebackType
 from typing import Literal, Protocol, Self, TypeAlias
 from urllib.parse import urlsplit
 
-from neon_async._errors import ConfigurationError, NeonAsyncError
+from .._errors import ConfigurationError, NeonAsyncError
 
 _ADDRESS = "127.0.0.1"
-_BACKLOG = 4096  # Connects that come all at once are counted all at once. The kernel's own limit may be lower.
+_BACKLOG = 4096  # connects that arrive at once are counted at once; the kernel's own limit may be lower
 _CHUNK = 65536
-_MOST_HELD = 1 << 20  # Bytes held in each direction of a connection. Beyond, the sender has to wait.
-_MOST_UNREAD = 1 << 26  # Bytes. More than a kernel holds of one connection (net.ipv4.tcp_rmem: a few MB).
+_MOST_HELD = 1 << 20  # bytes held in each direction of a connection; above this the sender has to wait
+_MOST_UNREAD = 1 << 26  # bytes; more than a kernel holds of one connection (net.ipv4.tcp_rmem: a few MB)
 _LINGER_ZERO = struct.pack("ii", 1, 0)  # SO_LINGER on, with 0 s: close() sends RST (socket(7))
 
 _State: TypeAlias = Literal["new", "awake", "suspended", "waking", "closed"]
@@ -42,15 +42,15 @@ class _Server(Protocol):
 
 
 class LocalEndpointError(NeonAsyncError, RuntimeError):
-    """`LocalEndpoint` was used outside of its `async with` block, or entered twice."""
+    """`LocalEndpoint` was used outside its `async with` block, or entered twice."""
 
 
 class LocalEndpoint:
-    """A relay in front of a server on this machine, which sleeps like a Neon compute, and fails when told to.
+    """A relay in front of a server on this machine that suspends like a Neon compute and fails on demand.
 
-    It listens on a free port of 127.0.0.1 as long as the `async with` block lasts, and can stand wherever the server
-    can: `dsn` and `trust_anchor` are the server's, but for the port. Certificate, login and queries are the real ones,
-    as TLS passes through.
+    It listens on a free port of 127.0.0.1 for the duration of the `async with` block and can replace the server
+    anywhere: `dsn` and `trust_anchor` are those of the server, except for the port. TLS passes through, so that
+    certificate, login and queries are real.
 
         async with LocalPostgres() as server, LocalEndpoint(server) as endpoint:
             async with neon_async.create_pool(endpoint.dsn, trust_anchor=endpoint.trust_anchor) as pool:
@@ -58,31 +58,33 @@ class LocalEndpoint:
                 await pool.fetchval("SELECT 1")
                 assert endpoint.wakes == 1
 
-    At first it is awake. `suspend()` ends every connection; the next connect wakes it, which takes `wake_time`.
-    Freezing and refusing are independent of sleep and of each other.
+    It is awake at the start. `suspend()` closes every connection; the next connect wakes it, which takes `wake_time`.
+    Freezing and refusing are independent of being suspended and of each other.
 
-    Two things a Neon compute does are missing. It tells clients of a direct host why it ends their sessions (SQLSTATE
-    57P01), which nobody can say inside TLS that passes through; here they see what those of a pooled host see, the bare
-    end. And its proxy answers TLS and login before the compute is awake; here a connect is silent until then.
+    It differs from a Neon compute in two ways. Neon sends clients of a direct host an error (SQLSTATE 57P01) before it
+    closes their sessions. A relay cannot do that inside TLS, so that its clients see only the end of the connection, as
+    clients of a pooled host do on Neon. And Neon's proxy answers TLS and login before the compute is awake. Here a
+    connection is silent until then.
 
-    Works on asyncio and uvloop, on Linux and macOS. The server may live in another event loop. Call the methods in the
-    loop, and the thread, that entered the block. One object is entered once.
+    It works on asyncio and uvloop, on Linux and macOS. The server may run in another event loop. Call the methods in
+    the event loop and the thread that entered the block. An object can be entered once.
 
-    Parameters:
-        server: the `LocalPostgres`, or anything else with its `dsn`, `port` and `trust_anchor` that listens on
-            127.0.0.1; another `LocalEndpoint` too. While it takes no connections, clients see theirs reset.
-        wake_time: seconds from the connect that wakes it until bytes pass; 0 or more. Neon needs a few hundred ms.
-        suspend_after: seconds without a connect and without a byte from any client after which it suspends by itself;
-            above 0. None: never. A query on its way is no activity, unlike on Neon, as nothing tells it from an open
-            but idle connection: take more than the longest query.
-        delay: seconds that each byte waits, in each direction: half of the round trip; 0 or more. It can be changed any
-            time, for what comes later. TCP's own handshake, done by the kernel, is not delayed.
+    Args:
+        server: A `LocalPostgres`, or any object with its `dsn`, `port` and `trust_anchor` that listens on 127.0.0.1,
+            such as another `LocalEndpoint`. If the server accepts no connections, the connections of clients are reset.
+        wake_time: Seconds from the connect that wakes it until bytes pass; 0 or more. Neon needs a few hundred ms.
+        suspend_after: Seconds without a connect and without a byte from any client after which it suspends by itself;
+            above 0. None (the default): never. Unlike on Neon, a running query does not count as activity, because the
+            relay cannot distinguish it from an idle connection. Choose more than the longest query takes.
+        delay: Seconds that each byte waits in each direction, which is half of the round trip; 0 or more. It can be
+            changed at any time and applies to the bytes that arrive later. The TCP handshake, which the kernel does,
+            is not delayed.
 
     Raises:
-        ConfigurationError: a time is negative or not finite, or `suspend_after` is 0.
+        ConfigurationError: A time is negative or not finite, or `suspend_after` is 0.
     """
 
-    # From the start of the block on.
+    # Set when the block is entered.
     _loop: asyncio.AbstractEventLoop
     _listener: socket.socket
     _target: tuple[str, int]
@@ -91,7 +93,7 @@ class LocalEndpoint:
         self, server: _Server, *, wake_time: float = 0.5, suspend_after: float | None = None, delay: float = 0.0
     ) -> None:
         if suspend_after == 0:
-            raise ConfigurationError("suspend_after=0 leaves no time to connect; give more seconds, or None for never")
+            raise ConfigurationError("suspend_after=0 leaves no time to connect. Pass more seconds, or None for never.")
         self._server = server
         self._wake_time = _checked_seconds("wake_time", wake_time)
         self._suspend_after = math.inf if suspend_after is None else _checked_seconds("suspend_after", suspend_after)
@@ -103,25 +105,25 @@ class LocalEndpoint:
         self._connects = 0
         self._client_bytes = 0
         self._last_activity = -math.inf
-        self._alarm: asyncio.Handle | None = None
-        self._connections: dict[_Connection, None] = {}  # in the order of their connects
+        self._timer: asyncio.Handle | None = None
+        self._connections: dict[_Connection, None] = {}  # in the order in which they were accepted
         self._port = 0
 
     def __repr__(self) -> str:
         if self._state == "new":
             return "<LocalEndpoint: new>"
-        told = [
+        parts = [
             self._state,
             *["frozen"] * self._frozen,
             *["refusing"] * self._refusing,
-            _counted(self.connections, "connection"),
-            _counted(self.wakes, "wake"),
+            _count(self.connections, "connection"),
+            _count(self.wakes, "wake"),
         ]
-        return f"<LocalEndpoint on {_ADDRESS}:{self._port}: {', '.join(told)}>"
+        return f"<LocalEndpoint on {_ADDRESS}:{self._port}: {', '.join(parts)}>"
 
     @property
     def host(self) -> str:
-        """The server's name, for which its certificate is issued. The relay listens on 127.0.0.1."""
+        """The host name of the server, for which its certificate is issued. The relay listens on 127.0.0.1."""
         return urlsplit(self._server.dsn).hostname or ""
 
     @property
@@ -129,17 +131,17 @@ class LocalEndpoint:
         """The TCP port of the relay on 127.0.0.1.
 
         Raises:
-            LocalEndpointError: outside of the `async with` block.
+            LocalEndpointError: The `async with` block is not entered, or has been left.
         """
         self._require_open()
         return self._port
 
     @property
     def dsn(self) -> str:
-        """The server's connection string with the relay's port. It verifies only together with `trust_anchor`.
+        """The connection string of the server with the port of the relay. Use it together with `trust_anchor`.
 
         Raises:
-            LocalEndpointError: outside of the `async with` block.
+            LocalEndpointError: The `async with` block is not entered, or has been left.
         """
         parts = urlsplit(self._server.dsn)
         netloc = parts.netloc.removesuffix(f":{parts.port}")
@@ -147,7 +149,7 @@ class LocalEndpoint:
 
     @property
     def trust_anchor(self) -> bytes:
-        """The server's: the certificate, PEM, of the authority that issued its certificate."""
+        """The PEM certificate of the authority that issued the server's certificate."""
         return self._server.trust_anchor
 
     @property
@@ -157,22 +159,22 @@ class LocalEndpoint:
 
     @property
     def wakes(self) -> int:
-        """How often a connect has found it suspended."""
+        """How many times a connect has woken it."""
         return self._wakes
 
     @property
     def connects(self) -> int:
-        """How many TCP connections clients have made so far, the refused ones included."""
+        """How many TCP connections clients have made, including refused ones."""
         return self._connects
 
     @property
     def connections(self) -> int:
-        """How many connections of clients are open now, those that wait for it to wake included."""
+        """How many client connections are open now, including those that wait for it to wake."""
         return len(self._connections)
 
     @property
     def client_bytes(self) -> int:
-        """How many bytes of clients have been read so far, those of TLS included. An idle pool adds none."""
+        """How many bytes have been read from clients, including those of TLS. An idle pool adds none."""
         return self._client_bytes
 
     @property
@@ -180,7 +182,7 @@ class LocalEndpoint:
         """Seconds that each byte waits, in each direction.
 
         Raises:
-            ConfigurationError: set to a negative time or one that is not finite.
+            ConfigurationError: The new value is negative or not finite.
         """
         return self._delay
 
@@ -189,20 +191,20 @@ class LocalEndpoint:
         self._delay = _checked_seconds("delay", seconds)
 
     async def __aenter__(self) -> Self:
-        """Begin to listen.
+        """Start to listen.
 
         Raises:
-            LocalEndpointError: it was entered before.
+            LocalEndpointError: It was entered before.
         """
         if self._state != "new":
-            raise LocalEndpointError("a LocalEndpoint can be entered once; make another one")
+            raise LocalEndpointError("A LocalEndpoint can be entered only once. Create a new one.")
         self._target = (_ADDRESS, self._server.port)
         self._loop = asyncio.get_running_loop()
         self._listener = socket.create_server((_ADDRESS, 0), backlog=_BACKLOG)
         self._listener.setblocking(False)
         self._port = self._listener.getsockname()[1]
-        self._loop.add_reader(self._listener, self._take_connect)
-        self._come_awake()
+        self._loop.add_reader(self._listener, self._accept_connection)
+        self._become_awake()
         return self
 
     async def __aexit__(
@@ -218,63 +220,65 @@ class LocalEndpoint:
         self._listener.close()
 
     def suspend(self) -> None:
-        """Close every connection and sleep until the next connect, also if frozen.
+        """Close every connection and stay suspended until the next connect, also while frozen.
 
-        Clients see the end of the stream (FIN), after which the kernel answers what they still send with RST. Bytes
-        that have not passed yet are lost. The server finds its side closed when it next reads or writes.
+        Clients see the end of the stream (FIN). If they send more, the kernel answers with RST. Bytes that are still
+        held are lost. The server finds its side closed at its next read or write.
 
         Raises:
-            LocalEndpointError: outside of the `async with` block.
+            LocalEndpointError: The `async with` block is not entered, or has been left.
         """
         self._require_open()
         self._state = "suspended"
-        self._disarm()
+        self._cancel_timer()
         for connection in list(self._connections):
-            connection.end(reset=False)
+            connection.close(reset=False)
 
     def cut(self) -> None:
-        """Reset every connection (RST), also if frozen. Bytes that have not passed yet are lost. An endpoint
-        that is awake or waking stays so.
+        """Reset every connection (RST), also while frozen.
+
+        Bytes that are still held are lost. An endpoint that is awake or waking remains so.
 
         Raises:
-            LocalEndpointError: outside of the `async with` block.
+            LocalEndpointError: The `async with` block is not entered, or has been left.
         """
         self._require_open()
         for connection in list(self._connections):
-            connection.end(reset=True)
+            connection.close(reset=True)
 
     def freeze(self) -> None:
-        """Let nothing pass any more, and close and answer nothing, until `thaw()`.
+        """Pass no bytes, close nothing and answer nothing until `thaw()`.
 
-        The kernel still completes new connections; they count in `connects`, wake nothing and hear nothing. It does not
-        suspend by itself while frozen.
+        The kernel still completes new connections. They count in `connects`, but do not wake it and get no answer. It
+        does not suspend by itself while frozen.
 
         Raises:
-            LocalEndpointError: outside of the `async with` block.
+            LocalEndpointError: The `async with` block is not entered, or has been left.
         """
         self._require_open()
         self._frozen = True
-        self._advance_all()
+        self._update_all()
 
     def thaw(self) -> None:
-        """End `freeze()`: all that was held goes on, in its order.
+        """End `freeze()`. Everything that was held is passed on in order.
 
         Raises:
-            LocalEndpointError: outside of the `async with` block.
+            LocalEndpointError: The `async with` block is not entered, or has been left.
         """
         self._require_open()
         self._frozen = False
-        self._note_activity()
-        self._advance_all()
+        self._record_activity()
+        self._update_all()
 
     def refuse(self) -> None:
-        """Reset (RST) each new connection at once, until `accept()`. Open connections stay, and nothing is woken.
+        """Reset (RST) each new connection at once until `accept()`.
 
-        Each refused connect counts in `connects`; for that it is completed first, so clients may see "connection reset"
-        where a closed port would be "connection refused".
+        Open connections stay open, and a refused connect does not wake it. Each refused connect counts in `connects`.
+        To count it, the relay accepts the connection first, so that clients can see "connection reset" where a closed
+        port leads to "connection refused".
 
         Raises:
-            LocalEndpointError: outside of the `async with` block.
+            LocalEndpointError: The `async with` block is not entered, or has been left.
         """
         self._require_open()
         self._refusing = True
@@ -283,41 +287,41 @@ class LocalEndpoint:
         """End `refuse()`.
 
         Raises:
-            LocalEndpointError: outside of the `async with` block.
+            LocalEndpointError: The `async with` block is not entered, or has been left.
         """
         self._require_open()
         self._refusing = False
 
     def _require_open(self) -> None:
         if self._state == "new":
-            raise LocalEndpointError("this LocalEndpoint has no port yet; enter it with `async with` first")
+            raise LocalEndpointError("This LocalEndpoint has no port yet. Enter it with `async with` first.")
         if self._state == "closed":
-            raise LocalEndpointError("this LocalEndpoint is closed; make another one")
+            raise LocalEndpointError("This LocalEndpoint is closed. Create a new one.")
 
-    def _take_connect(self) -> None:
+    def _accept_connection(self) -> None:
         try:
             client, _ = self._listener.accept()
-        except (BlockingIOError, ConnectionAbortedError):  # it went away while it was waiting
+        except (BlockingIOError, ConnectionAbortedError):  # the client has closed it already
             return
         self._connects += 1
         connection = _Connection(self, self._loop, client, self._target)
         self._connections[connection] = None
-        self._advance(connection)
+        self._update(connection)
 
-    def _advance(self, connection: _Connection) -> None:
-        """Bring one connection to where the state of the endpoint lets it be."""
+    def _update(self, connection: _Connection) -> None:
+        """Apply the state of the endpoint to one connection."""
         if self._frozen:
-            connection.hold()
+            connection.pause()
         elif self._refusing and not connection.admitted:
-            connection.end(reset=True)
+            connection.close(reset=True)
         else:
             self._admit(connection)
             if self._state == "awake":
-                connection.go_on()
+                connection.resume()
 
-    def _advance_all(self) -> None:
+    def _update_all(self) -> None:
         for connection in list(self._connections):
-            self._advance(connection)
+            self._update(connection)
 
     def _admit(self, connection: _Connection) -> None:
         if connection.admitted:
@@ -326,50 +330,53 @@ class LocalEndpoint:
         if self._state == "suspended":
             self._state = "waking"
             self._wakes += 1
-            self._arm(time.monotonic() + self._wake_time, self._come_awake)
-        self._note_activity()
+            self._set_timer(time.monotonic() + self._wake_time, self._become_awake)
+        self._record_activity()
 
-    def _come_awake(self) -> None:
+    def _become_awake(self) -> None:
         self._state = "awake"
-        self._alarm = None
-        self._note_activity()
-        self._advance_all()
+        self._timer = None
+        self._record_activity()
+        self._update_all()
 
-    def _note_activity(self) -> None:
+    def _record_activity(self) -> None:
         self._last_activity = time.monotonic()
-        # An alarm that is set finds out by itself that there was activity: this is called for every piece of data.
-        if self._state == "awake" and self._alarm is None and self._suspend_after < math.inf:
-            self._arm(self._last_activity + self._suspend_after, self._fall_asleep)
+        # This runs for every chunk of data, so a timer that is set is not moved; it checks the time when it fires.
+        if self._state == "awake" and self._timer is None and self._suspend_after < math.inf:
+            self._set_timer(self._last_activity + self._suspend_after, self._suspend_if_idle)
 
-    def _fall_asleep(self) -> None:
-        self._alarm = None
+    def _suspend_if_idle(self) -> None:
+        self._timer = None
         due = self._last_activity + self._suspend_after
         if time.monotonic() < due:
-            self._arm(due, self._fall_asleep)
-        elif not self._frozen:  # thaw() sets the alarm again
+            self._set_timer(due, self._suspend_if_idle)
+        elif not self._frozen:  # thaw() sets the timer again
             self.suspend()
 
-    def _arm(self, due: float, then: Callable[[], None]) -> None:
-        """Have `then` called at `due` of the monotonic clock. Not earlier, though uvloop's timers may be a little."""
-        self._disarm()
+    def _set_timer(self, due: float, then: Callable[[], None]) -> None:
+        """Call `then` at `due` of the monotonic clock and not earlier; timers of uvloop can fire a little too early."""
+        self._cancel_timer()
         wait = due - time.monotonic()
-        self._alarm = self._loop.call_later(wait, self._arm, due, then) if wait > 0 else self._loop.call_soon(then)
+        if wait > 0:
+            self._timer = self._loop.call_later(wait, self._set_timer, due, then)
+        else:
+            self._timer = self._loop.call_soon(then)
 
-    def _disarm(self) -> None:
-        if self._alarm is not None:
-            self._alarm.cancel()
-            self._alarm = None
+    def _cancel_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
     def _client_sent(self, size: int) -> None:
         self._client_bytes += size
-        self._note_activity()
+        self._record_activity()
 
-    def _forget(self, connection: _Connection) -> None:
+    def _remove(self, connection: _Connection) -> None:
         self._connections.pop(connection, None)
 
 
 class _Connection:
-    """A client's connection and, once it goes on for the first time, the one to the server that belongs to it."""
+    """The connection of a client and, after the first `resume()`, the matching connection to the server."""
 
     def __init__(
         self, endpoint: LocalEndpoint, loop: asyncio.AbstractEventLoop, client: socket.socket, target: tuple[str, int]
@@ -380,60 +387,60 @@ class _Connection:
         self._client = client
         self._target = target
         self._server: socket.socket | None = None
-        self._over = False
-        self._lanes: list[_Lane] = []
-        _prepare(client)
+        self._closed = False
+        self._directions: list[_Direction] = []
+        _configure(client)
 
-    def go_on(self) -> None:
-        """Move what can be moved, and go on moving."""
+    def resume(self) -> None:
+        """Pass on what is due in both directions, and continue to do so."""
         if self._server is None:
-            self._dial()
-        elif not self._lanes:
-            self._loop.add_writer(self._server, self._dialled)
-        for lane in self._lanes:
-            if not self._over:
-                lane.go_on()
+            self._connect()
+        elif not self._directions:
+            self._loop.add_writer(self._server, self._start_relay)
+        for direction in self._directions:
+            if not self._closed:
+                direction.resume()
 
-    def hold(self) -> None:
-        """Stand still, in both directions and also at their ends."""
-        if self._server is not None and not self._lanes:
+    def pause(self) -> None:
+        """Stop passing on bytes and ends of streams in both directions."""
+        if self._server is not None and not self._directions:
             self._loop.remove_writer(self._server)
-        for lane in self._lanes:
-            lane.hold()
+        for direction in self._directions:
+            direction.pause()
 
-    def end(self, *, reset: bool) -> None:
-        """Close both sides, by RST or by FIN."""
-        if self._over:
+    def close(self, *, reset: bool) -> None:
+        """Close both sides with RST or with FIN."""
+        if self._closed:
             return
-        self._over = True
-        self.hold()
-        self._endpoint._forget(self)
+        self._closed = True
+        self.pause()
+        self._endpoint._remove(self)
         _close(self._client, reset=reset)
         if self._server is not None:
             _close(self._server, reset=reset)
 
-    def _dial(self) -> None:
+    def _connect(self) -> None:
         self._server = socket.socket()
-        _prepare(self._server)
+        _configure(self._server)
         if self._server.connect_ex(self._target) in (0, errno.EINPROGRESS):
-            self._loop.add_writer(self._server, self._dialled)
+            self._loop.add_writer(self._server, self._start_relay)
         else:
-            self.end(reset=True)
+            self.close(reset=True)
 
-    def _dialled(self) -> None:
-        """Begin to relay, also when the dial failed: the first read then tells, as of any broken connection."""
+    def _start_relay(self) -> None:
+        """Start to relay. If the connect failed, the first read fails as that of any broken connection."""
         assert self._server is not None
         self._loop.remove_writer(self._server)
-        self._lanes = [
-            _Lane(self, self._client, self._server, on_bytes=self._endpoint._client_sent),
-            _Lane(self, self._server, self._client, on_bytes=lambda _: None),
+        self._directions = [
+            _Direction(self, self._client, self._server, on_bytes=self._endpoint._client_sent),
+            _Direction(self, self._server, self._client, on_bytes=lambda _: None),
         ]
-        self.go_on()
+        self.resume()
 
-    def lane_ended(self) -> None:
-        """Close both sides if both directions are at their end."""
-        if all(lane.over for lane in self._lanes):
-            self.end(reset=False)
+    def direction_ended(self) -> None:
+        """Close both sides if both directions have ended."""
+        if all(direction.ended for direction in self._directions):
+            self.close(reset=False)
 
     @property
     def delay(self) -> float:
@@ -444,17 +451,17 @@ class _Connection:
         return self._loop
 
 
-class _Lane:
-    """One direction of a connection: what `source` sends waits until it is due and goes to `target`, its end included.
+class _Direction:
+    """One direction of a connection. It holds what `source` sends until it is due, and sends it to `target`.
 
-    A piece is what one read returned: bytes; no bytes for the end of the stream; None for a reset. Being due when they
-    came plus the delay, pieces do not add their delays up, and pass in the order they came.
+    A chunk is the result of one read: bytes; empty bytes for the end of the stream; None for a reset. A chunk is due
+    when the delay has passed since its arrival. So delays do not add up, and chunks are sent in order.
     """
 
     def __init__(
         self, connection: _Connection, source: socket.socket, target: socket.socket, *, on_bytes: Callable[[int], None]
     ) -> None:
-        self.over = False  # the end has been passed on
+        self.ended = False  # the end of the stream has been passed on
         self._connection = connection
         self._loop = connection.loop
         self._source = source
@@ -462,71 +469,75 @@ class _Lane:
         self._on_bytes = on_bytes
         self._held: deque[tuple[float, memoryview | None]] = deque()
         self._size = 0
-        self._ended = False  # nothing more comes from the source
+        self._source_ended = False
         self._reading = False
         self._writing = False
         self._timer: asyncio.TimerHandle | None = None
 
-    def go_on(self) -> None:
-        """Pass on what is due, and watch for what lets the rest follow: room, time, or more to read."""
+    def resume(self) -> None:
+        """Send what is due, and wait for what the rest needs: the target's buffer, its due time, or more data."""
         try:
-            blocked = self._pass_on()
+            blocked = self._send_due()
         except OSError:
-            self._connection.end(reset=True)
+            self._connection.close(reset=True)
             return
-        if self.over:
-            self.hold()
-            self._connection.lane_ended()
+        if self.ended:
+            self.pause()
+            self._connection.direction_ended()
             return
-        self._watch(reading=not self._ended and self._size < _MOST_HELD, writing=blocked)
+        self._watch(reading=not self._source_ended and self._size < _MOST_HELD, writing=blocked)
         if self._held and not blocked and self._timer is None:
-            self._timer = self._loop.call_later(max(0.0, self._held[0][0] - time.monotonic()), self._ring)
+            self._timer = self._loop.call_later(max(0.0, self._held[0][0] - time.monotonic()), self._timer_fired)
 
-    def hold(self) -> None:
-        """Stand still."""
+    def pause(self) -> None:
+        """Stop reading, writing and waiting."""
         self._watch(reading=False, writing=False)
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
 
-    def _ring(self) -> None:
+    def _timer_fired(self) -> None:
         self._timer = None
-        self.go_on()
+        self.resume()
 
     def _receive(self) -> None:
-        piece: bytes | None = None
+        chunk: bytes | None = None
         try:
-            piece = self._source.recv(_CHUNK)
+            chunk = self._source.recv(_CHUNK)
         except BlockingIOError:
             return
         except OSError:
-            pass  # a reset, which takes its turn behind what came before it
-        self._ended = not piece
-        self._held.append((time.monotonic() + self._connection.delay, None if piece is None else memoryview(piece)))
-        if piece:
-            self._size += len(piece)
-            self._on_bytes(len(piece))
-        self.go_on()
+            pass  # a reset, which is passed on after the chunks before it
+        self._source_ended = not chunk
+        self._held.append((time.monotonic() + self._connection.delay, None if chunk is None else memoryview(chunk)))
+        if chunk:
+            self._size += len(chunk)
+            self._on_bytes(len(chunk))
+        self.resume()
 
-    def _pass_on(self) -> bool:
-        """Send what is due, and tell whether the target takes no more now. Raises OSError when one side is gone."""
+    def _send_due(self) -> bool:
+        """Send what is due, and return whether the target's buffer is full.
+
+        Raises:
+            OSError: One side has reset or closed the connection.
+        """
         while self._held and self._held[0][0] <= time.monotonic():
-            due, piece = self._held[0]
-            if piece is None:
+            due, chunk = self._held[0]
+            if chunk is None:
                 raise ConnectionResetError
-            if not piece:
+            if not chunk:
                 self._target.shutdown(socket.SHUT_WR)
-                self.over = True
+                self.ended = True
                 self._held.popleft()
                 break
             try:
-                sent = self._target.send(piece)
+                sent = self._target.send(chunk)
             except BlockingIOError:
                 return True
             self._size -= sent
             self._held.popleft()
-            if sent < len(piece):
-                self._held.appendleft((due, piece[sent:]))
+            if sent < len(chunk):
+                self._held.appendleft((due, chunk[sent:]))
         return False
 
     def _watch(self, *, reading: bool, writing: bool) -> None:
@@ -535,20 +546,20 @@ class _Lane:
         elif self._reading and not reading:
             self._loop.remove_reader(self._source)
         if writing and not self._writing:
-            self._loop.add_writer(self._target, self.go_on)
+            self._loop.add_writer(self._target, self.resume)
         elif self._writing and not writing:
             self._loop.remove_writer(self._target)
         self._reading, self._writing = reading, writing
 
 
-def _prepare(sock: socket.socket) -> None:
+def _configure(sock: socket.socket) -> None:
     sock.setblocking(False)
-    with contextlib.suppress(OSError):  # macOS: the other side is gone already
+    with contextlib.suppress(OSError):  # macOS fails if the other side has closed already
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 
 def _close(sock: socket.socket, *, reset: bool) -> None:
-    with contextlib.suppress(OSError):  # there is nobody, or (BlockingIOError) nothing, any more
+    with contextlib.suppress(OSError):  # the other side has closed, or (BlockingIOError) there is nothing to drain
         if reset:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_ZERO)
         else:
@@ -558,17 +569,17 @@ def _close(sock: socket.socket, *, reset: bool) -> None:
 
 
 def _drain(sock: socket.socket) -> None:
-    """Read what the kernel holds: unread bytes would make a reset of a close (RFC 2525, section 2.17)."""
-    for _ in range(_MOST_UNREAD // _CHUNK):  # bounded, as a sender can be faster than we are
+    """Read what the kernel holds: unread bytes would turn the close into a reset (RFC 2525, section 2.17)."""
+    for _ in range(_MOST_UNREAD // _CHUNK):  # bounded, because a sender can be faster than this loop
         if not sock.recv(_CHUNK):
             break
 
 
 def _checked_seconds(name: str, seconds: float) -> float:
     if not 0 <= seconds < math.inf:
-        raise ConfigurationError(f"{name}={seconds!r} is no time to wait; give seconds, 0 or more")
+        raise ConfigurationError(f"{name}={seconds!r} is not valid. Pass a finite number of seconds, 0 or more.")
     return seconds
 
 
-def _counted(number: int, noun: str) -> str:
+def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

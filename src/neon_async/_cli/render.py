@@ -1,0 +1,244 @@
+"""Show facts as JSON, or as a picture on a console that is 80 columns wide.
+
+This module must not know connections, arguments or exit statuses. rich is an extra, so that only the functions that
+draw import it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import textwrap
+from typing import TYPE_CHECKING, Any
+
+from .. import ISRG_ROOT_X1_SHA256
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from rich.console import Console
+
+    from .._wire.trust import Place
+    from .check import CheckResult, Step
+
+__all__ = (
+    "check_to_json",
+    "milliseconds",
+    "print_check",
+    "print_heading",
+    "print_roots",
+    "print_wrapped",
+    "printable",
+    "roots_to_json",
+)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# JSON
+
+
+def check_to_json(result: CheckResult) -> str:
+    """Return `result` as a JSON object.
+
+    Later versions may add keys. These stay:
+
+    - `verdict`: "good", "refused" or "failed"; `seconds`: duration of the whole check
+    - `target`: the DSN without its password, or null
+    - `steps`: in order, each with `name`, `started` and `seconds` (floats from the start of the check, or null if the
+      step did not run), `outcome` ("ok", "retried", "failed" or "skipped") and `detail`
+    - `tls`: `version`, `cipher`, `alpn`, `negotiation` ("direct" or "postgres"), `server_name` and `mechanism` (of the
+      login inside TLS; null if the check ended before it), or null
+    - `certificate`: of the server: `subject`, `issuer`, `not_after` (ISO 8601), `days_left`, `sha256`, or null
+    - `anchor`: `subject`, `source` (where it was found) and `sha256`, or null
+    - `server_version`: as PostgreSQL writes it, or null
+    - `problem`: `step`, `type` (the error's class), `message` and `retryable`, or null
+    """
+    tls, anchor, problem = result.tls, result.anchor, result.problem
+    document: dict[str, Any] = {
+        "verdict": result.verdict,
+        "seconds": result.seconds,
+        "target": result.target,
+        "steps": [dataclasses.asdict(step) for step in result.steps],
+        "tls": tls and _pick(tls, "version", "cipher", "alpn", "negotiation", "server_name", "mechanism"),
+        "certificate": tls
+        and {
+            **_pick(tls, "subject", "issuer"),
+            "not_after": tls.not_after.isoformat(),
+            "days_left": result.days_left,
+            "sha256": tls.sha256,
+        },
+        "anchor": anchor and _pick(anchor, "subject", "source", "sha256"),
+        "server_version": result.server_version,
+        "problem": problem and _pick(problem, "step", "type", "message", "retryable"),
+    }
+    return json.dumps(document, indent=2)
+
+
+def roots_to_json(places: Sequence[Place]) -> str:
+    """Return the places that were searched for ISRG Root X1 as a JSON object.
+
+    Later versions may add keys. These stay:
+
+    - `sha256`: the fingerprint of ISRG Root X1; `found`: whether any place contains it
+    - `places`: in the order they are searched, each with `name`, `location`, `certificates` (how many certificates it
+      contains, or null if the place does not exist on this system) and `found`
+    """
+    document = {
+        "sha256": ISRG_ROOT_X1_SHA256,
+        "found": any(place.found for place in places),
+        "places": [_pick(place, "name", "location", "certificates", "found") for place in places],
+    }
+    return json.dumps(document, indent=2)
+
+
+def _pick(source: object, *names: str) -> dict[str, Any]:
+    return {name: getattr(source, name) for name in names}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures
+
+_BAR_CELLS = 22
+
+# Outcome: sign, the same sign in ASCII, style.
+_SIGNS = {
+    "ok": ("✓", "+", "green"),
+    "retried": ("↻", "~", "yellow"),
+    "failed": ("✗", "x", "bold red"),
+    "skipped": ("·", "-", "dim"),
+}
+_VERDICTS = {
+    "good": ("bold green", "Good: TLS 1.3, certificate and host name verified in full, login by SCRAM."),
+    "refused": ("bold red", "Refused: neon-async does not make this connection."),
+    "failed": ("bold red", "Failed: the connection does not work."),
+}
+
+
+def print_check(result: CheckResult, console: Console) -> None:
+    """Print the steps as a waterfall, then the facts, the problem if there is one, and the verdict."""
+    if result.target is not None:
+        print_wrapped(console, result.target.partition("?")[0], style="bold")
+        console.print()
+    for step in result.steps:
+        _print_step(step, result, console)
+    console.print(f"  {'total':<15}{milliseconds(result.seconds):>10}", style="bold", highlight=False)
+    for title, facts in _facts(result):
+        print_heading(console, title)
+        for name, value in facts:
+            print_wrapped(console, value, label=f"  {name}", indent=15)
+    if result.problem is not None:
+        print_heading(console, f"{result.problem.type} at the step {result.problem.step}")
+        print_wrapped(console, " ".join(result.problem.message.split()), indent=2)
+    style, text = _VERDICTS[result.verdict]
+    console.print()
+    console.print(text, style=style, highlight=False)
+
+
+def print_roots(places: Sequence[Place], console: Console) -> None:
+    """Print the places that were searched for ISRG Root X1, and which of them contain it."""
+    for place in places:
+        outcome, state = "ok", f"found among {place.certificates} certificates"
+        if place.certificates is None:
+            outcome, state = "skipped", "no such place on this system"
+        elif not place.found:
+            outcome, state = "failed", f"not found among {place.certificates} certificates"
+        sign, style = _sign(outcome, console)
+        print_wrapped(console, f"{place.name:<24}{state}", label=sign, indent=2, label_style=style)
+        print_wrapped(console, place.location, indent=4, style="dim")
+    count = sum(place.found for place in places)
+    console.print()
+    console.print(
+        f"ISRG Root X1 was found in {count} of {len(places)} places, by its SHA-256:",
+        style="bold green" if count else "bold red",
+        highlight=False,
+    )
+    console.print(ISRG_ROOT_X1_SHA256, highlight=False)
+
+
+def print_heading(console: Console, text: str) -> None:
+    """Print a blank line and the heading of a new part."""
+    console.print()
+    console.print(text, style="bold", markup=False, highlight=False)
+
+
+def print_wrapped(
+    console: Console, text: str, *, label: str = "", indent: int = 0, style: str = "", label_style: str = "dim"
+) -> None:
+    """Print `label` and, from column `indent` on, `text`. Characters that could control the terminal are escaped.
+
+    Lines break only between words, at 100 columns or the width of the console, so that a DSN or a fingerprint can be
+    copied.
+    """
+    from rich.text import Text
+
+    width = max(min(console.width, 100) - indent, 20)
+    lines = textwrap.wrap(printable(text), width, break_long_words=False, break_on_hyphens=False)
+    for number, line in enumerate(lines):
+        left = "" if number else label
+        console.print(Text.assemble((left.ljust(indent), label_style), (line, style)), soft_wrap=True)
+
+
+def printable(text: str) -> str:
+    """Escape each character of `text` that could control a terminal: part of the text comes from servers."""
+    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
+
+
+def milliseconds(seconds: float) -> str:
+    """Return `seconds` as text in milliseconds, with one decimal."""
+    return f"{seconds * 1000:.1f} ms"
+
+
+def _sign(outcome: str, console: Console) -> tuple[str, str]:
+    """Return the sign of an outcome, in ASCII if the console's encoding needs it, and its style."""
+    sign, ascii_sign, style = _SIGNS[outcome]
+    return (ascii_sign if console.options.ascii_only else sign), style
+
+
+def _print_step(step: Step, result: CheckResult, console: Console) -> None:
+    from rich.text import Text
+
+    sign, style = _sign(step.outcome, console)
+    line = Text(no_wrap=True, style="dim" if step.outcome == "skipped" else "")
+    line.append(f"{sign} ", style)
+    line.append(f"{step.name:<15}{'' if step.seconds is None else milliseconds(step.seconds):>10}  ")
+    line.append(f"{_bar(step, result.seconds, console):<{_BAR_CELLS}}  ", style)
+    line.append(printable(result.problem.type if step.outcome == "failed" and result.problem else step.detail))
+    line.truncate(console.width, overflow="crop" if console.options.ascii_only else "ellipsis")
+    line.rstrip()
+    console.print(line)
+
+
+def _bar(step: Step, total: float, console: Console) -> str:
+    if step.started is None or step.seconds is None:
+        return ""
+    start, end = (round(moment / total * _BAR_CELLS) for moment in (step.started, step.started + step.seconds))
+    length = max(1, end - start)
+    offset = min(start, _BAR_CELLS - length)
+    return " " * offset + ("=" if console.options.ascii_only else "━") * length
+
+
+def _facts(result: CheckResult) -> Iterable[tuple[str, Sequence[tuple[str, str]]]]:
+    """Yield the heading of each group of facts, and the facts as pairs of name and value."""
+    tls, anchor = result.tls, result.anchor
+    if tls is not None:
+        yield (
+            "TLS",
+            (
+                ("version", tls.version),
+                ("cipher", tls.cipher),
+                ("ALPN", tls.alpn or "none"),
+                ("negotiation", tls.negotiation),
+                ("server name", tls.server_name),
+                ("mechanism", tls.mechanism or "none yet"),
+            ),
+        )
+        yield (
+            "Certificate",
+            (
+                ("subject", tls.subject or "none"),
+                ("issuer", tls.issuer),
+                ("notAfter", f"{tls.not_after:%Y-%m-%d %H:%M} UTC, {result.days_left} days left"),
+                ("SHA-256", tls.sha256),
+            ),
+        )
+    if anchor is not None:
+        yield "Trust anchor", (("subject", anchor.subject), ("found in", anchor.source), ("SHA-256", anchor.sha256))

@@ -1,0 +1,61 @@
+"""Run the command line as a user does, and create the servers that its tests connect to."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import ssl
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import trustme
+
+import neon_async
+from neon_async.testing._impostor import SERVER_NAME, Impostor, Script, server_context
+
+STEPS = ["parse", "dns", "tcp", "tls", "authentication", "query"]
+
+
+def run(
+    *arguments: str, variables: Mapping[str, str] | None = None, command: Sequence[str] = ("-m", "neon_async")
+) -> subprocess.CompletedProcess[str]:
+    """Run neon-async with `variables` added to the environment. `command` are the arguments of Python itself."""
+    return subprocess.run(
+        [sys.executable, *command, *arguments],
+        env=os.environ | (variables or {}),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        encoding="utf-8",
+        timeout=60,
+        check=False,
+    )
+
+
+def run_without(packages: set[str], folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run neon-async on a Python in which everything is installed except `packages`. `folder` must be empty."""
+    for entry in Path(sysconfig.get_path("purelib")).iterdir():
+        if entry.name.partition(".")[0] not in packages and entry.suffix != ".pth":
+            (folder / entry.name).symlink_to(entry)
+    with contextlib.suppress(FileExistsError):  # an editable installation is not in that folder
+        (folder / "neon_async").symlink_to(Path(neon_async.__file__).parent)
+    code = (
+        "import runpy, sys; "
+        f"sys.path[:] = [path for path in sys.path if 'site-packages' not in path] + [{str(folder)!r}]; "
+        "runpy.run_module('neon_async', run_name='__main__', alter_sys=True)"
+    )
+    return run(*arguments, command=("-c", code))
+
+
+def password_in(dsn: str) -> str:
+    """Return the password of a DSN that contains one."""
+    return dsn.split("//")[1].split("@")[0].split(":")[1]
+
+
+def certified(make_script: Callable[[ssl.SSLContext], Script]) -> Impostor:
+    """Return an impostor with a valid certificate. `make_script` gets its TLS context."""
+    ca = trustme.CA()
+    context = server_context(ca.issue_cert(SERVER_NAME).private_key_and_cert_chain_pem.bytes())
+    return Impostor(make_script(context), trust_anchor=ca.cert_pem.bytes())

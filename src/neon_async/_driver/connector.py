@@ -115,7 +115,7 @@ class Connector:
             transport=door.wire,
             cancel=door.cancel,
         )
-        if isinstance(connection, PooledConnection):
+        if issubclass(type(connection), PooledConnection):  # isinstance() is true for every connection of asyncpg
             session.initial_settings = tracked_settings(connection)
         begin_session(connection, session)
 

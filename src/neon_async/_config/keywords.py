@@ -26,7 +26,7 @@ from .readers import (
     SSLMode,
     Text,
 )
-from .startup import ServerSettings
+from .startup import SERVER_SETTINGS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -402,7 +402,7 @@ KEYWORDS: tuple[Keyword, ...] = (
     Keyword(
         name="server_settings",
         code_only=True,
-        reader=ServerSettings(),
+        reader=SERVER_SETTINGS,
         note="What the session starts with, by name. A pooled host accepts only the settings that PgBouncer tracks.",
     ),
     Keyword(

@@ -32,7 +32,7 @@ def startup_settings(
         application_name: The name of the application; an empty one counts as none.
         fallback_application_name: The name to use where there is no other.
         options: Command-line options for the session, as PostgreSQL's `pg_split_opts()` reads them.
-        server_settings: Settings by name, as `ServerSettings` reads them.
+        server_settings: Settings by name, as `SERVER_SETTINGS` reads them.
 
     Raises:
         ConfigurationError: A setting is given twice, or cannot be set on a pooled host.
@@ -77,10 +77,17 @@ def check_startup_size(user: str, database: str, settings: Mapping[str, str]) ->
 _MAX_STARTUP_SIZE = 9_900
 
 
-class ServerSettings(Reader[Mapping[str, str]]):
-    """Settings by name that take effect when a session starts."""
+class Settings(Reader[Mapping[str, str]]):
+    """Settings of the server by name.
 
-    __slots__ = ()
+    Attributes:
+        refused: Names that are refused, in lower case, and why; a sentence that follows the name.
+    """
+
+    __slots__ = ("refused",)
+
+    def __init__(self, refused: Mapping[str, str]) -> None:
+        self.refused: Final = refused
 
     @property
     def expected(self) -> str:
@@ -95,8 +102,8 @@ class ServerSettings(Reader[Mapping[str, str]]):
         for name, value in settings.items():
             if not name or "\0" in name + value or not is_utf8(name + value):
                 given.refuse("has a name that is empty, or a name or value with NUL or invalid UTF-8. Correct it.")
-            if name.lower() in _REFUSED_SETTINGS or name.startswith("_pq_."):
-                given.refuse(f"contains {name!r}, which {_REFUSED_SETTINGS.get(name.lower(), _NOT_A_SETTING)}")
+            if name.lower() in self.refused or name.startswith("_pq_."):
+                given.refuse(f"contains {name!r}, which {self.refused.get(name.lower(), _NOT_A_SETTING)}")
             if not _SETTING_NAME.fullmatch(name):
                 given.refuse(
                     f"contains {name[:60]!r}, which is not the name of a setting. Use letters, digits, '_' and '$', "
@@ -112,7 +119,7 @@ _SETTING_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_$]*(?:\.[A-Za-z_][A-Za-z0-9_$]*
 
 _NOT_A_SETTING = "is a parameter of the connection, not a server setting. Pass it by itself."
 _NO_EFFECT = "has no effect when a session starts."
-_REFUSED_SETTINGS = {
+_REFUSED_AT_START = {
     **dict.fromkeys(("user", "database", "replication", "client_encoding", "options", "password"), _NOT_A_SETTING),
     # Words of Neon's proxy, which takes them out of `options` (its source, proxy/src/auth).
     **dict.fromkeys(("endpoint", "project"), _NOT_A_SETTING),
@@ -164,3 +171,18 @@ def _names_in(options: str) -> list[str]:
 
 def _escaped(value: str) -> str:
     return _NEEDS_ESCAPE.sub(r"\\\g<0>", value)
+
+
+_ROLE_IS_APART = "is set with role=. Pass it there."
+_REFUSED_IN_TRANSACTION = {
+    **dict.fromkeys(("role", "session_authorization"), _ROLE_IS_APART),
+    **dict.fromkeys(
+        ("transaction_isolation", "transaction_read_only", "transaction_deferrable"),
+        "is set with isolation=, readonly= or deferrable=. Pass it there.",
+    ),
+}
+
+SERVER_SETTINGS = Settings(_REFUSED_AT_START)
+"""Settings that take effect when a session starts."""
+TRANSACTION_SETTINGS = Settings(_REFUSED_IN_TRANSACTION)
+"""Settings that are set for one transaction."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Mapping
 from typing import Any, TypeVar, cast
 
 import asyncpg
@@ -35,19 +35,34 @@ class Connection(ConnectionHooks):
 
     __slots__ = ()
 
-    def transaction(self, *, isolation: Any = None, readonly: bool = False, deferrable: bool = False) -> Any:
+    def transaction(
+        self,
+        *,
+        isolation: Any = None,
+        readonly: bool = False,
+        deferrable: bool = False,
+        role: str | None = None,
+        settings: Mapping[str, str] | None = None,
+    ) -> Any:
         """Return a transaction or savepoint block, for `async with`.
+
+        BEGIN or SAVEPOINT, the role and the settings travel with the first statement and cost no round trip. What the
+        server refuses of them is raised by that statement, which has not run then.
 
         Args:
             isolation: `read_uncommitted`, `read_committed`, `repeatable_read` or `serializable`. Default: the server's.
             readonly: Whether the transaction is READ ONLY.
             deferrable: Whether the transaction is DEFERRABLE.
+            role: The role for this transaction (`SET LOCAL ROLE`), for row-level security. Default: the session's.
+            settings: Settings for this transaction by name (`set_config(name, value, true)`), such as the claims that
+                policies of row-level security read. Default: none.
 
         Raises:
+            ConfigurationError: `role` or `settings` is not valid, or this is a nested block and has any.
             asyncpg.InterfaceError: The connection is closed.
         """
         super().transaction()  # raises where the connection is closed
-        return Transaction(self, isolation, readonly, deferrable)
+        return Transaction(self, isolation, readonly, deferrable, role, settings)
 
     def get_reset_query(self) -> str:
         """Return the SQL that `reset()` sends: it cleans everything, and restores what the pool's `init` set up."""

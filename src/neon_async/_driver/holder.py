@@ -158,9 +158,9 @@ def is_idle(connection: Any) -> bool:
     return bool(connection._protocol.is_idle())
 
 
-def protocol_of(connection: Any) -> SessionProtocol:
-    """Return the protocol of a connection of ours."""
-    protocol: SessionProtocol = connection._protocol
+def protocol_of(connection: Any) -> SessionProtocol | None:
+    """Return the protocol of a connection of ours, or None when the connection has ended."""
+    protocol: SessionProtocol | None = connection._protocol
     return protocol
 
 

@@ -9,9 +9,10 @@ Knows nothing of pools and loans.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, TypeVar
 
 import asyncpg
@@ -38,11 +39,11 @@ class SessionProtocol:
     """
 
     __slots__ = (
+        "_ahead",
         "_asyncpg",
         "_begun",
         "_failure",
         "_host",
-        "_next",
         "_reset_failure",
         "_running",
         "_transport",
@@ -56,7 +57,7 @@ class SessionProtocol:
         self._transport = transport
         self._host = host
         self._running = 0
-        self._next: str | None = None  # what replaces the next simple query, sent ahead
+        self._ahead: tuple[str, str] | None = None  # a simple query, and what is sent ahead in its place
         self._begun = False  # a BEGIN went ahead, and asyncpg has not seen a ReadyForQuery since
         self._failure: ServerError | None = None  # of a BEGIN that went ahead
         self._reset_failure: ServerError | None = None
@@ -99,9 +100,21 @@ class SessionProtocol:
         answer = functools.partial(self._take_reset_answer, on_success)
         self._transport.send_ahead(f"BEGIN ISOLATION LEVEL READ COMMITTED; {sql}; COMMIT", answer)
 
-    def send_next_ahead(self, sql: str) -> None:
-        """Have the next `query()` send `sql` ahead in place of its text, where nothing is under way."""
-        self._next = sql
+    @contextlib.contextmanager
+    def replacing(self, query: str, sql: str) -> Iterator[None]:
+        """Send `sql` in place of the simple query `query`, and ahead of the next statement where nothing is under way.
+
+        What fails in it is raised by the next statement, which the server has refused then.
+
+        Args:
+            query: A BEGIN or SAVEPOINT as asyncpg sends it.
+            sql: The same, and what belongs to it.
+        """
+        self._ahead = query, sql
+        try:
+            yield
+        finally:
+            self._ahead = None
 
     def _take_reset_answer(self, on_success: Callable[[], None], status: bytes, error: bytes | None) -> None:
         if error is None and status == b"I":
@@ -118,13 +131,16 @@ class SessionProtocol:
     # asyncpg's calls
 
     async def query(self, query: str, timeout: float | None) -> Any:
-        """Run a simple query, or send it ahead where `send_next_ahead()` said so."""
+        """Run a simple query, or send it ahead; see `replacing()`."""
         self._note(query)
-        ahead, self._next = self._next, None
-        if ahead is not None and self.is_idle():
-            self._transport.send_ahead(ahead, self._take_begin_answer)
-            self._begun = True
-            return ahead.partition(" ")[0].rstrip(";")
+        if self._ahead is not None and self._ahead[0] == query:
+            query = self._ahead[1]
+            if self.is_idle():
+                self._transport.send_ahead(query, self._take_begin_answer)
+                self._begun = True
+                return _tag_of(query)
+            await self._run(self._asyncpg.query(query, timeout))
+            return _tag_of(query)
         if self._transport.unanswered and _ends_transaction(query):
             await self._transport.wait_for_answers()
         return await self._run(self._asyncpg.query(query, timeout))
@@ -209,6 +225,11 @@ class SessionProtocol:
         failure, self._failure = self._failure, None
         assert failure is not None
         return failure
+
+
+def _tag_of(query: str) -> str:
+    """Return the command tag of the first statement, BEGIN or SAVEPOINT."""
+    return query.split(maxsplit=1)[0].rstrip(";")
 
 
 def _ends_transaction(query: object) -> bool:

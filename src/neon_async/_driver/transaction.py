@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import itertools
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 
@@ -19,9 +19,18 @@ from asyncpg.connresource import guarded
 from asyncpg.transaction import ISOLATION_LEVELS
 from asyncpg.transaction import Transaction as AsyncpgTransaction
 
-from .._config.readers import AsyncFunction, Choice, Integer
-from .._errors import CommitUnknownError, ConfigurationError, NeonAsyncError, TransactionAbortedError
+from .._config.readers import AsyncFunction, Choice, Given, Integer, Name
+from .._config.startup import TRANSACTION_SETTINGS
+from .._errors import (
+    CommitUnknownError,
+    ConfigurationError,
+    ConnectionLostError,
+    NeonAsyncError,
+    TransactionAbortedError,
+)
+from .._neon.sql import quote, quote_name
 from .._timing import backoff
+from .holder import protocol_of
 
 if TYPE_CHECKING:
     from .connection import Connection
@@ -59,14 +68,22 @@ class Transaction(AsyncpgTransaction):
         isolation: As in `Connection.transaction()`.
         readonly: As in `Connection.transaction()`.
         deferrable: As in `Connection.transaction()`.
+        role: As in `Connection.transaction()`.
+        settings: As in `Connection.transaction()`.
     """
 
     __slots__ = ("_observed",)
 
     def __init__(
-        self, connection: Any, isolation: Any = None, readonly: bool = False, deferrable: bool = False
+        self,
+        connection: Any,
+        isolation: Any = None,
+        readonly: bool = False,
+        deferrable: bool = False,
+        role: str | None = None,
+        settings: Mapping[str, str] | None = None,
     ) -> None:
-        self._observed = _Observed(connection)
+        self._observed = _Observed(connection, _claims(role, settings))
         super().__init__(cast(Any, self._observed), isolation, readonly, deferrable)
 
     @property
@@ -102,17 +119,20 @@ class Transaction(AsyncpgTransaction):
 
 
 class _Observed:
-    """A connection as asyncpg's `Transaction` sees it: the same, except that the server's latest answer is kept.
+    """A connection as asyncpg's `Transaction` sees it: the same, except for what begins the block and what ends it.
 
-    asyncpg drops the answer to COMMIT. This keeps it, and leaves asyncpg's bookkeeping to asyncpg.
+    BEGIN and SAVEPOINT are sent ahead of the first statement. asyncpg drops the answer to COMMIT; this keeps it. The
+    rest of the bookkeeping is asyncpg's.
     """
 
-    __slots__ = ("connection", "status")
+    __slots__ = ("claims", "connection", "status")
 
+    claims: Sequence[str]
     connection: Any
     status: str
 
-    def __init__(self, connection: Any) -> None:
+    def __init__(self, connection: Any, claims: Sequence[str]) -> None:
+        object.__setattr__(self, "claims", claims)
         object.__setattr__(self, "connection", connection)
         object.__setattr__(self, "status", "")
 
@@ -123,9 +143,47 @@ class _Observed:
         setattr(self.connection, name, value)
 
     async def execute(self, query: str) -> str:
-        status: str = await self.connection.execute(query)
+        protocol, beginning = protocol_of(self.connection), _beginning(query, self.claims)
+        if protocol is None or beginning is None:
+            status: str = await self.connection.execute(query)
+        else:
+            with protocol.replacing(query, beginning):
+                status = await self.connection.execute(query)
         object.__setattr__(self, "status", status)
         return status
+
+
+def _beginning(query: str, claims: Sequence[str]) -> str | None:
+    """Return what begins a block in place of asyncpg's `query`, or None where `query` begins none.
+
+    BEGIN comes first and alone: a mode, a role or a setting that the server refuses then leaves a failed transaction,
+    in which no statement runs, and not a session without one.
+    """
+    if query.startswith("SAVEPOINT"):
+        if claims:
+            raise ConfigurationError(
+                "role and settings belong to a whole transaction. Pass them to the outermost transaction()."
+            )
+        return query
+    if not query.startswith("BEGIN"):
+        return None
+    modes = query.removeprefix("BEGIN").strip(" ;")
+    return "; ".join(["BEGIN", *([f"SET TRANSACTION {modes}"] if modes else []), *claims])
+
+
+def _claims(role: str | None, settings: Mapping[str, str] | None) -> list[str]:
+    """Return the statements that give a transaction its role and its settings."""
+    statements = []
+    if role is not None:
+        statements.append(f"SET LOCAL ROLE {quote_name(Name().check('role', role))}")
+    if settings is not None:
+        calls = [
+            f"set_config({quote(name)}, {quote(value)}, true)"
+            for name, value in TRANSACTION_SETTINGS.read(Given("settings", settings, secret=True)).items()
+        ]
+        if calls:
+            statements.append(f"SELECT {', '.join(calls)}")
+    return statements
 
 
 def _rollback_timeout(error: BaseException) -> float:
@@ -257,7 +315,7 @@ class _Run:
     def _was_lost(self, error: BaseException) -> bool:
         """Return whether the connection has ended and `error` says only that."""
         if isinstance(error, NeonAsyncError):
-            return False
+            return isinstance(error, ConnectionLostError)
         if isinstance(error, asyncpg.InternalClientError):
             # The server's last words came between two statements, which asyncpg does not expect: it refuses the next
             # statement, unsent, until the end of the stream arrives. The connection can only be ended.
@@ -295,6 +353,8 @@ def _is_conflict(error: BaseException) -> bool:
 def _leaves_commit_open(error: Exception) -> bool:
     """Return whether `error`, raised by COMMIT, leaves it open whether the transaction was committed."""
     if type(error) is asyncpg.InterfaceError:  # asyncpg refused to send it: the connection is closed, or in use
+        return False
+    if isinstance(error, ConnectionLostError) and error.nothing_executed:
         return False
     if not isinstance(error, asyncpg.PostgresError):  # command_timeout, for example
         return True

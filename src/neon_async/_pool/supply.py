@@ -261,7 +261,9 @@ class Supply:
             self.tallies.resets.since(began)
             slot.heard_at = time.monotonic()
 
-        holder.protocol_of(connection).send_reset_ahead(connection.get_reset_query(), note_success)
+        protocol = holder.protocol_of(connection)
+        assert protocol is not None
+        protocol.send_reset_ahead(connection.get_reset_query(), note_success)
 
     async def _reset(self, slot: Slot, limit: float) -> Exception | None:
         """Reset what a caller has left, and return the error that `release()` raises, if there is one."""
@@ -421,6 +423,7 @@ class Supply:
     async def _set_up(self, init: Callable[[Any], Awaitable[None]], connection: Any) -> None:
         """Run `init`, and remember what it set up, so that every reset restores it."""
         session, protocol = own_session(connection), holder.protocol_of(connection)
+        assert protocol is not None
         writes, protocol.mentioned = session.transport.writes, set()
         await init(connection)
         names, protocol.mentioned = protocol.mentioned, None

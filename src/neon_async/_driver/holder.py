@@ -10,14 +10,16 @@ Knows no slots, no waiters and no deadlines, and decides nothing.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import functools
+import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import asyncpg
 from asyncpg.pool import PoolConnectionHolder, PoolConnectionProxy
 
+from .._errors import NeonAsyncError
+from .._neon.endpoint import short_name
 from .session import Session
 
 if TYPE_CHECKING:
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
     _Pool: TypeAlias = asyncpg.Pool[asyncpg.Record]
 else:
     _Connection, _Proxy, _Pool = asyncpg.Connection, PoolConnectionProxy, asyncpg.Pool
+
+_log = logging.getLogger("neon_async")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -52,29 +56,44 @@ class ConnectionHooks(_Connection):
             session.notify_closed()
 
     async def _cancel(self, waiter: Any, cancel_waiter: Any = None) -> None:
-        """Send a cancel request over a channel of ours, with the outcomes of asyncpg's own method.
+        """Send a cancel request over a verified channel, within `command_timeout`, and always resolve `waiter`.
 
-        asyncpg 0.32 has the second parameter and terminates the connection where the request fails; 0.31 has neither.
+        Where the request cannot be sent, the connection is terminated: the state of its session is unknown.
+
+        Args:
+            waiter: Resolved when the request has been sent.
+            cancel_waiter: Resolved by asyncpg when the cancelled statement has ended. asyncpg 0.31 does not pass it.
         """
         session, protocol = session_of(self), self._protocol  # type: ignore[attr-defined]
         assert session is not None
         try:
             async with asyncio.timeout(self._config.command_timeout):  # type: ignore[attr-defined]
-                with contextlib.suppress(ConnectionResetError):
-                    await session.cancel(protocol.backend_pid, protocol.backend_secret)
+                await session.cancel(protocol.backend_pid, protocol.backend_secret)
                 if not waiter.done():
                     waiter.set_result(None)
                 if cancel_waiter is not None:
                     await asyncio.shield(cancel_waiter)
         except asyncio.CancelledError:
-            pass
-        except Exception:  # noqa: BLE001  whatever it was, asyncpg's protocol is in an unknown state
-            if not self.is_closed():
-                self.terminate()
+            pass  # the connection or the event loop is being closed
+        except Exception as error:  # noqa: BLE001  a task of asyncpg's: an exception would reach no caller
+            _give_up_cancelling(self, session.host, waiter, error)
         finally:
             self._cancellations.discard(asyncio.current_task())  # type: ignore[attr-defined]
             if not waiter.done():
                 waiter.set_result(None)
+
+
+def _give_up_cancelling(connection: Any, host: str, waiter: asyncio.Future[None], error: Exception) -> None:
+    if not connection._aborted:
+        connection.terminate()
+    if not waiter.done():  # asyncpg 0.31: a call that waits for the cancellation would wait for ever without an error
+        waiter.set_exception(error)
+        waiter.exception()  # often no call waits
+    if isinstance(error, (NeonAsyncError, OSError)):
+        _log.info("%s: a statement could not be cancelled, its connection is terminated: %s", short_name(host), error)
+    else:
+        context = {"message": "A cancel request failed unexpectedly", "exception": error}
+        asyncio.get_running_loop().call_exception_handler(context)
 
 
 class StatementHooks(_Connection):
@@ -115,7 +134,7 @@ def adopt_running_loop(connection: Any) -> None:
     It was dialed through a loop adapter. From Python 3.14 on `asyncio.current_task(loop)` compares loops by identity,
     and asyncpg forgets a finished cancel request only when it finds the task by it.
     """
-    connection._loop = asyncio.get_running_loop()
+    connection._loop = connection._stmt_cache._loop = asyncio.get_running_loop()
 
 
 async def send(connection: Any, sql: str) -> None:

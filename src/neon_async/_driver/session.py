@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 
 from .._neon.endpoint import Endpoint
 from .._wire.tls import TLSReport
-from .._wire.transport import SessionTransport
 
 
 class Healing:
@@ -68,7 +67,6 @@ class Session:
         endpoint: What the host name says, or None when it is not a Neon endpoint.
         healing: Shared by the connections of one pool.
         report: What the TLS handshake settled on.
-        transport: Where asyncpg writes.
         cancel: Sends a cancel request to the server of this session.
         on_closed: Called once, as soon as the connection is closed, by either side.
         initial_settings: The settings that PgBouncer tracks, as they were after the login.
@@ -81,7 +79,6 @@ class Session:
     endpoint: Endpoint | None
     healing: Healing
     report: TLSReport
-    transport: SessionTransport
     cancel: Callable[[int, int], Awaitable[None]]
     on_closed: Callable[[], None] | None = None
     initial_settings: dict[str, str] = field(default_factory=dict)

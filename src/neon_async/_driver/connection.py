@@ -141,13 +141,14 @@ def combine(base: type[Any], ours: type[Connection]) -> type[Any]:
 
     class Combined(base, ours):  # type: ignore[misc, valid-type]
         __slots__ = ()
+        __module__ = base.__module__
         __doc__ = base.__doc__
 
-    for name in ("__name__", "__qualname__", "__module__"):  # for `repr` and messages
-        setattr(Combined, name, getattr(base, name))
+    Combined.__name__, Combined.__qualname__ = base.__name__, base.__qualname__  # for `repr` and messages
     return Combined
 
 
 def resets_itself(connection: object) -> bool:
     """Return whether the caller's class has a `reset()` of its own, which may do anything."""
-    return type(connection).reset is not asyncpg.Connection.reset  # type: ignore[attr-defined]
+    # By the class that has it, not by the function, which a tracer may have replaced.
+    return next(cls for cls in type(connection).__mro__ if "reset" in vars(cls)) is not asyncpg.Connection

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import functools
 from collections.abc import Coroutine
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import asyncpg
 
@@ -124,7 +124,6 @@ def _later(timeout: float | None) -> float | None:
     return None if timeout is None else timeout + _CANCEL_GRACE
 
 
-@functools.lru_cache(maxsize=64)  # so that connections of one pair are of one class
 def combine(base: type[Any], ours: type[Connection]) -> type[Any]:
     """Return the class of connections that are of the caller's class `base` and behave as `ours` does.
 
@@ -138,8 +137,12 @@ def combine(base: type[Any], ours: type[Connection]) -> type[Any]:
         return base
     if issubclass(ours, base):
         return ours
+    return _combined(cast(Any, base), ours)
 
-    class Combined(base, ours):  # type: ignore[misc, valid-type]
+
+@functools.lru_cache(maxsize=64)  # so that connections of one pair are of one class
+def _combined(base: Any, ours: Any) -> type[Any]:
+    class Combined(base, ours):  # type: ignore[misc]
         __slots__ = ()
         __module__ = base.__module__
         __doc__ = base.__doc__

@@ -116,7 +116,7 @@ class Connector:
             cancel=door.cancel,
         )
         door.wire.session = session
-        if isinstance(connection, PooledConnection):
+        if issubclass(type(connection), PooledConnection):  # isinstance() is true for every connection of asyncpg
             session.initial_settings = tracked_settings(connection)
         adopt_running_loop(connection)
 

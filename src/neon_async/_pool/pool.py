@@ -462,8 +462,8 @@ class Pool(PoolBase):
         *,
         attempts: int = 3,
         isolation: str | None = None,
-        readonly: bool = False,
-        deferrable: bool = False,
+        readonly: bool | None = None,
+        deferrable: bool | None = None,
     ) -> _T:
         """Run `work(connection)` in a transaction, commit, and return what it returned.
 
@@ -477,9 +477,10 @@ class Pool(PoolBase):
             work: An async function that takes a connection.
             attempts: How often the work may run in all, at least 1. Default: 3. The pauses in between are random, up to
                 20 ms at first, doubling to at most 1 s, and hold no connection.
-            isolation: `read_uncommitted`, `read_committed`, `repeatable_read` or `serializable`. Default: the server's.
-            readonly: Whether the transaction is READ ONLY.
-            deferrable: Whether the transaction is DEFERRABLE.
+            isolation: `read_uncommitted`, `read_committed`, `repeatable_read` or `serializable`. Default: as for
+                `connection.transaction()`, which is the server's unless a `connection_class` overrides it.
+            readonly: Whether the transaction is READ ONLY. Default: as for `connection.transaction()`.
+            deferrable: Whether the transaction is DEFERRABLE. Default: as for `connection.transaction()`.
 
         Raises:
             CommitUnknownError: No answer to COMMIT came. The transaction may have been committed, or not; it is never

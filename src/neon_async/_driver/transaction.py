@@ -191,8 +191,7 @@ class _Run:
     def __init__(self, connection: Connection, options: dict[str, Any]) -> None:
         self.repeatable = False
         self._lent = connection
-        self._transaction = _begun_by(connection.transaction(**options))
-        self._session = self._transaction.connection
+        self._options = options
 
     async def through(self, work: Work[_T]) -> _T:
         """Begin, run the work, and commit or roll back."""
@@ -209,6 +208,12 @@ class _Run:
         return result
 
     async def _begin(self) -> None:
+        try:
+            self._transaction = _require_ours(self._lent.transaction(**self._options))
+        except asyncpg.InterfaceError as error:
+            self.repeatable = type(error) is asyncpg.InterfaceError  # the connection has ended since it was acquired
+            raise
+        self._session = self._transaction.connection
         try:
             await self._transaction.__aenter__()
         except Exception as error:
@@ -268,8 +273,8 @@ class _Run:
 _LOSSES = (asyncpg.PostgresConnectionError, asyncpg.AdminShutdownError, asyncpg.CrashShutdownError)
 
 
-def _begun_by(transaction: object) -> Transaction:
-    """Return what `transaction()` of a connection returned.
+def _require_ours(transaction: object) -> Transaction:
+    """Return `transaction`, the result of `transaction()` of a connection.
 
     Raises:
         ConfigurationError: The caller's class returned something else, whose COMMIT cannot be followed.

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import io
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import asyncpg
 import pytest
-from support.pgbouncer import LocalPgBouncer
-from support.plain import asyncpg_arguments
+from support.plain import asyncpg_arguments, asyncpg_connection
 from support.pooled import change, fresh, other_client
 from support.probes import HANG, connected, make_pool, until_settled
 from support.tracers import OpenTelemetry, Sentry, Tracer
 
+import neon_async
 from neon_async._driver import holder
 from neon_async.testing import LocalPostgres
 
@@ -112,24 +113,27 @@ class TestWhatTheCallerDoes:
     async def test_it_is_recorded_on_a_lone_connection_as_with_asyncpg(
         self, tracer: Tracer, server: Any, installed: str
     ) -> None:
-        async with contextlib.AsyncExitStack() as stack:
-            if installed == "before":
-                tracer.install()
-            with tracer.recording() if installed == "before" else contextlib.nullcontext() as theirs_connecting:
-                theirs = await asyncpg.connect(**asyncpg_arguments(server))
-            with tracer.recording() if installed == "before" else contextlib.nullcontext() as ours_connecting:
-                ours = await stack.enter_async_context(connected(server))
-            stack.push_async_callback(theirs.close)
+        if installed == "before":
+            tracer.install()
+        async with asyncpg_connection(server) as theirs, connected(server) as ours:
             if installed == "after":
                 tracer.install()
-            else:
-                assert ours_connecting.spans == theirs_connecting.spans
             with tracer.recording() as expected:
                 await use_connection(theirs)
             with tracer.recording() as recorded:
                 await use_connection(ours)
         assert recorded.spans == expected.spans
         assert recorded.hosts == {server.host}
+
+    async def test_connect_is_recorded_as_with_asyncpg(self, tracer: Tracer, server: Any) -> None:
+        tracer.install()
+        with tracer.recording() as expected:
+            theirs = await asyncpg.connect(**asyncpg_arguments(server))
+        with tracer.recording() as recorded:
+            ours = await neon_async.connect(server.dsn, trust_anchor=server.trust_anchor)
+        assert recorded.spans == expected.spans
+        for connection in (theirs, ours):
+            await connection.close()
 
     @pytest.mark.parametrize("installed", ["before", "after"])
     @pytest.mark.parametrize("use", [use_pool, use_acquired])
@@ -153,22 +157,6 @@ class TestWhatTheCallerDoes:
                 await use(ours)
         assert recorded.spans == expected.spans
         assert recorded.hosts == {server.host}
-
-    async def test_a_dial_is_recorded_for_the_caller_that_it_is_for_as_with_asyncpgs_pool(
-        self, tracer: Tracer, server: Any
-    ) -> None:
-        tracer.install()
-        async with (
-            asyncpg.create_pool(
-                **asyncpg_arguments(server), min_size=0, max_size=1, connection_class=NoReset
-            ) as theirs,
-            make_pool(server, max_size=1) as ours,
-        ):
-            with tracer.recording() as expected:
-                await theirs.fetchval("SELECT 1")
-            with tracer.recording() as recorded:
-                await ours.fetchval("SELECT 1")
-        assert recorded.spans == expected.spans
 
     async def test_a_reset_by_the_caller_is_recorded(self, tracer: Tracer, postgres: LocalPostgres) -> None:
         async with connected(postgres) as connection:
@@ -266,9 +254,7 @@ class TestWhatThePoolDoes:
                 await pool.expire_connections()
             assert recorded.statements == [*expected, "SELECT 2"]
 
-    async def test_healing_creates_no_span(
-        self, tracer: Tracer, pgbouncer: LocalPgBouncer, direct: Any, installed: str
-    ) -> None:
+    async def test_healing_creates_no_span(self, tracer: Tracer, pgbouncer: Any, direct: Any, installed: str) -> None:
         query = fresh()
         if installed == "before":
             tracer.install()
@@ -282,3 +268,32 @@ class TestWhatThePoolDoes:
                 assert len(await pool.fetch(query)) == 3
             assert pool.stats().heals == 1
         assert recorded.statements == [query, query]
+
+
+class TestDials:
+    async def test_a_dial_of_the_pool_is_no_part_of_the_trace_of_a_caller(self, tracer: Tracer, server: Any) -> None:
+        """Callers share dials, and a dial may end long after the request of the caller that started it."""
+        tracer.install()
+        async with make_pool(server) as pool:
+            with tracer.recording() as recorded:
+                for _ in range(3):
+                    await pool.fetchval("SELECT 1")  # acquires while the reset is under way, which starts a dial
+            await until_settled(pool)
+        assert recorded.statements == ["SELECT 1"] * 3
+        assert {span.parent for span in recorded.spans} == {"request"}
+
+    async def test_context_variables_of_a_caller_do_not_reach_work_in_the_background(
+        self, postgres: LocalPostgres
+    ) -> None:
+        variable = contextvars.ContextVar("variable", default="unset")
+        seen: list[str] = []
+
+        async def note(_: Any) -> None:
+            seen.append(variable.get())
+
+        variable.set("creation")
+        async with make_pool(postgres, init=note, setup=note, reset=note) as pool:
+            variable.set("request")
+            await pool.fetchval("SELECT 1")
+            await until_settled(pool)
+        assert seen == ["creation", "request", "creation"], "init and reset run in the background, setup does not"

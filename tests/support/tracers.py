@@ -93,13 +93,14 @@ class OpenTelemetry(Tracer):
         self._exporter = InMemorySpanExporter()
         self._provider = TracerProvider()
         self._provider.add_span_processor(SimpleSpanProcessor(self._exporter))
+        self._instrumentor: Any = AsyncPGInstrumentor()  # type: ignore[no-untyped-call]
 
     def install(self) -> None:
-        AsyncPGInstrumentor().instrument(tracer_provider=self._provider)
+        self._instrumentor.instrument(tracer_provider=self._provider)
 
     def uninstall(self) -> None:
-        if AsyncPGInstrumentor().is_instrumented_by_opentelemetry:
-            AsyncPGInstrumentor().uninstrument()
+        if self._instrumentor.is_instrumented_by_opentelemetry:
+            self._instrumentor.uninstrument()
         super().uninstall()
 
     @contextlib.contextmanager
@@ -159,7 +160,8 @@ class Sentry(Tracer):
     def recording(self) -> Iterator[Recording]:
         self._transport.transactions.clear()
         recording = Recording()
-        with sentry_sdk.start_transaction(name="request") as request:
+        # As Sentry's integrations for web frameworks do: what runs in one scope at the same time gets wrong parents.
+        with sentry_sdk.isolation_scope(), sentry_sdk.start_transaction(name="request") as request:
             yield recording
         [transaction] = self._transport.transactions
         spans = sorted(transaction["spans"], key=lambda span: span["start_timestamp"])

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import functools
 from collections.abc import Coroutine
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import asyncpg
 
@@ -124,7 +124,6 @@ def _later(timeout: float | None) -> float | None:
     return None if timeout is None else timeout + _CANCEL_GRACE
 
 
-@functools.lru_cache(maxsize=64)  # so that connections of one pair are of one class
 def combine(base: type[Any], ours: type[Connection]) -> type[Any]:
     """Return the class of connections that are of the caller's class `base` and behave as `ours` does.
 
@@ -138,16 +137,21 @@ def combine(base: type[Any], ours: type[Connection]) -> type[Any]:
         return base
     if issubclass(ours, base):
         return ours
+    return _combined(cast(Any, base), ours)
 
-    class Combined(base, ours):  # type: ignore[misc, valid-type]
+
+@functools.lru_cache(maxsize=64)  # so that connections of one pair are of one class
+def _combined(base: Any, ours: Any) -> type[Any]:
+    class Combined(base, ours):  # type: ignore[misc]
         __slots__ = ()
+        __module__ = base.__module__
         __doc__ = base.__doc__
 
-    for name in ("__name__", "__qualname__", "__module__"):  # for `repr` and messages
-        setattr(Combined, name, getattr(base, name))
+    Combined.__name__, Combined.__qualname__ = base.__name__, base.__qualname__  # for `repr` and messages
     return Combined
 
 
 def resets_itself(connection: object) -> bool:
     """Return whether the caller's class has a `reset()` of its own, which may do anything."""
-    return type(connection).reset is not asyncpg.Connection.reset  # type: ignore[attr-defined]
+    # By the class that has it, not by the function, which a tracer may have replaced.
+    return next(cls for cls in type(connection).__mro__ if "reset" in vars(cls)) is not asyncpg.Connection

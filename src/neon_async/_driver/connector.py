@@ -192,7 +192,7 @@ class Connector:
             report=report,
             cancel=adapter.cancel,
         )
-        if isinstance(connection, PooledConnection):
+        if issubclass(type(connection), PooledConnection):  # isinstance() is true for every connection of asyncpg
             session.initial_settings = tracked_settings(connection)
         adopt_running_loop(connection)
 

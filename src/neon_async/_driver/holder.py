@@ -142,6 +142,12 @@ async def send(connection: Any, sql: str) -> None:
     await connection._protocol.query(sql, None)
 
 
+def timeout_of(connection: Any, timeout: float | None) -> float | None:
+    """Return the seconds that a call may take: its own `timeout`, or the connection's `command_timeout`."""
+    seconds: float | None = connection._protocol._get_timeout(timeout)
+    return seconds
+
+
 def writes(connection: Any) -> int:
     """Return how often something was written to the server."""
     count: int = connection._transport.writes
@@ -308,7 +314,6 @@ class Holder(PoolConnectionHolder):
 
     _con: Any
     _proxy: Proxy | None
-    _in_use: asyncio.Future[None] | None
 
     def __init__(self, pool: object) -> None:
         # `setup` and the end of idle connections are the pool's own: asyncpg bounds neither in time.
@@ -403,4 +408,13 @@ class PoolBase(_Pool):
         self._holders = list(holders)
 
     def _set_loop(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Name the event loop that the pool belongs to."""
         self._loop = loop
+
+    @property
+    def _own_loop(self) -> asyncio.AbstractEventLoop:
+        return self._loop
+
+    async def _acquire(self, timeout: float | None) -> Any:
+        """Serve code that calls asyncpg's own method of this name."""
+        return await self.acquire(timeout=timeout)

@@ -22,7 +22,7 @@ from asyncpg import cursor, prepared_stmt
 from .._errors import PooledHostError
 from .._neon.sql import session_feature
 from .connection import Connection
-from .holder import StatementHooks, connection_of, session_of
+from .holder import StatementHooks, connection_of, session_of, timeout_of
 from .session import Session
 
 _log = logging.getLogger("neon_async")
@@ -56,10 +56,8 @@ class PooledConnection(StatementHooks, Connection):
         session = refuse_session_features(self, query)
         if args:
             return await super().execute(query, *args, **options)
-        session.holds_server = True  # until it is over; it may be left running
-        status = await super().execute(query, *args, **options)
-        session.holds_server = False
-        return status
+        with _HeldServer(session):
+            return await super().execute(query, **options)
 
     async def executemany(self, command: str, args: Any, **options: Any) -> Any:
         """Execute SQL for each sequence of arguments, as asyncpg does; `PooledHostError` where it needs a session."""
@@ -101,16 +99,23 @@ class PooledConnection(StatementHooks, Connection):
 
     async def copy_from_query(self, query: str, *args: Any, **options: Any) -> Any:
         """Copy the rows of a query, as asyncpg does; `PooledHostError` where it needs a session of its own."""
-        session = refuse_session_features(self, query)
-        status = await super().copy_from_query(query, *args, **options)
-        session.holds_server = False
-        return status
+        with _HeldServer(refuse_session_features(self, query)):
+            return await super().copy_from_query(query, *args, **options)
+
+    async def copy_from_table(self, table_name: str, **options: Any) -> Any:
+        """Copy the rows of a table, as asyncpg does."""
+        with _HeldServer(_session(self)):
+            return await super().copy_from_table(table_name, **options)
+
+    async def copy_to_table(self, table_name: str, **options: Any) -> Any:
+        """Copy data to a table, as asyncpg does."""
+        with _HeldServer(_session(self)):
+            return await super().copy_to_table(table_name, **options)
 
     async def copy_records_to_table(self, table_name: str, **options: Any) -> Any:
         """Copy records to a table, as asyncpg does."""
-        status = await super().copy_records_to_table(table_name, **options)
-        _session(self).holds_server = False
-        return status
+        with _HeldServer(_session(self)):
+            return await super().copy_records_to_table(table_name, **options)
 
     async def add_listener(self, *_: Any, **__: Any) -> NoReturn:
         """Raise `PooledHostError`: LISTEN needs a session of its own."""
@@ -133,7 +138,7 @@ class PooledConnection(StatementHooks, Connection):
         except asyncpg.InvalidCachedStatementError:
             if not self._may_retry(token):
                 raise
-        with _Retry(session, timeout, began) as retry:
+        with _Retry(self, timeout, began) as retry:
             return await super().get_statement(query + session.healing.token, retry.timeout, **options)
 
     async def run_statement(self, query: str, executor: Any, timeout: float | None, **options: Any) -> Any:
@@ -151,7 +156,7 @@ class PooledConnection(StatementHooks, Connection):
         else:
             session.holds_server = False
             return result
-        with _Retry(session, timeout, began) as retry:
+        with _Retry(self, timeout, began) as retry:
             result = await super().run_statement(query, executor, retry.timeout, **options)
         session.holds_server = False
         return result
@@ -161,14 +166,38 @@ class PooledConnection(StatementHooks, Connection):
         return not (self.is_closed() or self.is_in_transaction())
 
 
-class _Retry:
-    """The second run of a statement: its share of the timeout, and its time in the statistics."""
+class _HeldServer:
+    """A call that is sent as one unit: PgBouncer reserves a server connection until it has ended.
 
-    def __init__(self, session: Session, timeout: float | None, began: float) -> None:
+    It may be left running, and it may fail on the way; a reset finds out.
+    """
+
+    def __init__(self, session: Session) -> None:
         self._session = session
+
+    def __enter__(self) -> None:
+        self._session.holds_server = True
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        if error is None:
+            self._session.holds_server = False
+
+
+class _Retry:
+    """The second run of a statement: its share of the timeout, and its time in the statistics.
+
+    Args:
+        connection: The connection that the statement runs on.
+        timeout: Seconds for both runs together. Default: the connection's `command_timeout`.
+        began: When the first run began.
+    """
+
+    def __init__(self, connection: PooledConnection, timeout: float | None, began: float) -> None:
+        self._session = _session(connection)
         self._began = time.monotonic()
-        self._token = session.healing.token
-        self.timeout = None if timeout is None else timeout - (self._began - began)
+        self._token = self._session.healing.token
+        limit = timeout_of(connection, timeout)
+        self.timeout = None if limit is None else limit - (self._began - began)
 
     def __enter__(self) -> _Retry:
         return self
@@ -224,23 +253,27 @@ class CursorFactory(cursor.CursorFactory):
     __slots__ = ()
 
     def __aiter__(self) -> Any:
-        iterator = super().__aiter__()
-        iterator.__class__ = CursorIterator
-        return iterator
+        return CursorIterator(super().__aiter__())
 
     def __await__(self) -> Generator[Any, Any, Any]:
         with _Noting(self):
             return (yield from super().__await__())
 
 
-class CursorIterator(cursor.CursorIterator):
-    """asyncpg's iterator over a cursor, which reports that it is stale."""
+class CursorIterator:
+    """The rows of a cursor, which reports that it is stale. asyncpg's iterator keeps its class: tracers look at it."""
 
-    __slots__ = ()
+    __slots__ = ("_rows",)
+
+    def __init__(self, rows: Any) -> None:
+        self._rows = rows
+
+    def __aiter__(self) -> CursorIterator:
+        return self
 
     async def __anext__(self) -> Any:
-        with _Noting(self):
-            return await super().__anext__()
+        with _Noting(self._rows):
+            return await self._rows.__anext__()
 
 
 def _noting_factory(factory: Any) -> Any:
@@ -249,18 +282,16 @@ def _noting_factory(factory: Any) -> Any:
     return factory
 
 
-class _Noting:
-    """Report a stale statement of `resource`, and let the error pass."""
+class _Noting(_HeldServer):
+    """A use of `resource`, which reports that it is stale, and lets the error pass."""
 
     def __init__(self, resource: object) -> None:
-        self._resource = resource
+        super().__init__(_session(connection_of(resource)))
 
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        super().__exit__(kind, error, traceback)
         if isinstance(error, _STALE):
-            note_stale(_session(connection_of(self._resource)), getattr(error, "query", None))
+            note_stale(self._session, getattr(error, "query", None))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
-"""Transactions that end: a ROLLBACK within a bound, and work that runs again when nothing of it can have been kept.
+"""Transactions that end: a bounded ROLLBACK, and work that runs again when nothing of it can have been kept.
 
-`Transaction` is what `transaction()` of our connections returns; `run_transaction()` is behind the pool's method of
-that name. This module knows one connection at a time. It knows no slots, no waiters, and not how connections are made.
+`Transaction` is what `transaction()` of our connections returns; `run_transaction()` is the pool's method of that name.
+This module knows one connection at a time. It must not know slots, waiters, or how connections are made.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from asyncpg.connresource import guarded
 from asyncpg.transaction import ISOLATION_LEVELS
 from asyncpg.transaction import Transaction as AsyncpgTransaction
 
+from .._config.readers import AsyncFunction, Choice, Integer
 from .._errors import CommitUnknownError, ConfigurationError, NeonAsyncError, TransactionAbortedError
 from .._timing import backoff
 
@@ -30,24 +31,34 @@ _T = TypeVar("_T")
 Acquire: TypeAlias = "Callable[[], AbstractAsyncContextManager[Connection]]"
 Work: TypeAlias = "Callable[[Connection], Awaitable[_T]]"
 
-# Seconds that a ROLLBACK may take: as long as the reset of a connection may, or as long as somebody who has run out of
-# time already, or who is being cancelled, should wait. The second is one cancel request to a server far away.
+# Seconds that a ROLLBACK may take: as long as the reset of a connection may; and where the deadline of the caller has
+# passed or the caller is being cancelled, one cancel request to a distant server.
 _ROLLBACK_TIMEOUT = 5.0
 _LATE_ROLLBACK_TIMEOUT = 0.5
 
-# Pauses between two runs: full jitter ("Exponential Backoff And Jitter", AWS Architecture Blog, 2015), so that those
-# who met in a conflict do not meet again. Conflicts last as long as transactions do, hence milliseconds.
+# Pauses between two runs: full jitter ("Exponential Backoff And Jitter", AWS Architecture Blog, 2015), so that two
+# transactions that conflicted do not conflict again. A conflict lasts as long as a transaction, hence milliseconds.
 _PAUSE_BASE = 0.02
 _PAUSE_CAP = 1.0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A block of a transaction
 
 
 class Transaction(AsyncpgTransaction):
     """asyncpg's transaction or savepoint block, which is left in bounded time when it is left with an exception.
 
-    ROLLBACK gets 5.0 s, or 0.5 s when the exception is a cancellation or a timeout. When it is not answered by then, or
-    fails, the connection is terminated: the server rolls back what it had begun. Either way the exception that ended
-    the block passes, unless the task is cancelled meanwhile. COMMIT has no bound but the connection's
-    `command_timeout`, for nobody can tell what became of one that was given up.
+    ROLLBACK gets 5.0 s, or 0.5 s when the exception is a cancellation or a timeout. If it is not answered by then, or
+    fails, the connection is terminated and the server rolls back. Either way the exception that ended the block is
+    raised, unless the task is cancelled meanwhile. COMMIT has no bound but the connection's `command_timeout`, because
+    a COMMIT that was given up leaves it open whether the transaction was committed.
+
+    Args:
+        connection: The connection to begin it on.
+        isolation: As in `Connection.transaction()`.
+        readonly: As in `Connection.transaction()`.
+        deferrable: As in `Connection.transaction()`.
     """
 
     __slots__ = ("_observed",)
@@ -60,12 +71,12 @@ class Transaction(AsyncpgTransaction):
 
     @property
     def connection(self) -> Any:
-        """The connection itself. A pool's proxy for it is detached, and tells nothing, once the connection is lost."""
+        """The connection itself. A pool's proxy for it is detached as soon as the connection is lost."""
         return self._observed.connection
 
     @property
     def status(self) -> str:
-        """What the server answered to the latest of BEGIN, SAVEPOINT, COMMIT, ROLLBACK; "" before any."""
+        """The server's answer to the latest of BEGIN, SAVEPOINT, COMMIT and ROLLBACK; "" before the first."""
         return self._observed.status
 
     async def __aexit__(self, extype: object, ex: Any, tb: object) -> None:
@@ -81,7 +92,7 @@ class Transaction(AsyncpgTransaction):
                 raise
 
     def end_connection(self) -> None:
-        """Terminate the connection, unless it has been released: it may be somebody else's by now."""
+        """Terminate the connection, unless it has been released: another caller may have it by now."""
         with contextlib.suppress(asyncpg.InterfaceError):
             self._terminate()
 
@@ -91,9 +102,9 @@ class Transaction(AsyncpgTransaction):
 
 
 class _Observed:
-    """A connection as asyncpg's `Transaction` sees it: the same, but what the server answered last is kept.
+    """A connection as asyncpg's `Transaction` sees it: the same, except that the server's latest answer is kept.
 
-    asyncpg drops the answer to COMMIT. Like this it can be had, and asyncpg's bookkeeping stays asyncpg's.
+    asyncpg drops the answer to COMMIT. This keeps it, and leaves asyncpg's bookkeeping to asyncpg.
     """
 
     __slots__ = ("connection", "status")
@@ -122,27 +133,44 @@ def _rollback_timeout(error: BaseException) -> float:
     return _LATE_ROLLBACK_TIMEOUT if late else _ROLLBACK_TIMEOUT
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Work that is run in a transaction
+
+
 async def run_transaction(
     acquire: Acquire,
     work: Work[_T],
     *,
     attempts: int,
     isolation: str | None,
-    readonly: bool,
-    deferrable: bool,
+    readonly: bool | None,
+    deferrable: bool | None,
     on_retry: Callable[[float], None],
 ) -> _T:
-    """Return what `work` returns, run in a transaction that is committed; see `Pool.run_transaction()`.
+    """Run `work` in a transaction, commit, and return what it returned; see `Pool.run_transaction()`.
 
-    `acquire`: gives a connection whose `transaction()` is a `Transaction`, a new one for each run. What it raises
-    passes. `on_retry`: called before each run but the first, with the seconds that the one before and the pause took.
+    Args:
+        acquire: Returns a connection whose `transaction()` is a `Transaction`, a new one for each run. An exception
+            from it is raised as it is.
+        work: An async function that takes a connection.
+        attempts: How often the work may run in all, at least 1.
+        isolation: As in `Connection.transaction()`. None: the default of the connection's class.
+        readonly: As in `Connection.transaction()`. None: the default of the connection's class.
+        deferrable: As in `Connection.transaction()`. None: the default of the connection's class.
+        on_retry: Called before each run but the first, with the seconds that the previous run and the pause took.
+
+    Raises:
+        CommitUnknownError, TransactionAbortedError, ConfigurationError: See `Pool.run_transaction()`.
+        Exception: Any other error of `work` or of the last run.
     """
     _check(work, attempts, isolation)
+    options = {"isolation": isolation, "readonly": readonly, "deferrable": deferrable}
+    given = {name: value for name, value in options.items() if value is not None}
     clock = asyncio.get_running_loop().time
     for number in itertools.count(1):
         began = clock()
         async with acquire() as connection:
-            run = _Run(connection, isolation=isolation, readonly=readonly, deferrable=deferrable)
+            run = _Run(connection, given)
             try:
                 return await run.through(work)
             except Exception:
@@ -156,22 +184,23 @@ async def run_transaction(
 class _Run:
     """One run of the work, from BEGIN to COMMIT or ROLLBACK.
 
-    `repeatable`: whether it failed for a reason that passes, with certainty that nothing of it was kept.
+    Attributes:
+        repeatable: It failed for a reason that may pass, and nothing of it can have been kept.
     """
 
-    def __init__(self, connection: Connection, **options: Any) -> None:
+    def __init__(self, connection: Connection, options: dict[str, Any]) -> None:
         self.repeatable = False
         self._lent = connection
-        self._transaction = cast(Transaction, connection.transaction(**options))
-        self._session = self._transaction.connection
+        self._options = options
 
     async def through(self, work: Work[_T]) -> _T:
+        """Begin, run the work, and commit or roll back."""
         await self._begin()
         try:
             result = await work(self._lent)
             self._require_open()
         except BaseException as error:
-            # Judged before ROLLBACK, which may end the connection itself.
+            # Decided before ROLLBACK, which may end the connection itself.
             self.repeatable = self._was_lost(error) or (_is_conflict(error) and self._is_open())
             await self._roll_back(error)
             raise
@@ -180,13 +209,19 @@ class _Run:
 
     async def _begin(self) -> None:
         try:
+            self._transaction = _require_ours(self._lent.transaction(**self._options))
+        except asyncpg.InterfaceError as error:
+            self.repeatable = type(error) is asyncpg.InterfaceError  # the connection has ended since it was acquired
+            raise
+        self._session = self._transaction.connection
+        try:
             await self._transaction.__aenter__()
         except Exception as error:
             self.repeatable = self._was_lost(error)
             raise
 
     async def _roll_back(self, error: BaseException) -> None:
-        if isinstance(error, GeneratorExit):  # a coroutine that is being closed must not await any more
+        if isinstance(error, GeneratorExit):  # a coroutine that is being closed must not await anything
             self._transaction.end_connection()
         else:
             await self._transaction.__aexit__(type(error), error, error.__traceback__)
@@ -204,53 +239,67 @@ class _Run:
             raise
         if self._transaction.status != "COMMIT":
             raise TransactionAbortedError(
-                "A statement had failed and the work went on, so that COMMIT rolled everything back. Let the error "
-                "leave the work, or put the statement into `async with connection.transaction()`."
+                "A statement failed and the work went on, so COMMIT rolled everything back. Let the error leave the "
+                "work, or put the statement into `async with connection.transaction()`."
             )
 
     def _require_open(self) -> None:
         if not self._session.is_closed() and not self._is_open():
             raise TransactionAbortedError(
-                "The work ended the transaction itself: what it committed is kept, and what followed ran in none. "
-                "Leave COMMIT and ROLLBACK to run_transaction(); to roll back, raise an exception."
+                "The work ended the transaction itself: what it committed is kept, and what followed ran outside a "
+                "transaction. Leave COMMIT and ROLLBACK to run_transaction(); to roll back, raise an exception."
             )
 
     def _is_open(self) -> bool:
-        """Whether the transaction goes on. Where the work has ended it, something may be kept."""
+        """Return whether the transaction goes on. If the work has ended it, something may be kept."""
         return not self._session.is_closed() and bool(self._session.is_in_transaction())
 
     def _was_lost(self, error: BaseException) -> bool:
-        """Whether the connection is gone and `error` says just that: another error of the work's is the work's."""
+        """Return whether the connection has ended and `error` says only that."""
         if isinstance(error, NeonAsyncError):
             return False
         if isinstance(error, asyncpg.InternalClientError):
-            # The server's last words came between two statements, which asyncpg does not foresee: it refuses the next
-            # one, unsent, until the end of the stream comes, too. Nothing can be done with the connection but end it.
+            # The server's last words came between two statements, which asyncpg does not expect: it refuses the next
+            # statement, unsent, until the end of the stream arrives. The connection can only be ended.
             self._transaction.end_connection()
             return True
-        # What asyncpg raises for a connection that is closed, or was released because of it. Its subclasses are about
-        # arguments, and not this.
+        # asyncpg raises exactly this class for a connection that is closed, or was released because of that. Its
+        # subclasses are about arguments.
         refused = type(error) is asyncpg.InterfaceError
         return bool(self._session.is_closed()) and (refused or isinstance(error, _LOSSES))
 
 
-# A session that is ended in the middle of a statement, as asyncpg reports it (08003) or in the server's words.
+# A session that ended in the middle of a statement, as asyncpg reports it (08003) or in the server's words.
 _LOSSES = (asyncpg.PostgresConnectionError, asyncpg.AdminShutdownError, asyncpg.CrashShutdownError)
 
 
+def _require_ours(transaction: object) -> Transaction:
+    """Return `transaction`, the result of `transaction()` of a connection.
+
+    Raises:
+        ConfigurationError: The caller's class returned something else, whose COMMIT cannot be followed.
+    """
+    if not isinstance(transaction, Transaction):
+        raise ConfigurationError(
+            f"connection_class has a transaction() that returns {type(transaction).__name__}, and run_transaction() "
+            "needs what super().transaction() returns. Return that."
+        )
+    return transaction
+
+
 def _is_conflict(error: BaseException) -> bool:
-    """Whether the server says that the same transaction can succeed if it runs again (PostgreSQL, section 13.5)."""
+    """Return whether the server says that the transaction can succeed if it runs again (PostgreSQL, section 13.5)."""
     return isinstance(error, (asyncpg.SerializationError, asyncpg.DeadlockDetectedError))
 
 
 def _leaves_commit_open(error: Exception) -> bool:
-    """Whether `error`, raised by COMMIT, does not tell what became of the transaction."""
+    """Return whether `error`, raised by COMMIT, leaves it open whether the transaction was committed."""
     if type(error) is asyncpg.InterfaceError:  # asyncpg refused to send it: the connection is closed, or in use
         return False
-    if not isinstance(error, asyncpg.PostgresError):  # command_timeout, for one
+    if not isinstance(error, asyncpg.PostgresError):  # command_timeout, for example
         return True
     # Only a plain ERROR is an answer to COMMIT: everything is rolled back. A FATAL may come after the commit, from a
-    # wait for a standby (PostgreSQL, SyncRepWaitForLSN), and 08 and 40003 say themselves that nobody knows.
+    # wait for a standby (PostgreSQL, SyncRepWaitForLSN), and 08 and 40003 say themselves that the outcome is unknown.
     return error.severity_en != "ERROR" or error.sqlstate[:2] == "08" or error.sqlstate == "40003"
 
 
@@ -259,9 +308,7 @@ def _pause(number: int) -> float:
 
 
 def _check(work: object, attempts: object, isolation: object) -> None:
-    if not callable(work):
-        raise ConfigurationError("work must be an async function that takes a connection, not what it returns.")
-    if isinstance(attempts, bool) or not isinstance(attempts, int) or attempts < 1:
-        raise ConfigurationError("attempts must be a whole number of at least 1.")
-    if isolation is not None and isolation not in sorted(ISOLATION_LEVELS):
-        raise ConfigurationError(f"isolation must be one of {', '.join(sorted(ISOLATION_LEVELS))}.")
+    AsyncFunction().check("work", work)
+    Integer(1).check("attempts", attempts)
+    if isolation is not None:
+        Choice(*sorted(ISOLATION_LEVELS)).check("isolation", isolation)

@@ -246,10 +246,6 @@ class Pool(PoolBase):
             await self._run_setup(self._options.setup, loan, began + limit)
         return loan.proxy
 
-    async def _acquire(self, timeout: float | None) -> Proxy:
-        """Serve code that calls asyncpg's own method of this name."""
-        return await self._lend(timeout)
-
     async def _wait_for_slot(self, limit: float, began: float) -> Slot:
         """Return a slot that is connected and reserved for this caller."""
         supply = self._supply
@@ -304,7 +300,7 @@ class Pool(PoolBase):
         return PoolClosedError(f"The pool is {self._phase.value}: {self._supply.name}. Create a new pool.")
 
     def _require_own_loop(self) -> None:
-        if asyncio.get_running_loop() is not self._loop:
+        if asyncio.get_running_loop() is not self._own_loop:
             raise UnsupportedEventLoopError(
                 "This pool was opened in another event loop, and its connections belong to that loop. Open one pool in "
                 "each event loop, and release a connection in the loop that acquired it."
@@ -441,8 +437,8 @@ class Pool(PoolBase):
         if self._phase is _Phase.CLOSED:
             return
         self._require_opened()
-        if self._loop.is_running() and not _is_current(self._loop):
-            self._loop.call_soon_threadsafe(self._terminate)
+        if self._own_loop.is_running() and not _is_current(self._own_loop):
+            self._own_loop.call_soon_threadsafe(self._terminate)
         else:
             self._terminate()
 
@@ -466,8 +462,8 @@ class Pool(PoolBase):
         *,
         attempts: int = 3,
         isolation: str | None = None,
-        readonly: bool = False,
-        deferrable: bool = False,
+        readonly: bool | None = None,
+        deferrable: bool | None = None,
     ) -> _T:
         """Run `work(connection)` in a transaction, commit, and return what it returned.
 
@@ -481,9 +477,10 @@ class Pool(PoolBase):
             work: An async function that takes a connection.
             attempts: How often the work may run in all, at least 1. Default: 3. The pauses in between are random, up to
                 20 ms at first, doubling to at most 1 s, and hold no connection.
-            isolation: `read_uncommitted`, `read_committed`, `repeatable_read` or `serializable`. Default: the server's.
-            readonly: Whether the transaction is READ ONLY.
-            deferrable: Whether the transaction is DEFERRABLE.
+            isolation: `read_uncommitted`, `read_committed`, `repeatable_read` or `serializable`. Default: as for
+                `connection.transaction()`, which is the server's unless a `connection_class` overrides it.
+            readonly: Whether the transaction is READ ONLY. Default: as for `connection.transaction()`.
+            deferrable: Whether the transaction is DEFERRABLE. Default: as for `connection.transaction()`.
 
         Raises:
             CommitUnknownError: No answer to COMMIT came. The transaction may have been committed, or not; it is never

@@ -10,6 +10,7 @@ Knows no callers: not how long they wait, and not what they do with a connection
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import copy
 import functools
 import logging
@@ -74,6 +75,9 @@ class Supply:
         self._resumption = Timer(self.balance)
         self._cold_since: float | None = None  # since when there has been no connection and a dial has been under way
         self._clock_offset = time.time() - time.monotonic()
+        # Work in the background serves no single caller, so it does not run in the context of the caller that happened
+        # to start it: a tracer would take it for a part of that caller's request.
+        self._context = contextvars.copy_context()
 
     def __repr__(self) -> str:
         return f"<Supply {self.name}: {self.slots!r}, {len(self.waiters)} waiting>"
@@ -226,7 +230,7 @@ class Supply:
         slot.work_until = time.monotonic() + limit
         self._late_work.set(slot.work_until)
         # Not by create_task(): an eager task (Python 3.12) would run before it is known here.
-        slot.task = task = asyncio.Task(work, loop=asyncio.get_running_loop())
+        slot.task = task = asyncio.Task(work, loop=asyncio.get_running_loop(), context=self._context.copy())
         self._tasks.add(task)  # the event loop itself keeps weak references only
         task.add_done_callback(functools.partial(self._finished, slot))
         return task

@@ -21,7 +21,7 @@ from neon_async._timing import Timer
 NEVER = 1e9  # as a time of the event loop: not within this test
 
 
-class Counter:
+class Owner:
     """The owner of a queue: what is given back goes to the next waiter, or to the shelf if no waiter is left."""
 
     def __init__(self) -> None:
@@ -99,28 +99,28 @@ async def nothing_is_reported() -> Any:
 @pytest.mark.usefixtures("nothing_is_reported")
 class TestFairness:
     async def test_waiters_are_served_first_come_first_served(self) -> None:
-        counter = Counter()
-        tasks = await started(*(counter.wait() for _ in range(5)))
-        assert all(counter.queue.hand_over(thing) for thing in "abcde")
+        owner = Owner()
+        tasks = await started(*(owner.wait() for _ in range(5)))
+        assert all(owner.queue.hand_over(thing) for thing in "abcde")
         assert await outcomes(tasks) == list("abcde")
 
     async def test_a_waiter_that_joins_at_the_front_is_served_first(self) -> None:
-        counter = Counter()
-        tasks = await started(counter.wait(), counter.wait(), counter.wait(front=True), counter.wait())
-        assert all(counter.queue.hand_over(thing) for thing in "abcd")
+        owner = Owner()
+        tasks = await started(owner.wait(), owner.wait(), owner.wait(front=True), owner.wait())
+        assert all(owner.queue.hand_over(thing) for thing in "abcd")
         assert await outcomes(tasks) == ["b", "c", "a", "d"]
 
     async def test_without_a_waiter_nothing_is_handed_over(self) -> None:
-        counter = Counter()
-        assert not counter.queue.hand_over("a")
-        [task] = await started(counter.wait())
+        owner = Owner()
+        assert not owner.queue.hand_over("a")
+        [task] = await started(owner.wait())
         assert not task.done()
-        assert counter.queue.hand_over("b")
-        assert not counter.queue.hand_over("c")
+        assert owner.queue.hand_over("b")
+        assert not owner.queue.hand_over("c")
         assert await outcomes([task]) == ["b"]
 
     async def test_what_is_handed_over_before_the_waiter_waits_is_returned_at_once(self) -> None:
-        queue = Counter().queue
+        queue = Owner().queue
         waiter = queue.join(NEVER)
         assert queue.hand_over("a")
         with pytest.raises(StopIteration) as stopped:
@@ -128,12 +128,12 @@ class TestFairness:
         assert stopped.value.value == "a"
 
     async def test_its_length_and_repr_count_the_waiters(self) -> None:
-        counter = Counter()
-        tasks = await started(counter.wait(), counter.wait())
-        assert (len(counter.queue), bool(counter.queue), repr(counter.queue)) == (2, True, "<WaitQueue: 2 waiting>")
-        counter.queue.hand_over("a")
-        counter.queue.hand_over("b")
-        assert (len(counter.queue), bool(counter.queue), repr(counter.queue)) == (0, False, "<WaitQueue: 0 waiting>")
+        owner = Owner()
+        tasks = await started(owner.wait(), owner.wait())
+        assert (len(owner.queue), bool(owner.queue), repr(owner.queue)) == (2, True, "<WaitQueue: 2 waiting>")
+        owner.queue.hand_over("a")
+        owner.queue.hand_over("b")
+        assert (len(owner.queue), bool(owner.queue), repr(owner.queue)) == (0, False, "<WaitQueue: 0 waiting>")
         await outcomes(tasks)
 
 
@@ -141,106 +141,106 @@ class TestFairness:
 @pytest.mark.usefixtures("nothing_is_reported")
 class TestWaitersThatLeave:
     async def test_a_waiter_that_left_before_the_hand_over_is_passed_over(self) -> None:
-        counter = Counter()
-        tasks = await started(counter.wait(), counter.wait())
+        owner = Owner()
+        tasks = await started(owner.wait(), owner.wait())
         tasks[0].cancel()
         await asyncio.sleep(0)
-        assert len(counter.queue) == 1
-        assert counter.queue.hand_over("a")
+        assert len(owner.queue) == 1
+        assert owner.queue.hand_over("a")
         assert await outcomes(tasks) == ["CancelledError", "a"]
-        assert counter.given_back == []
+        assert owner.given_back == []
 
     async def test_a_waiter_that_is_cancelled_just_before_the_hand_over_is_passed_over(self) -> None:
-        counter = Counter()
-        tasks = await started(counter.wait(), counter.wait())
+        owner = Owner()
+        tasks = await started(owner.wait(), owner.wait())
         tasks[0].cancel()
-        assert counter.queue.hand_over("a")
+        assert owner.queue.hand_over("a")
         assert await outcomes(tasks) == ["CancelledError", "a"]
-        assert counter.given_back == []
+        assert owner.given_back == []
 
     async def test_waiters_that_are_all_cancelled_count_as_none(self) -> None:
-        counter = Counter()
-        tasks = await started(counter.wait(), counter.wait())
+        owner = Owner()
+        tasks = await started(owner.wait(), owner.wait())
         for task in tasks:
             task.cancel()
-        assert not counter.queue.hand_over("a")
+        assert not owner.queue.hand_over("a")
         assert await outcomes(tasks) == ["CancelledError"] * 2
 
     async def test_a_waiter_that_is_cancelled_just_after_the_hand_over_gives_it_back_once(self) -> None:
-        counter = Counter()
-        tasks = await started(counter.wait(), counter.wait())
-        assert counter.queue.hand_over("a")
+        owner = Owner()
+        tasks = await started(owner.wait(), owner.wait())
+        assert owner.queue.hand_over("a")
         tasks[0].cancel()
         assert await outcomes(tasks) == ["CancelledError", "a"]
-        assert counter.given_back == ["a"]
+        assert owner.given_back == ["a"]
 
     async def test_a_waiter_that_has_returned_keeps_what_was_handed_over(self) -> None:
-        counter = Counter()
+        owner = Owner()
         taken = asyncio.Event()
 
         async def caller() -> str:
-            thing = await counter.wait()
+            thing = await owner.wait()
             taken.set()
             await asyncio.sleep(HANG)
             return thing
 
-        tasks = await started(caller(), counter.wait())
-        assert counter.queue.hand_over("a")
+        tasks = await started(caller(), owner.wait())
+        assert owner.queue.hand_over("a")
         async with asyncio.timeout(HANG):
             await taken.wait()
         tasks[0].cancel()
-        assert counter.queue.hand_over("b")
+        assert owner.queue.hand_over("b")
         assert await outcomes(tasks) == ["CancelledError", "b"]
-        assert counter.given_back == []
+        assert owner.given_back == []
 
     async def test_what_is_handed_over_passes_all_waiters_that_are_cancelled(self) -> None:
-        counter = Counter()
-        tasks = await started(*(counter.wait() for _ in range(100)))
+        owner = Owner()
+        tasks = await started(*(owner.wait() for _ in range(100)))
 
         def cancel_next(number: int) -> None:
             tasks[number].cancel()  # it was handed over to this one in the previous iteration
             if number < 98:
                 asyncio.get_running_loop().call_soon(cancel_next, number + 1)
 
-        assert counter.queue.hand_over("a")
+        assert owner.queue.hand_over("a")
         cancel_next(0)
         assert await outcomes(tasks) == ["CancelledError"] * 99 + ["a"]
-        assert counter.shelf == []
-        assert set(counter.given_back) == {"a"}
+        assert owner.shelf == []
+        assert set(owner.given_back) == {"a"}
 
     async def test_a_waiter_leaves_at_its_deadline(self) -> None:
-        counter, now = Counter(), asyncio.get_running_loop().time()
-        tasks = await started(counter.wait(until=now), counter.wait(), counter.wait(until=now - 5))
+        owner, now = Owner(), asyncio.get_running_loop().time()
+        tasks = await started(owner.wait(until=now), owner.wait(), owner.wait(until=now - 5))
         assert await outcomes([tasks[0], tasks[2]]) == ["WaitExpired"] * 2
-        assert len(counter.queue) == 1
-        assert counter.queue.hand_over("a")
+        assert len(owner.queue) == 1
+        assert owner.queue.hand_over("a")
         assert await outcomes(tasks) == ["WaitExpired", "a", "WaitExpired"]
 
     @pytest.mark.parametrize("first", ["hand-over", "deadline"])
     async def test_a_hand_over_at_the_moment_of_the_deadline_is_not_lost(self, first: str) -> None:
-        counter, loop = Counter(), asyncio.get_running_loop()
+        owner, loop = Owner(), asyncio.get_running_loop()
         moment = loop.time() + 0.01
         if first == "hand-over":
-            loop.call_at(moment, counter.queue.hand_over, "a")
-        tasks = await started(counter.wait(until=moment), counter.wait())
+            loop.call_at(moment, owner.queue.hand_over, "a")
+        tasks = await started(owner.wait(until=moment), owner.wait())
         if first == "deadline":
-            loop.call_at(moment, counter.queue.hand_over, "a")
+            loop.call_at(moment, owner.queue.hand_over, "a")
         await outcomes(tasks[:1])
-        left = counter.queue.hand_over("b")
+        left = owner.queue.hand_over("b")
         # The timers of an event loop are not exact: either may have come first.
         assert (await outcomes(tasks), left) in ((["a", "b"], True), (["WaitExpired", "a"], False))
-        assert counter.given_back == []
+        assert owner.given_back == []
 
     async def test_all_deadlines_share_one_timer(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        counter, timers = Counter(), Timers(asyncio.get_running_loop(), monkeypatch)
+        owner, timers = Owner(), Timers(asyncio.get_running_loop(), monkeypatch)
         now = timers.loop.time()
-        tasks = await started(*(counter.wait(until=now + HANG + number) for number in range(1000)))
+        tasks = await started(*(owner.wait(until=now + HANG + number) for number in range(1000)))
         assert len(timers.made) == 1
-        tasks += await started(counter.wait(until=now))  # the first to leave is not the last to come
+        tasks += await started(owner.wait(until=now))  # the first to leave is not the last to come
         assert len(timers.standing()) == 1
         assert await outcomes(tasks[-1:]) == ["WaitExpired"]
         assert timers.standing() == [now + HANG]
-        counter.queue.close(LookupError)
+        owner.queue.close(LookupError)
         assert timers.standing() == []
         await outcomes(tasks)
 
@@ -261,14 +261,14 @@ class TestWaitersThatLeave:
 
         loop = asyncio.get_running_loop()
         monkeypatch.setattr(loop, "create_future", lambda: Watched(loop=loop))
-        counter = Counter()
-        tasks = await started(*(counter.wait() for _ in range(10_000)))
-        assert len(counter.queue) == 10_000
+        owner = Owner()
+        tasks = await started(*(owner.wait() for _ in range(10_000)))
+        assert len(owner.queue) == 10_000
         monkeypatch.undo()
         for task in reversed(tasks):
             task.cancel()
         assert set(await outcomes(tasks)) == {"CancelledError"}
-        assert len(counter.queue) == 0
+        assert len(owner.queue) == 0
         assert comparisons < 10_000
 
 
@@ -287,45 +287,45 @@ class TestFailures:
         ],
     )
     async def test_the_last_waiters_fail_and_the_first_keep_their_place(self, count: int, failing: int) -> None:
-        counter = Counter()
-        tasks = await started(*(counter.wait() for _ in range(4)))
-        counter.queue.fail(count, lambda: LookupError("none left"))
+        owner = Owner()
+        tasks = await started(*(owner.wait() for _ in range(4)))
+        owner.queue.fail(count, lambda: LookupError("none left"))
         served = 4 - failing
-        assert len(counter.queue) == served
+        assert len(owner.queue) == served
         for thing in "abcd"[:served]:
-            assert counter.queue.hand_over(thing)
-        assert not counter.queue.hand_over("e")
+            assert owner.queue.hand_over(thing)
+        assert not owner.queue.hand_over("e")
         assert await outcomes(tasks) == list("abcd"[:served]) + ["LookupError"] * failing
 
     async def test_closing_the_queue_fails_all_waiters_and_stops_the_timer(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        counter, timers = Counter(), Timers(asyncio.get_running_loop(), monkeypatch)
-        counter.queue.close(LookupError)  # without a waiter
-        tasks = await started(counter.wait(), counter.wait())
-        counter.queue.close(LookupError)
-        assert (len(counter.queue), timers.standing()) == (0, [])
+        owner, timers = Owner(), Timers(asyncio.get_running_loop(), monkeypatch)
+        owner.queue.close(LookupError)  # without a waiter
+        tasks = await started(owner.wait(), owner.wait())
+        owner.queue.close(LookupError)
+        assert (len(owner.queue), timers.standing()) == (0, [])
         assert await outcomes(tasks) == ["LookupError"] * 2
-        counter.queue.close(LookupError)
+        owner.queue.close(LookupError)
 
     async def test_each_waiter_raises_an_exception_of_its_own(self) -> None:
-        counter = Counter()
-        tasks = await started(counter.wait(), counter.wait())
-        counter.queue.fail(2, lambda: LookupError("none left"))
+        owner = Owner()
+        tasks = await started(owner.wait(), owner.wait())
+        owner.queue.fail(2, lambda: LookupError("none left"))
         await outcomes(tasks)
         assert tasks[0].exception() is not tasks[1].exception()
 
     @pytest.mark.parametrize("first", ["failure", "cancellation"])
     async def test_a_waiter_that_fails_and_is_cancelled_at_once_is_cancelled(self, first: str) -> None:
-        counter = Counter()
-        [task] = await started(counter.wait())
+        owner = Owner()
+        [task] = await started(owner.wait())
         if first == "cancellation":
             task.cancel()
-        counter.queue.fail(1, lambda: LookupError("none left"))
+        owner.queue.fail(1, lambda: LookupError("none left"))
         if first == "failure":
             task.cancel()
         assert await outcomes([task]) == ["CancelledError"]
-        assert (counter.given_back, len(counter.queue)) == ([], 0)
+        assert (owner.given_back, len(owner.queue)) == ([], 0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -373,7 +373,7 @@ class AnySequence(RuleBasedStateMachine):
         self.reported: list[dict[str, Any]] = []
         self.loop.set_exception_handler(lambda _, context: self.reported.append(context))
         self.clock = Clock()
-        self.counter = Counter()
+        self.owner = Owner()
         self.tasks: dict[int, asyncio.Task[str]] = {}
         self.things: Iterator[str] = (f"thing {number}" for number in range(1_000_000))
         # The model: the waiters in order, leaving or not; the hand-overs since the tasks ran; and all outcomes.
@@ -406,17 +406,17 @@ class AnySequence(RuleBasedStateMachine):
             self.tasks_run()
             number = len(self.tasks)
             self.deadlines[number] = until = self.clock.now + seconds
-            self.tasks[number] = self.loop.create_task(self.counter.wait(front=front, until=until))
+            self.tasks[number] = self.loop.create_task(self.owner.wait(front=front, until=until))
             self.waiting.insert(0 if front else len(self.waiting), number)
             self.tasks_run()
 
     @rule()
     def a_thing_is_handed_over(self) -> None:
         thing = next(self.things)
-        done = self.counter.queue.hand_over(thing)
+        done = self.owner.queue.hand_over(thing)
         assert done == self.model_hands_over(thing)
         if not done:
-            self.counter.shelf.append(thing)
+            self.owner.shelf.append(thing)
 
     def model_hands_over(self, thing: str) -> bool:
         while self.waiting:
@@ -446,7 +446,7 @@ class AnySequence(RuleBasedStateMachine):
 
     @rule(count=st.integers(0, 3))
     def the_last_waiters_fail(self, count: int) -> None:
-        self.counter.queue.fail(count, lambda: LookupError("none left"))
+        self.owner.queue.fail(count, lambda: LookupError("none left"))
         for _ in range(min(count, len(self.waiting))):
             self.expected[self.waiting.pop()] = "LookupError"
 
@@ -474,11 +474,11 @@ class AnySequence(RuleBasedStateMachine):
 
     @invariant()
     def the_queue_is_as_long_as_the_list(self) -> None:
-        assert len(self.counter.queue) == len(self.waiting)
+        assert len(self.owner.queue) == len(self.waiting)
 
     @invariant()
     def nothing_is_lost_and_nothing_is_handed_over_twice(self) -> None:
-        assert self.counter.shelf == self.shelf
+        assert self.owner.shelf == self.shelf
 
 
 class AnySequenceOnAsyncio(AnySequence):

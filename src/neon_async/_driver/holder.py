@@ -10,8 +10,10 @@ Knows no slots, no waiters and no deadlines, and decides nothing.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import logging
+import socket
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
@@ -357,6 +359,20 @@ class Holder(PoolConnectionHolder):
         """End the connection at once, if there is one."""
         if self._con is not None:
             self._con.terminate()
+
+    def abandon(self) -> None:
+        """End the connection, if there is one, where its event loop is closed: there `terminate()` raises."""
+        connection = self._con
+        if connection is None:
+            return
+        connection._aborted = True  # so that `is_closed()` is true
+        open_socket = connection._transport.get_extra_info("socket")
+        if open_socket is not None:
+            with contextlib.suppress(OSError, TypeError):  # uvloop closed its sockets together with the event loop
+                open_socket.shutdown(socket.SHUT_RDWR)
+        session = session_of(connection)
+        assert session is not None
+        session.notify_closed()
 
     def is_idle(self) -> bool:
         """Return whether no caller has the connection; asyncpg asks."""

@@ -458,7 +458,7 @@ class Supply:
             self.emptied.set()
 
     def terminate(self, make_error: Callable[[], Exception]) -> None:
-        """End every connection at once, also those in use. Works where no event loop runs."""
+        """End every connection at once, also those in use. The event loop may have stopped, but not be closed."""
         self.closing = True
         self.waiters.close(make_error)
         self._reaper.cancel()
@@ -468,6 +468,18 @@ class Supply:
         self._late_work.cancel()
         for slot in self.slots:
             slot.holder.terminate()  # which ends its loan, or vacates an idle slot
+
+    def abandon(self) -> None:
+        """End every connection where the event loop is closed: none of its tasks, waiters and timers runs again."""
+        self.closing = True
+        # What belonged to that loop would schedule callbacks in it, which raises.
+        self.waiters = WaitQueue(give_back=self._offer)
+        self.emptied = asyncio.Event()
+        self._tasks.clear()
+        for slot in self.slots:
+            slot.holder.abandon()  # which ends its loan, or vacates an idle slot
+            if slot.state is not State.VACANT:
+                self._vacate(slot)
 
     async def wait_for_tasks(self) -> None:
         """Wait until the tasks that were cancelled have ended, for a moment at most."""

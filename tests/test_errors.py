@@ -1,4 +1,4 @@
-"""The tree of errors: what each is besides itself, that it survives pickling, and that it reads as its plain text."""
+"""The error tree: the parents of each class, its text, pickling, and errors from a real server."""
 
 from __future__ import annotations
 
@@ -58,17 +58,18 @@ def error_response(**fields: str) -> bytes:
     return b"".join(f"{key}{value}\0".encode() for key, value in fields.items()) + b"\0"
 
 
-def test_the_table_below_is_the_whole_tree() -> None:
+def test_the_table_of_this_module_is_the_whole_tree() -> None:
     listed = {case.values[0] for case in TREE}
     exported = {getattr(neon_async, name) for name in neon_async.__all__}
-    defined = {one for one in vars(_errors).values() if isinstance(one, type) and one.__module__ == _errors.__name__}
+    classes = [one for one in vars(_errors).values() if isinstance(one, type)]
+    defined = {one for one in classes if issubclass(one, _errors.NeonAsyncError)}
     assert listed == defined
     assert listed == {value for value in exported if isinstance(value, type) and issubclass(value, Exception)}
 
 
 @pytest.mark.parametrize(("cls", "parents", "retryable"), TREE)
 class TestEveryError:
-    def test_it_is_caught_as_what_it_was_before(
+    def test_it_is_caught_as_each_of_its_parents(
         self, cls: type[neon_async.NeonAsyncError], parents: tuple[type[Exception], ...], retryable: bool
     ) -> None:
         every: list[type[Exception]] = [neon_async.NeonAsyncError, *parents]
@@ -78,15 +79,15 @@ class TestEveryError:
             assert type(caught.value) is cls
         assert cls.retryable is retryable
 
-    def test_it_is_nothing_else_that_callers_catch(
+    def test_it_is_caught_as_no_other_builtin(
         self, cls: type[neon_async.NeonAsyncError], parents: tuple[type[Exception], ...], retryable: bool
     ) -> None:
-        # A retry loop around OSError or TimeoutError must not swallow a wrong password, nor the other way round.
+        # A retry loop around OSError or TimeoutError must not catch a wrong password, nor the other way round.
         allowed = {*Exception.__mro__, *(base for parent in parents for base in parent.__mro__)}
         builtin = {base for base in cls.__mro__ if getattr(builtins, base.__name__, None) is base}
         assert builtin <= allowed
 
-    def test_it_reads_as_its_text_alone(
+    def test_its_text_is_the_message_alone(
         self, cls: type[neon_async.NeonAsyncError], parents: tuple[type[Exception], ...], retryable: bool
     ) -> None:
         assert str(cls(TEXT)) == TEXT
@@ -94,7 +95,7 @@ class TestEveryError:
         assert cls.__doc__
 
     @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
-    def test_it_survives_pickling_with_its_text_and_attributes(
+    def test_a_pickled_error_keeps_its_text_and_attributes(
         self, cls: type[neon_async.NeonAsyncError], parents: tuple[type[Exception], ...], retryable: bool, protocol: int
     ) -> None:
         error = cls(TEXT)
@@ -116,7 +117,7 @@ class TestEveryError:
         pytest.param("ZZ999", asyncpg.PostgresError, id="unknown"),
     ],
 )
-def test_an_error_response_becomes_asyncpgs_own_exception(sqlstate: str, cls: type[asyncpg.PostgresError]) -> None:
+def test_an_error_response_becomes_an_exception_of_asyncpg(sqlstate: str, cls: type[asyncpg.PostgresError]) -> None:
     error = _errors.server_error(error_response(S="FATAL", V="FATAL", C=sqlstate, M="nö", D="why", H="do this"))
     assert isinstance(error, cls)
     assert error.sqlstate == sqlstate
@@ -124,14 +125,14 @@ def test_an_error_response_becomes_asyncpgs_own_exception(sqlstate: str, cls: ty
 
 
 @given(st.binary(max_size=200) | st.lists(st.binary(max_size=20), max_size=12).map(b"\0".join))
-def test_no_error_response_is_too_broken_to_become_an_exception(body: bytes) -> None:
+def test_any_bytes_of_an_error_response_become_an_exception(body: bytes) -> None:
     error = _errors.server_error(body)
     assert isinstance(error, asyncpg.PostgresError)
     assert isinstance(str(error), str)
     assert len(error.args) == 1
 
 
-def test_a_guarded_function_forgets_its_arguments_when_it_refuses() -> None:
+def test_an_error_of_a_wrapped_function_carries_no_arguments() -> None:
     @_errors.forget_arguments
     def refuse(dsn: str) -> str:
         try:
@@ -144,13 +145,13 @@ def test_a_guarded_function_forgets_its_arguments_when_it_refuses() -> None:
     with pytest.raises(neon_async.ConfigurationError) as caught:
         refuse("s3cret")
     frames = [entry.name for entry in caught.traceback]
-    assert frames == ["test_a_guarded_function_forgets_its_arguments_when_it_refuses", "wrapper"]
+    assert frames == ["test_an_error_of_a_wrapped_function_carries_no_arguments", "wrapper"]
     assert "s3cret" not in repr([entry.frame.f_locals for entry in list(caught.traceback)[1:]])
     assert caught.value.__context__ is None
     assert caught.value.__cause__ is None
 
 
-def test_a_guarded_function_keeps_its_name_and_the_errors_that_are_not_ours() -> None:
+def test_a_wrapped_function_keeps_its_name_and_its_exceptions() -> None:
     @_errors.forget_arguments
     def fail(value: str) -> str:
         """Fail."""
@@ -161,6 +162,7 @@ def test_a_guarded_function_keeps_its_name_and_the_errors_that_are_not_ours() ->
         fail("here")
 
 
+# ---------------------------------------------------------------------------------------------------------------------
 # From a real server
 
 
@@ -183,7 +185,7 @@ async def a_role(admin: Any, name: str, options: str) -> AsyncIterator[None]:
 
 
 @pytest.mark.anyio
-async def test_a_real_wrong_password_is_both_ours_and_asyncpgs(postgres: LocalPostgres) -> None:
+async def test_a_wrong_password_is_caught_as_our_error_and_as_asyncpgs(postgres: LocalPostgres) -> None:
     with pytest.raises(neon_async.InvalidPasswordError, match="password authentication failed") as caught:
         await neon_async.connect(postgres.dsn, trust_anchor=postgres.trust_anchor, password="not this one")
     assert isinstance(caught.value, asyncpg.InvalidPasswordError)
@@ -192,14 +194,14 @@ async def test_a_real_wrong_password_is_both_ours_and_asyncpgs(postgres: LocalPo
 
 
 @pytest.mark.anyio
-async def test_an_unknown_role_looks_like_a_wrong_password(postgres: LocalPostgres) -> None:
+async def test_an_unknown_role_is_reported_as_a_wrong_password(postgres: LocalPostgres) -> None:
     with pytest.raises(asyncpg.InvalidPasswordError) as caught:
-        await neon_async.connect(postgres.dsn, trust_anchor=postgres.trust_anchor, user="nobody here")
+        await neon_async.connect(postgres.dsn, trust_anchor=postgres.trust_anchor, user="no such role")
     assert type(caught.value) is neon_async.InvalidPasswordError
 
 
 @pytest.mark.anyio
-async def test_a_real_missing_database_is_both_ours_and_asyncpgs(postgres: LocalPostgres) -> None:
+async def test_a_missing_database_is_caught_as_our_error_and_as_asyncpgs(postgres: LocalPostgres) -> None:
     with pytest.raises(asyncpg.InvalidCatalogNameError, match='"no such database" does not exist') as caught:
         await neon_async.connect(postgres.dsn, trust_anchor=postgres.trust_anchor, database="no such database")
     assert type(caught.value) is neon_async.DatabaseNotFoundError
@@ -207,7 +209,7 @@ async def test_a_real_missing_database_is_both_ours_and_asyncpgs(postgres: Local
 
 
 @pytest.mark.anyio
-async def test_a_real_connection_limit_is_both_ours_and_asyncpgs(postgres: LocalPostgres, admin: Any) -> None:
+async def test_a_connection_limit_is_caught_as_our_error_and_as_asyncpgs(postgres: LocalPostgres, admin: Any) -> None:
     async with a_role(admin, "limited", "LOGIN CONNECTION LIMIT 0"):
         with pytest.raises(asyncpg.TooManyConnectionsError, match="too many connections for role") as caught:
             await neon_async.connect(
@@ -228,7 +230,7 @@ async def test_a_role_without_login_is_an_authentication_error(postgres: LocalPo
 
 
 @pytest.mark.anyio
-async def test_what_is_not_about_connecting_stays_asyncpgs(postgres: LocalPostgres) -> None:
+async def test_an_error_that_is_not_about_connecting_stays_asyncpgs(postgres: LocalPostgres) -> None:
     with pytest.raises(asyncpg.PostgresError, match="unrecognized configuration parameter") as caught:
         await neon_async.connect(
             postgres.dsn, trust_anchor=postgres.trust_anchor, server_settings={"no_such_setting": "1"}

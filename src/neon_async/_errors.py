@@ -1,7 +1,7 @@
-"""The tree of errors: what happened, whether a retry can help, and the next step.
+"""The error tree of neon-async.
 
-Everything neon-async raises derives from `NeonAsyncError`. The second parent of each class is the one a caller would
-already catch: a builtin, or asyncpg's own class. This module knows nothing of what raises these.
+Everything that neon-async raises derives from `NeonAsyncError`. The second parent of each class is the one that callers
+catch already: a builtin, or asyncpg's own class. This module does not know what raises these errors.
 """
 
 from __future__ import annotations
@@ -18,33 +18,35 @@ _T = TypeVar("_T")
 
 
 class NeonAsyncError(Exception):
-    """The root of every error of neon-async.
+    """The base class of every error of neon-async.
 
-    The message tells the state and the next step. `retryable` tells whether the same call can succeed later without
-    anybody changing anything; it is a property of the class.
+    The message says what happened and what to do next.
+
+    Attributes:
+        retryable: Whether the same call can succeed later without any change. A property of the class.
     """
 
     retryable: ClassVar[bool] = False
 
     def __str__(self) -> str:
-        # Spelled out because ssl.SSLError and asyncpg.PostgresError, which stand behind us in some MROs, decorate it.
+        # Explicit, because ssl.SSLError and asyncpg.PostgresError, which follow in some MROs, add to the text.
         return str(self.args[0]) if self.args else ""
 
 
 class ConfigurationError(NeonAsyncError, ValueError):
-    """A parameter that is unknown, contradictory, out of range or not supported. Raised before any socket exists."""
+    """A parameter is unknown, contradictory, out of range or not supported. Raised before a socket is opened."""
 
 
 class InsecureConfigurationError(ConfigurationError):
-    """A parameter that asks for less than TLS 1.3, full verification and SCRAM. Raised before any socket exists."""
+    """A parameter asks for less than TLS 1.3, full verification and SCRAM. Raised before a socket is opened."""
 
 
 class UnsupportedEventLoopError(NeonAsyncError, RuntimeError):
-    """The call runs under something other than an asyncio event loop, trio for one."""
+    """The call runs under something other than an asyncio event loop, such as trio."""
 
 
 class ConnectError(NeonAsyncError, ConnectionError):
-    """The server could not be reached, or the connection broke while it was being made."""
+    """The server could not be reached, or the connection broke while it was being established."""
 
     retryable = True
 
@@ -62,34 +64,34 @@ class ConnectTimeoutError(NeonAsyncError, TimeoutError):
 
 
 class TLSError(NeonAsyncError, ssl.SSLError):
-    """The server refused TLS, or offered less than TLS 1.3 with what PostgreSQL requires of it."""
+    """The server refused TLS, or offered less than TLS 1.3 as PostgreSQL requires it."""
 
 
 class CertificateError(TLSError, ssl.SSLCertVerificationError):
-    """The server's certificate did not pass verification. Final: no other mode, address or retry is tried."""
+    """The server's certificate failed verification. Final: no other mode, address or attempt follows."""
 
 
 class AuthenticationError(NeonAsyncError, asyncpg.InvalidAuthorizationSpecificationError):
-    """The server asked for something other than SCRAM-SHA-256, failed to prove itself, or rejected the user."""
+    """The server requested something other than SCRAM-SHA-256, did not prove its identity, or rejected the user."""
 
 
 class InvalidPasswordError(AuthenticationError, asyncpg.InvalidPasswordError):
-    """The role or its password is wrong. Neon answers the same for an unknown role."""
+    """The role or its password is wrong. Neon gives the same answer for an unknown role."""
 
 
 class ChannelBindingError(AuthenticationError):
-    """The login cannot be bound to the TLS channel, so somebody in between could not be told from the server."""
+    """The login cannot be bound to the TLS channel, so an attacker in between would go unnoticed."""
 
 
 class EndpointError(NeonAsyncError, asyncpg.InternalServerError):
-    """Neon refused the connection for a reason of the endpoint.
+    """Neon refused the connection for a reason that concerns the endpoint.
 
     Neon's proxy reports every failure before login as SQLSTATE XX000, which is `asyncpg.InternalServerError`.
     """
 
 
 class EndpointNotFoundError(EndpointError):
-    """The host name names no endpoint that this connection may see."""
+    """The host name belongs to no endpoint that this connection may use."""
 
 
 class EndpointDisabledError(EndpointError):
@@ -97,7 +99,7 @@ class EndpointDisabledError(EndpointError):
 
 
 class IPNotAllowedError(EndpointError):
-    """IP Allow or private networking keeps this client out."""
+    """IP Allow or private networking blocks this client."""
 
 
 class QuotaExceededError(EndpointError):
@@ -111,35 +113,35 @@ class ComputeUnavailableError(EndpointError, asyncpg.CannotConnectNowError):
 
 
 class TooManyConnectionsError(EndpointError, asyncpg.TooManyConnectionsError):
-    """A connection or rate limit is reached; a later attempt may succeed, after a long and jittered pause."""
+    """A connection limit or rate limit is reached; a later attempt may succeed, after a long, jittered pause."""
 
     retryable = True
 
 
 class DatabaseNotFoundError(EndpointError, asyncpg.InvalidCatalogNameError):
-    """The endpoint answers, and has no database of this name."""
+    """The endpoint has no database of this name."""
 
 
 class PooledHostError(NeonAsyncError, asyncpg.FeatureNotSupportedError):
-    """The statement needs a session of its own, and a `-pooler` host has none to give. Use the direct host."""
+    """The statement needs a session of its own, which a `-pooler` host does not provide. Use the direct host."""
 
 
 class PoolTimeoutError(NeonAsyncError, TimeoutError):
-    """The pool could not do it within the deadline. The cause, where there is one, is the latest failure to connect."""
+    """The pool did not finish within the deadline. The cause, if there is one, is the latest failure to connect."""
 
     retryable = True
 
 
 class PoolBusyError(NeonAsyncError, RuntimeError):
-    """As many callers wait for a connection as `max_waiting` allows."""
+    """`max_waiting` callers are waiting for a connection already."""
 
     retryable = True
 
 
 class PoolClosedError(NeonAsyncError, asyncpg.InterfaceError):
-    """The pool is closed, or closes while the call waits."""
+    """The pool is closed, or was closed while the call was waiting."""
 
-    def __init__(self, message: str = "") -> None:  # asyncpg's wants one
+    def __init__(self, message: str = "") -> None:  # asyncpg.InterfaceError requires a message
         super().__init__(message)
 
 
@@ -158,18 +160,18 @@ class ConnectionLostError(NeonAsyncError, asyncpg.ConnectionDoesNotExistError, C
 
 
 class CommitUnknownError(NeonAsyncError, asyncpg.TransactionResolutionUnknownError):
-    """The connection was lost while COMMIT was under way: the transaction may have been committed, or not."""
+    """The connection was lost during COMMIT: the transaction may have been committed, or not."""
 
 
 class TransactionAbortedError(NeonAsyncError, asyncpg.InFailedSQLTransactionError):
-    """The work of a transaction returned, and its COMMIT did not happen.
+    """The work of a transaction returned, but its COMMIT did not happen.
 
-    A statement had failed, and all of it is rolled back; or the work had ended the transaction itself, and what it
-    committed is kept.
+    Either a statement had failed, and everything is rolled back; or the work had ended the transaction itself, and what
+    it committed is kept.
     """
 
 
-ServerError = asyncpg.PostgresError  # what an ErrorResponse becomes
+ServerError = asyncpg.PostgresError  # the class of what `server_error()` returns
 
 
 def server_error(body: bytes) -> asyncpg.PostgresError:
@@ -180,10 +182,10 @@ def server_error(body: bytes) -> asyncpg.PostgresError:
 
 
 def forget_arguments(function: Callable[_P, _T]) -> Callable[_P, _T]:
-    """Let an exception leave `function` without the frames, and so the arguments, that lead to it.
+    """Wrap `function` so that its exceptions carry no frame below this wrapper, and so no argument.
 
-    A DSN holds a password, and error trackers record the locals of every frame of a traceback. The caller's own frames
-    are the caller's; below them only this wrapper stays, with nothing in it.
+    A DSN contains a password, and error trackers record the local variables of every frame of a traceback. The caller's
+    own frames stay; of the frames below, only this wrapper's is left, and it holds nothing.
     """
 
     @functools.wraps(function)

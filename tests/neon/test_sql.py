@@ -1,4 +1,4 @@
-"""Which statements need a session of their own, and that nothing inside strings, comments and names counts."""
+"""Statements that need a session of their own are found; the contents of strings, comments and names do not count."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ from neon_async._neon.sql import session_feature
     ],
     ids=lambda value: value[:50],
 )
-def test_what_needs_a_session_is_named(query: str, name: str) -> None:
+def test_a_session_feature_is_found_and_named(query: str, name: str) -> None:
     feature = session_feature(query)
     assert feature is not None
     assert feature.name == name
@@ -142,7 +142,7 @@ def test_what_needs_a_session_is_named(query: str, name: str) -> None:
     ],
     ids=lambda value: value[:60] or "empty",
 )
-def test_nothing_else_is_refused(query: str) -> None:
+def test_a_statement_without_a_session_feature_passes(query: str) -> None:
     assert session_feature(query) is None
 
 
@@ -157,7 +157,7 @@ def test_nothing_else_is_refused(query: str) -> None:
         ("SELECT set_config('a', 'b', false)", "set_config(..., true) inside a transaction"),
     ],
 )
-def test_the_advice_fits(query: str, instead: str) -> None:
+def test_the_advice_names_what_works_inside_a_transaction(query: str, instead: str) -> None:
     feature = session_feature(query)
     assert feature is not None
     assert feature.instead == instead
@@ -170,12 +170,12 @@ PIECES = st.lists(
 
 
 @given(PIECES)
-def test_no_text_breaks_it(query: str) -> None:
+def test_any_text_is_scanned_without_an_exception(query: str) -> None:
     session_feature(query)
 
 
 @given(SQL)
-def test_whatever_stands_in_a_string_a_name_or_a_comment_does_not_count(text: str) -> None:
+def test_the_contents_of_strings_names_and_comments_do_not_count(text: str) -> None:
     hidden = text + "; LISTEN a; SET b = 1; SELECT pg_advisory_lock(1) ;"
     for query in (
         "SELECT '" + hidden.replace("'", "''") + "'",
@@ -210,15 +210,15 @@ def test_whatever_stands_in_a_string_a_name_or_a_comment_does_not_count(text: st
         "x",
     ],
 )
-def test_the_time_it_takes_is_linear(piece: str) -> None:
-    """A text of 10 MB takes less than the bound for any hang, and no longer than 64 kB of it does."""
+def test_the_scan_takes_linear_time(piece: str) -> None:
+    """10 MB take less than the limit for a hang: only the first 64 kB are scanned."""
     query = "SET LOCAL a = 1; SELECT " + piece * (10_000_000 // len(piece))
     started = time.monotonic()
     session_feature(query)
     assert time.monotonic() - started < HANG
 
 
-def test_a_long_text_is_judged_by_its_beginning() -> None:
+def test_only_the_beginning_of_a_long_text_is_scanned() -> None:
     data = "INSERT INTO t VALUES " + "('LISTEN a'), " * 100_000
     assert session_feature(data) is None
     assert session_feature("SET search_path = a; " + data) is not None

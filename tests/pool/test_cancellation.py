@@ -17,6 +17,7 @@ from typing import Any, TypeAlias, TypeVar, cast
 import asyncpg
 import pytest
 from support.certificates import issue
+from support.logins import OK, PLAIN, honest_login
 from support.probes import (
     HANG,
     assert_balanced,
@@ -28,7 +29,6 @@ from support.probes import (
     resolve_to,
     until,
 )
-from support.relays import OK, PLAIN, honest
 
 import neon_async
 from neon_async._pool.stats import PoolStats
@@ -577,7 +577,7 @@ async def in_the_start_of_the_session(scene: Scene, patch: pytest.MonkeyPatch) -
     def fall_silent(conversation: Conversation) -> None:
         conversation.accept_tls(context)
         conversation.read_startup()
-        honest(impostor.password, offer=[PLAIN], last=OK)(conversation)
+        honest_login(impostor.password, offer=[PLAIN], last=OK)(conversation)
         let_in.set()
 
     async with Impostor(fall_silent) as impostor:

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from support import chaos
 from support.certificates import issue
+from support.logins import PLAIN, honest_login
 from support.probes import HANG, assert_balanced, until
-from support.relays import PLAIN, honest
 
 import neon_async
 from neon_async.testing import LocalPostgres
@@ -50,7 +50,7 @@ async def test_work_runs_again_that_was_told_of_the_end_of_its_connection_betwee
         first = impostor.connections == 1
         conversation.accept_tls(context)
         conversation.read_startup()
-        honest(impostor.password, offer=[PLAIN])(conversation)
+        honest_login(impostor.password, offer=[PLAIN])(conversation)
         for tag, status in ((b"BEGIN", b"T"), (b"SELECT 1", b"T"), (b"COMMIT", b"I")):
             conversation.read_message()
             answer = message(b"C", tag + b"\0") + message(b"Z", status)

@@ -1,4 +1,4 @@
-"""When the next dial may start: the ramp, the pauses and the breaker, by a clock and a chance that the tests set."""
+"""When the next dial may start: the ramp, the pauses and the breaker, with a clock and a chance that the tests set."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 import neon_async
 from neon_async._pool.pace import Pace, may_pass
 
-# The figures of the design, written down once more: full jitter below 0.25 s, doubling up to 8 s, and at least 0.1 s;
-# the breaker opens for 0.5 s, doubling up to 10 s.
+# The numbers of the design, written down once more: a pause is a random part of 0.25 s, doubling up to 4 s, and is at
+# least 0.1 s; the breaker opens for 0.5 s, doubling up to 10 s.
 FLOOR = 0.1
 CEILINGS = [0.25, 0.5, 1.0, 2.0, 4.0, 4.0, 4.0, 4.0]
 BREAKER = [0.5, 1.0, 2.0, 4.0, 8.0, 10.0, 10.0, 10.0]
 ROUNDING = 1e-6  # seconds: sums of floats are not exact
 
-PASSES = neon_async.ComputeUnavailableError("compute is waking")
-STAYS = neon_async.InvalidPasswordError("wrong password")
+TRANSIENT = neon_async.ComputeUnavailableError("compute is waking")
+PERMANENT = neon_async.InvalidPasswordError("wrong password")
 
 
 def pace_after(failures: Iterable[Exception], *, chance: float = 1.0, now: float = 0.0) -> Pace:
@@ -33,9 +33,9 @@ def pace_after(failures: Iterable[Exception], *, chance: float = 1.0, now: float
 
 
 def dials_in_a_run(pace: Pace, error: Exception, *, seconds: float) -> list[float]:
-    """The moments at which a pool would dial a server that refuses at once, while callers ask without end.
+    """Return the times at which a pool dials a server that refuses at once, while callers keep acquiring.
 
-    However many they are, each asks nothing but what `allowed()`, `pause()` and `refusal()` answer.
+    However many callers there are, a pool reads nothing but `allowed()`, `pause()` and `refusal()`.
     """
     now, moments = 0.0, []
     while now < seconds:
@@ -60,14 +60,14 @@ def most_in_any_second(moments: list[float]) -> int:
 @pytest.mark.parametrize(
     ("connected", "allowed"),
     [
-        pytest.param(0, 1, id="asleep: one goes first"),
-        pytest.param(1, 1, id="one stands"),
-        pytest.param(2, 2, id="two stand"),
-        pytest.param(4, 4, id="four stand"),
-        pytest.param(1000, 1000, id="a thousand stand"),
+        pytest.param(0, 1, id="suspended: one goes first"),
+        pytest.param(1, 1, id="one"),
+        pytest.param(2, 2, id="two"),
+        pytest.param(4, 4, id="four"),
+        pytest.param(1000, 1000, id="a thousand"),
     ],
 )
-def test_as_many_dials_are_allowed_as_connections_stand(connected: int, allowed: int) -> None:
+def test_as_many_dials_are_allowed_as_there_are_connections(connected: int, allowed: int) -> None:
     assert Pace().allowed(connected) == allowed
 
 
@@ -79,7 +79,7 @@ def test_connections_double_until_the_pool_is_full() -> None:
     assert steps == [1, 2, 4, 8, 16, 32, 64, 100]
 
 
-@pytest.mark.parametrize("error", [pytest.param(PASSES, id="may pass"), pytest.param(STAYS, id="stays")])
+@pytest.mark.parametrize("error", [pytest.param(TRANSIENT, id="transient"), pytest.param(PERMANENT, id="permanent")])
 def test_after_a_failure_one_dial_is_allowed_until_one_succeeds(error: Exception) -> None:
     pace = pace_after([error])
     assert pace.allowed(64) == 1
@@ -89,7 +89,7 @@ def test_after_a_failure_one_dial_is_allowed_until_one_succeeds(error: Exception
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Failures that may pass
+# Transient failures
 
 
 @pytest.mark.parametrize(
@@ -97,71 +97,73 @@ def test_after_a_failure_one_dial_is_allowed_until_one_succeeds(error: Exception
     [pytest.param(number, ceiling, id=str(number)) for number, ceiling in enumerate(CEILINGS, 1)],
 )
 @pytest.mark.parametrize("chance", [0.0, 0.25, 0.5, 0.99, 1.0])
-def test_a_pause_is_chosen_by_chance_from_all_below_its_ceiling(failures: int, ceiling: float, chance: float) -> None:
-    pace = pace_after([PASSES] * failures, chance=chance, now=50.0)
+def test_a_pause_is_a_random_part_of_its_ceiling(failures: int, ceiling: float, chance: float) -> None:
+    pace = pace_after([TRANSIENT] * failures, chance=chance, now=50.0)
     assert pace.pause(50.0) == pytest.approx(max(FLOOR, chance * ceiling))
     assert pace.refusal(50.0) is None
 
 
-def test_a_pause_ends_when_its_time_has_come() -> None:
-    pace = pace_after([PASSES], now=50.0)
+def test_a_pause_ends_when_its_time_has_passed() -> None:
+    pace = pace_after([TRANSIENT], now=50.0)
     assert pace.pause(50.1) == pytest.approx(0.15)
     assert pace.pause(50.25) == 0.0
     assert pace.pause(1e9) == 0.0
 
 
-def test_chance_is_asked_anew_for_each_pause() -> None:
+def test_each_pause_has_a_chance_of_its_own() -> None:
     chances = iter([0.5, 1.0])
     pace = Pace(jitter=lambda: next(chances))
-    pace.failed(PASSES, began=0.0, now=0.0)
+    pace.failed(TRANSIENT, began=0.0, now=0.0)
     assert pace.pause(0.0) == pytest.approx(0.125)
-    pace.failed(PASSES, began=0.0, now=0.0)
+    pace.failed(TRANSIENT, began=0.0, now=0.0)
     assert pace.pause(0.0) == pytest.approx(0.5)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Failures that do not
+# Permanent failures
 
 
 @pytest.mark.parametrize(
     ("failures", "seconds"),
     [pytest.param(number, seconds, id=str(number)) for number, seconds in enumerate(BREAKER, 1)],
 )
-@pytest.mark.parametrize("chance", [pytest.param(0.0, id="luck"), pytest.param(1.0, id="bad luck")])
-def test_the_breaker_opens_for_longer_each_time_and_not_by_chance(failures: int, seconds: float, chance: float) -> None:
-    pace = pace_after([STAYS] * failures, chance=chance, now=50.0)
+@pytest.mark.parametrize("chance", [pytest.param(0.0, id="lowest chance"), pytest.param(1.0, id="highest chance")])
+def test_the_breaker_opens_for_longer_each_time_whatever_the_chance(
+    failures: int, seconds: float, chance: float
+) -> None:
+    pace = pace_after([PERMANENT] * failures, chance=chance, now=50.0)
     assert pace.pause(50.0) == pytest.approx(seconds)
-    assert pace.refusal(50.0) is STAYS
-    assert pace.refusal(50.0 + seconds * 0.99) is STAYS
+    assert pace.refusal(50.0) is PERMANENT
+    assert pace.refusal(50.0 + seconds * 0.99) is PERMANENT
     assert pace.refusal(50.0 + seconds) is None
     assert pace.pause(50.0 + seconds) == 0.0
 
 
-def test_one_dial_tries_the_server_when_the_breaker_has_closed() -> None:
-    pace = pace_after([STAYS])
+def test_one_dial_is_allowed_when_the_breaker_has_closed() -> None:
+    pace = pace_after([PERMANENT])
     assert (pace.refusal(0.5), pace.pause(0.5), pace.allowed(10)) == (None, 0.0, 1)
-    assert pace.last_failure is STAYS
+    assert pace.last_failure is PERMANENT
 
 
-def test_a_failure_that_may_pass_closes_the_breaker() -> None:
-    pace = pace_after([STAYS, PASSES])
+def test_a_transient_failure_closes_the_breaker() -> None:
+    pace = pace_after([PERMANENT, TRANSIENT])
     assert pace.refusal(0.0) is None
-    assert pace.last_failure is PASSES
+    assert pace.last_failure is TRANSIENT
 
 
-def test_the_latest_failure_is_what_the_breaker_answers() -> None:
+def test_the_breaker_raises_the_latest_failure() -> None:
     other = neon_async.EndpointNotFoundError("no such endpoint")
-    pace = pace_after([STAYS, PASSES, other])
+    pace = pace_after([PERMANENT, TRANSIENT, other])
     assert pace.refusal(0.0) is pace.last_failure is other
 
 
-def test_success_forgets_every_failure() -> None:
-    for error in (PASSES, STAYS):
+def test_a_success_forgets_every_failure() -> None:
+    for error in (TRANSIENT, PERMANENT):
         pace = pace_after([error] * 20)
         pace.succeeded()
         assert (pace.pause(0.0), pace.refusal(0.0), pace.last_failure, pace.allowed(7)) == (0.0, None, None, 7)
         assert repr(pace) == repr(Pace())
-        pace.failed(PASSES, began=0.0, now=0.0)
+        pace.failed(TRANSIENT, began=0.0, now=0.0)
         assert pace.pause(0.0) == pytest.approx(CEILINGS[0])
 
 
@@ -169,23 +171,23 @@ def test_success_forgets_every_failure() -> None:
     ("failures", "text"),
     [
         pytest.param([], "<Pace: 0 failures in a row, breaker closed>", id="new"),
-        pytest.param([PASSES, PASSES], "<Pace: 2 failures in a row, breaker closed>", id="may pass"),
-        pytest.param([PASSES, STAYS], "<Pace: 2 failures in a row, breaker open>", id="stays"),
+        pytest.param([TRANSIENT, TRANSIENT], "<Pace: 2 failures in a row, breaker closed>", id="transient"),
+        pytest.param([TRANSIENT, PERMANENT], "<Pace: 2 failures in a row, breaker open>", id="permanent"),
     ],
 )
-def test_its_repr_tells_its_state(failures: list[Exception], text: str) -> None:
+def test_a_repr_shows_the_state(failures: list[Exception], text: str) -> None:
     assert repr(pace_after(failures)) == text
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Which failures pass
+# Which failures are transient
 
 
 @pytest.mark.parametrize(
-    ("error", "passes"),
+    ("error", "transient"),
     [
-        pytest.param(neon_async.ConnectError("reset"), True, id="broken off"),
-        pytest.param(neon_async.ConnectTimeoutError("late"), True, id="too late"),
+        pytest.param(neon_async.ConnectError("reset"), True, id="connection broken"),
+        pytest.param(neon_async.ConnectTimeoutError("late"), True, id="timeout"),
         pytest.param(neon_async.ComputeUnavailableError("waking"), True, id="waking"),
         pytest.param(neon_async.TooManyConnectionsError("full"), True, id="full"),
         pytest.param(neon_async.CertificateError("wrong name"), False, id="certificate"),
@@ -196,29 +198,29 @@ def test_its_repr_tells_its_state(failures: list[Exception], text: str) -> None:
         pytest.param(neon_async.IPNotAllowedError("not allowed"), False, id="address not allowed"),
         pytest.param(neon_async.DatabaseNotFoundError("no such database"), False, id="database"),
         pytest.param(neon_async.PooledHostError("session"), False, id="session feature in init"),
-        pytest.param(ValueError("in init"), False, id="the caller's own"),
-        pytest.param(asyncpg.UndefinedTableError("in init"), False, id="the server's, in init"),
-        pytest.param(TimeoutError("in a password function"), False, id="the caller's own timeout"),
+        pytest.param(ValueError("in init"), False, id="error in the caller's init"),
+        pytest.param(asyncpg.UndefinedTableError("in init"), False, id="server error in init"),
+        pytest.param(TimeoutError("in a password function"), False, id="timeout in a password function"),
     ],
 )
-def test_a_failure_passes_if_its_class_says_so(error: Exception, passes: bool) -> None:
-    assert may_pass(error) is passes
-    assert (pace_after([error]).refusal(0.0) is None) is passes
+def test_a_failure_is_transient_if_its_class_is_retryable(error: Exception, transient: bool) -> None:
+    assert may_pass(error) is transient
+    assert (pace_after([error]).refusal(0.0) is None) is transient
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# In the long run
+# Many failures
 
 
-@pytest.mark.parametrize("error", [pytest.param(PASSES, id="may pass"), pytest.param(STAYS, id="stays")])
-def test_ten_thousand_failures_overflow_nothing(error: Exception) -> None:
+@pytest.mark.parametrize("error", [pytest.param(TRANSIENT, id="transient"), pytest.param(PERMANENT, id="permanent")])
+def test_ten_thousand_failures_do_not_overflow(error: Exception) -> None:
     pace = pace_after([error] * 10_000, now=1e9)
-    assert pace.pause(1e9) == (4.0 if error is PASSES else 10.0)
+    assert pace.pause(1e9) == (4.0 if error is TRANSIENT else 10.0)
     assert pace.allowed(100) == 1
 
 
-@pytest.mark.parametrize("error", [pytest.param(PASSES, id="may pass"), pytest.param(STAYS, id="stays")])
-def test_dials_that_were_under_way_together_fail_as_one(error: Exception) -> None:
+@pytest.mark.parametrize("error", [pytest.param(TRANSIENT, id="transient"), pytest.param(PERMANENT, id="permanent")])
+def test_dials_that_were_under_way_together_count_as_one_failure(error: Exception) -> None:
     alone, together = pace_after([error], now=5.0), pace_after([error], now=5.0)
     for moment in (5.0, 5.1, 5.2):
         together.failed(error, began=4.0, now=moment)
@@ -227,12 +229,12 @@ def test_dials_that_were_under_way_together_fail_as_one(error: Exception) -> Non
     assert together.pause(7.0) == pytest.approx(2 * alone.pause(5.0))
 
 
-# A thousand fixed seeds, so that the same runs are judged on every machine.
+# A thousand fixed seeds, so that the test is the same on every machine.
 @pytest.mark.parametrize(
     ("error", "most_at_first", "most_later", "most_in_a_minute"),
     [
-        pytest.param(PASSES, 6, 5, 50, id="may pass"),
-        pytest.param(STAYS, 2, 1, 10, id="stays"),
+        pytest.param(TRANSIENT, 6, 5, 50, id="transient"),
+        pytest.param(PERMANENT, 2, 1, 10, id="permanent"),
     ],
 )
 def test_no_more_than_a_handful_of_dials_a_second_reach_a_refusing_server(
@@ -245,16 +247,16 @@ def test_no_more_than_a_handful_of_dials_a_second_reach_a_refusing_server(
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=50))
-def test_whatever_chance_brings_no_second_sees_more_than_ten_dials(chances: list[float]) -> None:
+def test_whatever_the_chances_there_are_at_most_ten_dials_in_any_second(chances: list[float]) -> None:
     def endless() -> float:
         chances.append(chances.pop(0))
         return chances[-1]
 
-    assert most_in_any_second(dials_in_a_run(Pace(jitter=endless), PASSES, seconds=5.0)) <= 10
+    assert most_in_any_second(dials_in_a_run(Pace(jitter=endless), TRANSIENT, seconds=5.0)) <= 10
 
 
 class AnyRun(RuleBasedStateMachine):
-    """Dials that succeed and fail in any order, while time goes by."""
+    """Dials that succeed and fail in any order, while time passes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -262,28 +264,28 @@ class AnyRun(RuleBasedStateMachine):
         self.now = 1000.0
         self.failures = 0
         self.latest: Exception | None = None
-        self.due = 0.0  # when the next dial may start at the latest
+        self.due = 0.0  # the latest time at which the next dial may start
         self.pace = Pace(jitter=lambda: self.chance)
 
     @rule(seconds=st.floats(0, 20))
-    def time_goes_by(self, seconds: float) -> None:
+    def time_passes(self, seconds: float) -> None:
         self.now += seconds
 
     @rule(chance=st.floats(0, 1), times=st.integers(1, 30))
-    def a_dial_fails_and_may_pass(self, chance: float, times: int) -> None:
+    def a_dial_fails_for_a_transient_reason(self, chance: float, times: int) -> None:
         self.chance = chance
         for _ in range(times):
-            self.pace.failed(PASSES, began=self.now, now=self.now)
-        self.failures, self.latest = self.failures + times, PASSES
+            self.pace.failed(TRANSIENT, began=self.now, now=self.now)
+        self.failures, self.latest = self.failures + times, TRANSIENT
         ceiling = CEILINGS[min(self.failures, len(CEILINGS)) - 1]
         assert FLOOR - ROUNDING <= self.pace.pause(self.now) <= ceiling + ROUNDING
         self.due = self.now + ceiling
 
     @rule(times=st.integers(1, 30))
-    def a_dial_fails_and_stays_failed(self, times: int) -> None:
+    def a_dial_fails_for_a_permanent_reason(self, times: int) -> None:
         for _ in range(times):
-            self.pace.failed(STAYS, began=self.now, now=self.now)
-        self.failures, self.latest = self.failures + times, STAYS
+            self.pace.failed(PERMANENT, began=self.now, now=self.now)
+        self.failures, self.latest = self.failures + times, PERMANENT
         seconds = BREAKER[min(self.failures, len(BREAKER)) - 1]
         assert abs(self.pace.pause(self.now) - seconds) <= ROUNDING
         self.due = self.now + seconds
@@ -294,28 +296,28 @@ class AnyRun(RuleBasedStateMachine):
         self.failures, self.latest, self.due = 0, None, 0.0
 
     @rule()
-    def the_pause_is_waited_for(self) -> None:
+    def the_pause_passes(self) -> None:
         self.now += self.pace.pause(self.now)
         assert self.pace.pause(self.now) <= ROUNDING
 
     @invariant()
-    def a_pause_is_bounded_and_only_after_a_failure(self) -> None:
+    def a_pause_is_bounded_and_follows_a_failure(self) -> None:
         pause = self.pace.pause(self.now)
         assert 0.0 <= pause <= 10.0 + ROUNDING
         assert self.now + pause <= max(self.now, self.due) + ROUNDING
         assert pause == 0.0 or self.failures
 
     @invariant()
-    def the_breaker_is_open_only_while_a_failure_that_stays_is_waited_out(self) -> None:
+    def the_breaker_is_open_only_during_the_pause_after_a_permanent_failure(self) -> None:
         refusal = self.pace.refusal(self.now)
-        assert refusal is (self.latest if self.latest is STAYS and self.pace.pause(self.now) else None)
+        assert refusal is (self.latest if self.latest is PERMANENT and self.pace.pause(self.now) else None)
 
     @invariant()
     def the_latest_failure_since_a_success_is_kept(self) -> None:
         assert self.pace.last_failure is self.latest
 
     @invariant()
-    def dials_double_or_go_one_by_one(self) -> None:
+    def dials_double_or_go_one_at_a_time(self) -> None:
         for connected in (0, 1, 9):
             assert self.pace.allowed(connected) == (1 if self.failures else max(1, connected))
 

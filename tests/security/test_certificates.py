@@ -1,7 +1,7 @@
-"""What our TLS context makes of certificates: Let's Encrypt's published chains, and a comparison with libpq.
+"""Certificates are verified at least as strictly as by libpq, and Let's Encrypt's published chains as intended.
 
-A server holds the key of what it presents; for published certificates nobody here does. So those are presented with a
-signature that is wrong: OpenSSL judges the chain first, and only for a good one comes to the signature.
+The keys of published certificates are not available, so these are presented with a wrong signature: OpenSSL verifies
+the chain first, and checks the signature only for a good chain.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 
 @pytest.fixture(scope="module")
 def anyio_backend() -> str:
-    """One event loop: certificates are judged by OpenSSL, and the impostors meet both loops elsewhere."""
+    """One event loop: OpenSSL verifies certificates, and the impostors cover both loops."""
     return "asyncio"
 
 
 def shared(name: str) -> Path:
-    """Return the path of a file beside the repository: always there in CI, and maybe on a developer's machine."""
+    """Return the path of a file beside the repository, which CI has, and a developer's machine may have."""
     path = DATA / name
     if not path.exists():
-        complaint = f"{path} is not there, and this test is about what it holds"
+        complaint = f"{path} does not exist, and this test needs it"
         pytest.fail(complaint) if os.environ.get("CI") else pytest.skip(complaint)
     return path
 
@@ -53,12 +53,12 @@ def shared(name: str) -> Path:
 
 def published(name: str) -> x509.Certificate:
     certificate = x509.load_pem_x509_certificate(shared(f"letsencrypt-ca/{name}.pem").read_bytes())
-    assert certificate.not_valid_after_utc > datetime.datetime.now(datetime.UTC), f"{name} has expired; fetch anew"
+    assert certificate.not_valid_after_utc > datetime.datetime.now(datetime.UTC), f"{name} has expired; fetch it again"
     return certificate
 
 
 def judgement(context: ssl.SSLContext, chain: list[x509.Certificate]) -> str:
-    """Return why `context` refuses `chain`, empty for a chain that it accepts."""
+    """Return why `context` refuses `chain`, or an empty string for a chain that it accepts."""
     incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
     client = context.wrap_bio(incoming, outgoing)
     with pytest.raises(ssl.SSLWantReadError):
@@ -98,9 +98,9 @@ NO_ISSUER, OTHER_ROOT = "unable to get local issuer certificate", "self-signed c
         pytest.param(["staging_2024_e8-cross", "staging_letsencrypt-stg-root-x1"], OTHER_ROOT, id="staging-with-root"),
     ],
 )
-def test_published_chains_lead_to_isrg_root_x1_through_their_cross_signs_only(chain: list[str], reason: str) -> None:
+def test_published_chains_lead_to_isrg_root_x1_only_through_their_cross_signs(chain: list[str], reason: str) -> None:
     context = neon_async.create_ssl_context()
-    context.check_hostname = False  # what is presented here are CA certificates, which have no host name
+    context.check_hostname = False  # CA certificates are presented here, which have no host name
     assert judgement(context, [published(name) for name in chain]) == reason
 
 
@@ -110,8 +110,8 @@ def test_published_chains_lead_to_isrg_root_x1_through_their_cross_signs_only(ch
 Client = Callable[[Impostor], Awaitable[None]]
 
 
-async def goes_on(context: ssl.SSLContext, host: str, client: Client) -> bool:
-    """Return whether `client` accepts the server: whether it sends its StartupMessage."""
+async def accepts(context: ssl.SSLContext, host: str, client: Client) -> bool:
+    """Return whether `client` accepts the server, that is, sends its StartupMessage."""
     script = login(context, error_response("good bye", code="28000"))
     async with Impostor(script, host=host) as server:
         await client(server)
@@ -140,14 +140,14 @@ def libpq_client(anchor: Path, crl: Path | None) -> Client:
 
 
 async def verdicts(presented: Presented, folder: Path, host: str = SERVER_NAME) -> tuple[bool, bool]:
-    """Return whether we go on with a server that presents this, and whether libpq does."""
+    """Return whether neon-async accepts a server that presents this, and whether libpq does."""
     anchor, crl = folder / "anchor.pem", folder / "crl.pem" if presented.crl else None
     anchor.write_bytes(presented.anchor or isrg_root_x1().public_bytes(Encoding.PEM))
     if crl:
         crl.write_bytes(presented.crl or b"")
     context = server_context(presented.chain)
     ours, libpqs = await asyncio.gather(
-        goes_on(context, host, neon_client(presented, crl)), goes_on(context, host, libpq_client(anchor, crl))
+        accepts(context, host, neon_client(presented, crl)), accepts(context, host, libpq_client(anchor, crl))
     )
     return ours, libpqs
 
@@ -159,14 +159,14 @@ async def test_libpq_accepts_what_we_accept(case: Case, tmp_path: Path) -> None:
 
 
 @pytest.mark.anyio
-async def test_what_we_refuse_is_in_part_accepted_by_libpq_and_never_the_other_way_round(tmp_path: Path) -> None:
+async def test_libpq_accepts_some_of_the_chains_that_we_refuse(tmp_path: Path) -> None:
     accepted_by_libpq = set()
     for case in REFUSED:
         ours, libpqs = await verdicts(case.make(), tmp_path)
         assert not ours, case.id
         if libpqs:
             accepted_by_libpq.add(case.id)
-    # What it takes to show that this comparison can tell the two apart.
+    # The comparison distinguishes the two clients.
     assert {"common-name-only", "no-authority-key-identifier"} <= accepted_by_libpq
     assert not {"unknown-ca", "expired", "wrong-name", "revoked"} & accepted_by_libpq
 
@@ -180,7 +180,7 @@ async def test_libpq_accepts_every_case_of_x509_limbo_that_we_accept(tmp_path: P
     for case in cases:
         try:
             ours, libpqs = await verdicts(as_presented(case), tmp_path, case["expected_peer_name"]["value"])
-        except ssl.SSLError:  # so malformed that OpenSSL, as the server, does not take it
+        except ssl.SSLError:  # so malformed that OpenSSL, as the server, refuses to present it
             unpresentable.append(case["id"])
         else:
             accepted += ours
@@ -191,9 +191,9 @@ async def test_libpq_accepts_every_case_of_x509_limbo_that_we_accept(tmp_path: P
 
 
 def is_for_us(case: dict[str, Any]) -> bool:
-    """Whether a case is a server with a key, asked for by DNS name, under one root.
+    """Whether a case is a server with a key, connected to by DNS name, under one root.
 
-    The time it asks for is ignored: both clients judge at the same moment, and only their agreement is asked for.
+    Its validation time is ignored: both clients verify at the same moment, and only their agreement matters.
     """
     name = case["expected_peer_name"] or {}
     has_key, one_root = bool(case["peer_certificate_key"]), len(case["trusted_certs"]) == 1

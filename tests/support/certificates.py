@@ -1,7 +1,7 @@
-"""A certificate factory for tests, and two tables made with it: chains that must be accepted, and chains that must not.
+"""A certificate factory for tests, and two tables of chains: those that must be accepted, and those that must not.
 
-Nothing is made before it is asked for. The tables serve the impostors, who present each chain to us, and the comparison
-with libpq.
+Certificates are made on demand. The tables serve the impostors, which present each chain to neon-async, and the
+comparison with libpq.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import ipaddress
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
@@ -21,7 +22,18 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from neon_async._wire.trust import find_isrg_root_x1
 from neon_async.testing._impostor import SERVER_NAME
 
-__all__ = ("ACCEPTED", "REFUSED", "Case", "Entity", "Presented", "issue", "look_alike", "present", "revocation_list")
+__all__ = (
+    "ACCEPTED",
+    "REFUSED",
+    "Case",
+    "Entity",
+    "Presented",
+    "issue",
+    "look_alike",
+    "present",
+    "revocation_list",
+    "write_crl",
+)
 
 Key = ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey
 Extension = tuple[x509.ExtensionType, bool]  # and whether it is critical
@@ -54,9 +66,12 @@ class Entity:
 
 @dataclass(frozen=True)
 class Presented:
-    """What a server presents, `chain` with the leaf's key in front, and what its client goes by.
+    """What a server presents, and what its client verifies it against.
 
-    `anchor` is None where the client trusts what it trusts by default; `crl` is None where it checks no revocation.
+    Attributes:
+        chain: The leaf's key, the leaf, and the issuers that are sent along, in PEM.
+        anchor: The client's trust anchor in PEM, or None for its default.
+        crl: The client's revocation lists in PEM, or None for no check.
     """
 
     chain: bytes
@@ -66,7 +81,7 @@ class Presented:
 
 @dataclass(frozen=True)
 class Case:
-    """A chain under a name. `reason` is OpenSSL's for refusing it, empty where the chain is good."""
+    """A chain with an ID. `reason` is OpenSSL's for refusing it, empty where the chain is good."""
 
     id: str
     make: Callable[[], Presented]
@@ -90,9 +105,9 @@ def issue(
     also: Sequence[Extension] = (),
     without: Collection[type[x509.ExtensionType]] = (),
 ) -> Entity:
-    """Return a certificate with all that RFC 5280 and VERIFY_X509_STRICT ask for; signed by itself without an `issuer`.
+    """Return a certificate as RFC 5280 and VERIFY_X509_STRICT require it; self-signed without an `issuer`.
 
-    `also` adds extensions, in place of the one of the same type; `without` leaves types out.
+    `also` adds extensions, or replaces those of the same type; `without` omits types.
     """
     key = key or ec.generate_private_key(ec.SECP256R1())
     name = subject if isinstance(subject, x509.Name) else _name(subject)
@@ -122,7 +137,7 @@ def issue(
 
 
 def present(leaf: Entity, *sent: Entity, anchor: Entity | None = None, crl: bytes | None = None) -> Presented:
-    """Return `leaf` with the issuers that the server sends along. `anchor` is the root made here by default."""
+    """Return `leaf` with the issuers that the server sends along. Default of `anchor`: the root of this module."""
     chain = leaf.key_pem + leaf.pem + b"".join(entity.pem for entity in sent)
     return Presented(chain, (anchor or root()).pem, crl)
 
@@ -134,7 +149,7 @@ def revocation_list(
     next_update: datetime.datetime = NOW + DAY,
     key: Key | None = None,
 ) -> bytes:
-    """Return `issuer`'s CRL of the `revoked` certificates in PEM; signed with `key`, the issuer's own by default."""
+    """Return `issuer`'s CRL of the `revoked` certificates in PEM, signed with `key`; default: the issuer's own key."""
     builder = x509.CertificateRevocationListBuilder(
         issuer_name=issuer.certificate.subject, last_update=last_update, next_update=next_update
     )
@@ -148,8 +163,14 @@ def revocation_list(
     return builder.sign(key or issuer.key, hashes.SHA256()).public_bytes(Encoding.PEM)
 
 
+def write_crl(path: Path, *blocks: bytes) -> str:
+    """Write `blocks` to a file at `path`, and return the path for `sslcrl`."""
+    path.write_bytes(b"".join(blocks))
+    return str(path)
+
+
 def look_alike(original: x509.Certificate, issuer: Entity | None = None) -> Entity:
-    """Return a certificate that agrees with `original`, key identifiers included, in all but its key and signature."""
+    """Return a certificate that equals `original`, key identifiers included, except for its key and signature."""
     return issue(
         issuer,
         original.subject,
@@ -174,7 +195,7 @@ def intermediate() -> Entity:
 
 @cache
 def isrg_root_x1() -> x509.Certificate:
-    """Return the genuine one."""
+    """Return the genuine ISRG Root X1."""
     return x509.load_der_x509_certificate(find_isrg_root_x1().der)
 
 
@@ -226,7 +247,7 @@ def _names(original: x509.Certificate) -> Extension:
     return x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(identifier), False
 
 
-# What the cryptography package refuses to make, and what some CA made nevertheless, is cut from DER by hand.
+# Certificates that the cryptography package refuses to make, although some CA made them, are assembled from DER.
 
 _SHA1_WITH_RSA = bytes.fromhex("300d06092a864886f70d0101050500")
 _MD5_WITH_RSA = bytes.fromhex("300d06092a864886f70d0101040500")
@@ -267,7 +288,7 @@ def _element(tag: int, content: bytes) -> bytes:
 
 
 def _elements(der: bytes) -> list[bytes]:
-    """Return the elements inside a constructed one, whole."""
+    """Return the elements inside a constructed element."""
     start, end = _content(der, 0)
     found = []
     while start < end:
@@ -312,7 +333,7 @@ def _long_chain(path_length: int | None) -> Presented:
 
 
 def _crl_case(make: Callable[[Entity], bytes]) -> Presented:
-    """A leaf with the root's CRL, which libpq wants to see too, and what `make` has to say on the leaf."""
+    """A leaf with the root's CRL, which libpq requires too, and the CRL that `make` returns for the leaf."""
     leaf = issue(intermediate())
     return present(leaf, intermediate(), crl=revocation_list(root()) + make(leaf))
 
@@ -390,7 +411,7 @@ ACCEPTED = (
 )
 
 REFUSED = (
-    # Whom it comes from
+    # Issuer
     Case("unknown-ca", lambda: present(issue(issue(subject="unknown", ca=True))), "unable to get local issuer"),
     Case("self-signed", lambda: present(issue()), "self-signed certificate"),
     Case("self-signed-ca", lambda: present(issue(ca=True, also=_for_a_server([DNS(SERVER_NAME)]))), "self-signed"),
@@ -400,12 +421,12 @@ REFUSED = (
     Case("x1-look-alike-sent-along", lambda: _from_x1_look_alike(sent=True), "certificate signature failure"),
     Case("fake-intermediate-of-x1", _from_fake_intermediate_of_x1, "certificate signature failure"),
     Case("broken-signature", lambda: present(_with_broken_signature(issue(root()))), "certificate signature failure"),
-    # When
+    # Validity
     Case("expired", lambda: _leaf(not_after=NOW - DAY / 24), "certificate has expired"),
     Case("not-yet-valid", lambda: _leaf(not_before=NOW + DAY), "certificate is not yet valid"),
     Case("expired-intermediate", lambda: _below(_ca(not_after=NOW - DAY / 24)), "certificate has expired"),
     Case("expired-root", _under_expired_root, "certificate has expired"),
-    # Which name
+    # Name
     Case("wrong-name", lambda: _leaf(DNS("db.example.com")), _MISMATCH),
     Case("name-of-another-endpoint", lambda: _leaf(DNS(OTHER_NAME)), _MISMATCH),
     Case("common-name-only", lambda: _leaf(subject=SERVER_NAME, without=[_SAN]), _MISMATCH),
@@ -427,7 +448,7 @@ REFUSED = (
     Case("wildcard-in-the-middle", lambda: _leaf(DNS(SERVER_NAME.replace("us-east-2", "*"))), _MISMATCH),
     Case("name-not-permitted", lambda: _constrained(permitted="example.com"), "permitted subtree violation"),
     Case("name-excluded", lambda: _constrained(excluded="neon.tech"), "excluded subtree violation"),
-    # What for
+    # Purpose
     Case("client-only", lambda: _leaf(also=[_CLIENT_ONLY]), "unsuitable certificate purpose"),
     Case("mail-only", lambda: _leaf(also=[_purpose(ExtendedKeyUsageOID.EMAIL_PROTECTION)]), "unsuitable certificate"),
     Case("issuer-for-clients-only", lambda: _below(_ca(also=[_CLIENT_ONLY])), "unsuitable certificate purpose"),
@@ -444,7 +465,7 @@ REFUSED = (
     Case("foreign-crl", lambda: _crl_case(_foreign_crl), "unable to get certificate CRL"),
     Case("forged-crl", lambda: _crl_case(_forged_crl), "CRL signature failure"),
     Case("no-crl-of-the-issuer", lambda: _crl_case(lambda _: b""), "unable to get certificate CRL"),
-    # How it is made: what VERIFY_X509_STRICT and OpenSSL's security level are for
+    # Form: VERIFY_X509_STRICT and OpenSSL's security level
     Case("no-authority-key-identifier", lambda: _leaf(without=[_AKI]), "Missing Authority Key"),
     Case("issuer-without-key-identifier", lambda: _below(_ca(without=[_SKI])), "Missing Subject Key"),
     Case("issuer-without-key-usage", lambda: _below(_ca(without=[_USAGE])), "does not include key usage"),

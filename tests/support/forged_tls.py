@@ -1,5 +1,6 @@
-"""The server's half of a TLS 1.3 handshake, by hand, for what no TLS library will say: certificates without their keys,
-an ALPN that nobody offered. No sockets; `script()` plays it through an Impostor. RFC 8446; one suite, one group.
+"""The server's side of a TLS 1.3 handshake without a TLS library: certificates without their keys, false ALPN answers.
+
+Without sockets; `script()` plays it through an `Impostor`. RFC 8446, with one cipher suite and one group.
 """
 
 from __future__ import annotations
@@ -28,11 +29,14 @@ _SERVER_CONTEXT = b" " * 64 + b"TLS 1.3, server CertificateVerify\0"  # section 
 
 
 class ForgedServer:
-    """One handshake: `certificates` (DER, leaf first) are presented, whoever holds their keys.
+    """One handshake.
 
-    `sign` makes the CertificateVerify signature over the bytes it is given; the default makes a wrong one. `scheme` is
-    what it claims to be. `alpn` is the protocol the server claims to have chosen, None for no answer. `first_words` are
-    sent inside TLS right behind the handshake, before the client can have said anything.
+    Args:
+        certificates: What is presented, in DER, the leaf first. The keys are not needed.
+        scheme: The signature scheme that the CertificateVerify claims.
+        sign: Returns the signature of the CertificateVerify. Default: a wrong one.
+        alpn: The protocol that the server claims to have selected, or None for no answer.
+        first_words: Sent inside TLS right after the handshake, before the client can have sent anything.
     """
 
     def __init__(

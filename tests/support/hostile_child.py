@@ -1,4 +1,7 @@
-"""Run by test_tls.py in a process of its own, under a hostile environment: `dump` or `dial DSN ANCHOR`; prints JSON."""
+"""A child process in a hostile environment: `dump`, or `dial DSN ANCHOR`. Prints JSON.
+
+Run by `tests/security/test_hostile_environment.py`.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ import neon_async
 
 
 def dump(context: ssl.SSLContext) -> dict[str, object]:
-    """Return all that an SSLContext tells about itself."""
+    """Return every observable setting of an SSLContext."""
     return {
         "protocol": context.protocol.name,
         "versions": [context.minimum_version.name, context.maximum_version.name],
@@ -33,7 +36,7 @@ def dump(context: ssl.SSLContext) -> dict[str, object]:
 
 
 async def dial(dsn: str, anchor: str) -> dict[str, object]:
-    """Return what becomes of our connection, and of one under Python's own default context."""
+    """Return the outcome of our connection, and of one with Python's own default context."""
     url = urlsplit(dsn)
     try:
         _, writer = await asyncio.open_connection(

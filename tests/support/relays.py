@@ -1,203 +1,26 @@
-"""What the tests of the login need between a client and a real server, or in place of one.
-
-Certificates signed in every way; a man in the middle who owns a certificate; a real server that changes its own; and an
-honest server's half of SCRAM, for impostors that are honest up to a point. It knows nothing of the package's insides.
-"""
+"""A man in the middle who has a certificate, between a client and a real server."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
-import hmac
 import itertools
-import re
-import secrets
 import socket
-import ssl
 import struct
-import time
-from base64 import b64encode
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, cached_property
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import psycopg
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec, ed448, ed25519, padding, rsa
-from cryptography.hazmat.primitives.serialization import Encoding
-from scramp import ScramMechanism
+from neon_async.testing._impostor import SERVER_NAME, server_context
+from support.signatures import Signed, context_without_checks
 
-from neon_async.testing import LocalPostgres
-from neon_async.testing._impostor import (
-    SERVER_NAME,
-    Conversation,
-    Script,
-    authentication_request,
-    message,
-    server_context,
-)
-from support.certificates import Entity, issue
-
-__all__ = (
-    "OK",
-    "PLAIN",
-    "PLUS",
-    "READY",
-    "WELCOME",
-    "Authority",
-    "Honest",
-    "Interceptor",
-    "Message",
-    "Signed",
-    "client_messages",
-    "honest",
-    "in_turn",
-    "present_to_clients",
-    "rsa_key",
-    "sasl",
-    "signed",
-    "verifier",
-)
-
-PLAIN, PLUS = "SCRAM-SHA-256", "SCRAM-SHA-256-PLUS"
-PATIENCE = 20.0  # seconds after which something that should have happened counts as never happening
-
-OK = authentication_request(0)
-READY = message(b"Z", b"I")
-WELCOME = (
-    message(b"S", b"server_version\x0017.10\0")
-    + message(b"S", b"application_name\0from the honest half\0")
-    + message(b"K", struct.pack("!ii", 4711, 42))
-    + READY
-)
-
-SigningKey = ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey | ed25519.Ed25519PrivateKey | ed448.Ed448PrivateKey
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Certificates
-
-
-@dataclass(frozen=True)
-class Authority:
-    """A root that signs as it is told. `digest` is None for EdDSA; `pss` is RSA-PSS in place of PKCS #1 v1.5."""
-
-    root: Entity
-    signer: SigningKey
-    digest: hashes.HashAlgorithm | None
-    pss: bool
-
-    @cached_property
-    def anchor(self) -> bytes:
-        """The root's own certificate as PEM."""
-        return self.sign_anew(self.root.certificate, self.signer.public_key()).public_bytes(Encoding.PEM)
-
-    def issue(self, leaf_key: ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey | None = None) -> Signed:
-        """Return a new certificate for the name of `LocalPostgres` and for localhost."""
-        leaf = issue(self.root, names=[x509.DNSName(SERVER_NAME), x509.DNSName("localhost")], key=leaf_key)
-        certificate = self.sign_anew(leaf.certificate, leaf.certificate.public_key())
-        return Signed(Entity(certificate, leaf.key), self)
-
-    def sign_anew(self, certificate: x509.Certificate, public_key: Any) -> x509.Certificate:
-        """Return `certificate` with another public key and a signature of this authority."""
-        builder = x509.CertificateBuilder(
-            issuer_name=certificate.issuer,
-            subject_name=certificate.subject,
-            public_key=public_key,
-            serial_number=certificate.serial_number,
-            not_valid_before=certificate.not_valid_before_utc,
-            not_valid_after=certificate.not_valid_after_utc,
-        )
-        for extension in certificate.extensions:
-            builder = builder.add_extension(extension.value, extension.critical)
-        scheme = padding.PSS(padding.MGF1(self.digest), self.digest.digest_size) if self.pss and self.digest else None
-        return builder.sign(self.signer, self.digest, rsa_padding=scheme)  # type: ignore[arg-type]
-
-
-@dataclass(frozen=True)
-class Signed:
-    """A server certificate with its key, and the root that signed it."""
-
-    leaf: Entity
-    authority: Authority
-
-    @property
-    def anchor(self) -> bytes:
-        return self.authority.anchor
-
-    @property
-    def chain(self) -> bytes:
-        return self.leaf.key_pem + self.leaf.pem
-
-    @property
-    def der(self) -> bytes:
-        return self.leaf.der
-
-    def another(self) -> Signed:
-        """Return a certificate for the same name by the same root, with another key."""
-        return self.authority.issue()
-
-
-@cache
-def rsa_key() -> rsa.RSAPrivateKey:
-    return rsa.generate_private_key(public_exponent=65537, key_size=2048)
-
-
-def signed(
-    signer: SigningKey,
-    digest: hashes.HashAlgorithm | None,
-    *,
-    pss: bool = False,
-    leaf_key: ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey | None = None,
-) -> Signed:
-    """Return a server certificate that is signed as is said by a new root."""
-    return Authority(issue(subject="root", ca=True), signer, digest, pss).issue(leaf_key)
-
-
-def present_to_clients(server: LocalPostgres, admin: psycopg.Connection[Any], certificate: Signed) -> None:
-    """Let a running `server` present `certificate` to every client from now on. `admin`: a superuser's connection."""
-    row = admin.execute("SHOW data_directory").fetchone()
-    assert row is not None
-    folder = Path(row[0]).parent
-    (folder / "server.crt").write_bytes(certificate.leaf.pem)
-    (folder / "server.key").write_bytes(certificate.leaf.key_pem)
-    admin.execute("SELECT pg_reload_conf()")
-    deadline = time.monotonic() + PATIENCE
-    while _presented(server.port) != certificate.der:
-        assert time.monotonic() < deadline, "the server never presented its new certificate"
-
-
-def _presented(port: int) -> bytes | None:
-    """Return the leaf that a server presents, or None where it is between two certificates."""
-    with (
-        contextlib.suppress(OSError),
-        socket.create_connection(("127.0.0.1", port), PATIENCE) as sock,
-        _trusting().wrap_socket(sock, server_hostname=SERVER_NAME) as tls,
-    ):
-        return tls.getpeercert(binary_form=True)
-    return None
-
-
-def _trusting() -> ssl.SSLContext:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname = False
-    context.verify_mode = ssl.CERT_NONE
-    context.set_alpn_protocols(["postgresql"])
-    return context
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Between
+__all__ = ("Interceptor", "Message")
 
 
 @dataclass(frozen=True)
 class Message:
-    """One message as it came by: who sent it, its type (empty for the StartupMessage), and its body."""
+    """One message: its sender, its type (empty for the StartupMessage), and its body."""
 
     sender: str
     kind: bytes
@@ -212,21 +35,21 @@ def _until_ready(messages: list[Message]) -> list[Message]:
 Rewrite = Callable[[Message], bytes]
 
 
-def _as_it_is(it: Message) -> bytes:
+def _unchanged(it: Message) -> bytes:
     return it.body
 
 
 class Interceptor:
-    """A man in the middle: ends TLS with a certificate of his own, speaks TLS to the real server, and reads along.
+    """A man in the middle: terminates TLS with his own certificate, speaks TLS to the real server, and records both.
 
-    Parameters:
-        port: the real server's.
-        certificate: what clients are shown. With the real server's own he is what no attacker can be: a witness.
-        direct: whether clients come with direct TLS or with an SSLRequest.
-        rewrite: returns the body to pass on for each message of the server.
+    Args:
+        port: The real server's port.
+        certificate: What clients are shown. With the real server's own, which no attacker has, this is a recorder.
+        direct: Whether clients come with direct TLS or with an SSLRequest.
+        rewrite: Returns the body to pass on for each message of the server.
     """
 
-    def __init__(self, port: int, certificate: Signed, *, direct: bool = True, rewrite: Rewrite = _as_it_is) -> None:
+    def __init__(self, port: int, certificate: Signed, *, direct: bool = True, rewrite: Rewrite = _unchanged) -> None:
         self.port = 0
         self.connections: list[list[Message]] = []
         self._target = port
@@ -242,7 +65,7 @@ class Interceptor:
 
     @property
     def round_trips(self) -> list[int]:
-        """How often, on each connection and until it was ready, the server spoke after the client had."""
+        """How often the server answered the client, for each connection until it was ready."""
         return [
             sum((one.sender, two.sender) == ("client", "server") for one, two in itertools.pairwise(login))
             for login in map(_until_ready, self.connections)
@@ -292,15 +115,15 @@ class Interceptor:
             return
         writer = asyncio.StreamWriter(transport, protocol, reader, loop)
         from_server, to_server = await asyncio.open_connection(
-            "127.0.0.1", self._target, ssl=_trusting(), server_hostname=SERVER_NAME
+            "127.0.0.1", self._target, ssl=context_without_checks(), server_hostname=SERVER_NAME
         )
         try:
-            await self._pass_on(reader, writer, from_server, to_server, messages)
+            await self._forward(reader, writer, from_server, to_server, messages)
         finally:
             transport.abort()
             to_server.transport.abort()
 
-    async def _pass_on(
+    async def _forward(
         self,
         from_client: asyncio.StreamReader,
         to_client: asyncio.StreamWriter,
@@ -329,118 +152,3 @@ class Interceptor:
         finally:
             for one in pumps:
                 one.cancel()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# In place of the server
-
-
-def sasl(*mechanisms: str) -> bytes:
-    """Return the request that offers `mechanisms`."""
-    return authentication_request(10, b"".join(name.encode() + b"\0" for name in mechanisms) + b"\0")
-
-
-class Honest:
-    """A server's half of one exchange, by scramp, as bytes that come and go; it knows the password.
-
-    `binding` is the `tls-server-end-point` of its certificate, for PLUS. `server_signature` is known in the end.
-    """
-
-    salt = b"sixteen bytes of"
-
-    def __init__(self, password: str, *, binding: bytes | None = None, iterations: int = 4096) -> None:
-        self._binding = binding
-        self._account = _account(password, iterations)
-        self._server: Any = None
-
-    def challenge(self, initial_response: bytes) -> bytes:
-        """Take the body of a SASLInitialResponse and return SASLContinue."""
-        mechanism, _, rest = initial_response.partition(b"\0")
-        bound = mechanism.decode() == PLUS
-        self._server = ScramMechanism(mechanism.decode()).make_server(
-            lambda _: self._account,
-            channel_binding=("tls-server-end-point", self._binding) if bound else None,
-        )
-        self._server.set_client_first(rest[4:].decode())
-        return authentication_request(11, self._server.get_server_first().encode())
-
-    def verdict(self, response: bytes) -> bytes:
-        """Take the body of a SASLResponse and return SASLFinal."""
-        self._server.set_client_final(response.decode())
-        return authentication_request(12, self._server.get_server_final().encode())
-
-    @property
-    def server_signature(self) -> bytes | None:
-        signature: bytes | None = self._server and self._server.server_signature
-        return signature
-
-
-@cache
-def _account(password: str, iterations: int) -> tuple[bytes, bytes, bytes, int]:
-    account: tuple[bytes, bytes, bytes, int] = ScramMechanism(PLAIN).make_auth_info(password, iterations, Honest.salt)
-    return account
-
-
-def honest(
-    password: str,
-    *,
-    offer: Sequence[str] = (PLUS, PLAIN),
-    binding: bytes | None = None,
-    last: bytes = OK + WELCOME,
-) -> Script:
-    """Return a step that lets a client in who knows the password. `last` comes in one piece with SASLFinal."""
-
-    def step(conversation: Conversation) -> None:
-        server = Honest(password, binding=binding)
-        conversation.send(sasl(*offer))
-        conversation.send(server.challenge(conversation.read_message()[1]))
-        conversation.send(server.verdict(conversation.read_message()[1]) + last)
-
-    return step
-
-
-def in_turn(*scripts: Script) -> Script:
-    """Return a script that plays `scripts`, one for each connection, and the last one from then on."""
-    waiting = list(scripts)
-
-    def script(conversation: Conversation) -> None:
-        (waiting.pop(0) if len(waiting) > 1 else waiting[0])(conversation)
-
-    return script
-
-
-_PATTERNS = {
-    "SASLInitialResponse": rb"SCRAM-SHA-256(-PLUS)?\0....(n|y|p=tls-server-end-point),,n=\*,r=[!-+\--~]{18,}",
-    "SASLResponse": rb"c=[A-Za-z0-9+/]+={0,2},r=[!-+\--~]+,p=[A-Za-z0-9+/]{43}=",
-    "Query": rb"[^\0]*\0",
-    "Terminate": rb"",
-}
-
-
-def client_messages(sent: bytes | bytearray) -> list[str]:
-    """Return the names of the messages that a client has sent inside TLS; one that nobody knows fails."""
-    names: list[str] = []
-    rest = bytes(sent)
-    while rest:
-        if not names:
-            (size,) = struct.unpack_from("!I", rest)
-            assert b"user\0" in rest[:size]
-            names.append("StartupMessage")
-        else:
-            kinds = {b"p": ("SASLInitialResponse", "SASLResponse"), b"Q": ("Query",), b"X": ("Terminate",)}
-            size = 1 + int(struct.unpack_from("!I", rest, 1)[0])
-            body = rest[5:size]
-            names += [name for name in kinds[rest[:1]] if re.fullmatch(_PATTERNS[name], body, re.DOTALL)] or [
-                repr(body)
-            ]
-        rest = rest[size:]
-    return names
-
-
-def verifier(password: bytes, *, iterations: int = 4096) -> str:
-    """Return what PostgreSQL stores for the bytes of a password (its documentation, section 51.8, pg_authid)."""
-    salt = secrets.token_bytes(16)
-    salted = hashlib.pbkdf2_hmac("sha256", password, salt, iterations)
-    stored = hashlib.sha256(hmac.digest(salted, b"Client Key", "sha256")).digest()
-    keys = (stored, hmac.digest(salted, b"Server Key", "sha256"))
-    return f"SCRAM-SHA-256${iterations}:{b64encode(salt).decode()}$" + ":".join(b64encode(key).decode() for key in keys)

@@ -1,4 +1,4 @@
-"""ISRG Root X1 is found by its fingerprint wherever it lies, and nothing else passes for it; an anchor is one root."""
+"""ISRG Root X1 is found by its fingerprint in any store, nothing else is accepted for it, and an anchor is one root."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LEAF = issue(ROOT)
 
 
 def bundle() -> list[bytes]:
-    """Return certifi's certificates in DER, read by OpenSSL and not by the code under test."""
+    """Return certifi's certificates in DER, as OpenSSL reads them."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.load_verify_locations(certifi.where())
     return context.get_ca_certs(binary_form=True)
@@ -46,7 +46,7 @@ WITHOUT_X1 = pem_of(*(der for der in BUNDLE if der != X1_DER))
 
 
 @pytest.fixture(autouse=True)
-def nothing_found_yet() -> Iterator[None]:
+def empty_cache() -> Iterator[None]:
     find_isrg_root_x1.cache_clear()
     yield
     find_isrg_root_x1.cache_clear()
@@ -54,7 +54,7 @@ def nothing_found_yet() -> Iterator[None]:
 
 @pytest.fixture
 def system(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., dict[str, Path]]:
-    """Return a function that puts made stores in the place of certifi's and the system's; None leaves one out."""
+    """Return a function that replaces the stores of certifi and of the system; a store of None does not exist."""
 
     def install(certifi_pem: bytes | None = WITHOUT_X1, **stores: bytes | None) -> dict[str, Path]:
         paths = {name: tmp_path / f"{name}.pem" for name in stores}
@@ -71,7 +71,7 @@ def system(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., dic
     return install
 
 
-def test_the_fingerprint_is_that_of_the_published_root() -> None:
+def test_the_public_fingerprint_is_that_of_isrg_root_x1() -> None:
     assert neon_async.ISRG_ROOT_X1_SHA256 == "96bcec06264976f37460779acf28c5a7cfe8a3c0aae11a8ffcee05c0bddf08c6"
     assert X1.subject.rfc4514_string() == "CN=ISRG Root X1,O=Internet Security Research Group,C=US"
 
@@ -96,16 +96,16 @@ with_text = b"# ISRG Root X1\nCertificate:\n    Data: ...\n" + X1_PEM + b"traili
     [
         pytest.param(X1_PEM, id="alone"),
         pytest.param(WITHOUT_X1 + X1_PEM, id="last of many"),
-        pytest.param(LOOK_ALIKE.pem + X1_PEM, id="behind its look-alike"),
-        pytest.param(X1_PEM.replace(b"\n", b"\r\n"), id="with Windows line ends"),
-        pytest.param(with_text, id="with text around"),
+        pytest.param(LOOK_ALIKE.pem + X1_PEM, id="after its look-alike"),
+        pytest.param(X1_PEM.replace(b"\n", b"\r\n"), id="Windows line endings"),
+        pytest.param(with_text, id="surrounded by text"),
         pytest.param(
-            b"-----BEGIN CERTIFICATE-----\n!!!!\n-----END CERTIFICATE-----\n" + X1_PEM, id="behind a broken block"
+            b"-----BEGIN CERTIFICATE-----\n!!!!\n-----END CERTIFICATE-----\n" + X1_PEM, id="after a broken block"
         ),
-        pytest.param(b"\xff\xfe\n" + X1_PEM, id="behind bytes that are no text"),
+        pytest.param(b"\xff\xfe\n" + X1_PEM, id="after bytes that are not text"),
     ],
 )
-def test_x1_is_found_in_a_system_store_when_certifi_lacks_it(
+def test_x1_is_found_in_a_system_store_when_certifi_does_not_contain_it(
     system: Callable[..., dict[str, Path]], pem: bytes
 ) -> None:
     paths = system(Absent=None, Empty=b"", Present=pem)
@@ -125,7 +125,7 @@ def test_x1_is_found_in_a_folder_of_certificates(system: Callable[..., dict[str,
     assert (anchor.sha256, anchor.source) == (neon_async.ISRG_ROOT_X1_SHA256, f"Android ({folder})")
 
 
-def test_certifi_comes_first(system: Callable[..., dict[str, Path]]) -> None:
+def test_certifi_is_searched_first(system: Callable[..., dict[str, Path]]) -> None:
     system(X1_PEM, Debian=X1_PEM)
     assert find_isrg_root_x1().source.startswith("certifi (")
 
@@ -140,12 +140,12 @@ def test_certifi_comes_first(system: Callable[..., dict[str, Path]]) -> None:
         pytest.param(X1_PEM.replace(b"CERTIFICATE", b"TRUSTED CERTIFICATE"), {}, id="in OpenSSL's own format"),
     ],
 )
-def test_x1_nowhere_is_a_clear_error_that_is_not_kept(
+def test_a_failed_search_for_x1_names_every_place_and_is_not_cached(
     system: Callable[..., dict[str, Path]], bundle: bytes | None, stores: dict[str, bytes | None]
 ) -> None:
     paths = system(bundle, **stores)
     for _ in range(2):
-        with pytest.raises(neon_async.ConfigurationError, match="ISRG Root X1 was found nowhere") as caught:
+        with pytest.raises(neon_async.ConfigurationError, match="ISRG Root X1 was not found") as caught:
             find_isrg_root_x1()
         assert all(str(path) in str(caught.value) for path in (certifi.where(), *paths.values()))
     system(X1_PEM)
@@ -155,7 +155,7 @@ def test_x1_nowhere_is_a_clear_error_that_is_not_kept(
 # sslrootcert
 
 
-def test_sslrootcert_with_x1_is_used(tmp_path: Path) -> None:
+def test_a_sslrootcert_that_contains_x1_is_used(tmp_path: Path) -> None:
     path = tmp_path / "roots.pem"
     path.write_bytes(WITHOUT_X1 + X1_PEM)
     anchor = find_isrg_root_x1(str(path))
@@ -163,17 +163,17 @@ def test_sslrootcert_with_x1_is_used(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("pem", "count"),
+    ("pem", "found"),
     [
-        pytest.param(ROOT.pem, 1, id="a private root"),
-        pytest.param(LOOK_ALIKE.pem, 1, id="an X1 look-alike"),
-        pytest.param(WITHOUT_X1, len(BUNDLE) - 1, id="all roots but X1"),
+        pytest.param(ROOT.pem, "1 certificate, which is not ISRG Root X1", id="a private root"),
+        pytest.param(LOOK_ALIKE.pem, "1 certificate, which is not ISRG Root X1", id="an X1 look-alike"),
+        pytest.param(WITHOUT_X1, f"{len(BUNDLE) - 1} certificates, none of them ISRG Root X1", id="all roots but X1"),
     ],
 )
-def test_sslrootcert_without_x1_asks_for_less_and_is_refused(tmp_path: Path, pem: bytes, count: int) -> None:
+def test_a_sslrootcert_with_other_roots_only_is_insecure_and_refused(tmp_path: Path, pem: bytes, found: str) -> None:
     path = tmp_path / "roots.pem"
     path.write_bytes(pem)
-    with pytest.raises(neon_async.InsecureConfigurationError, match=f"does not hold ISRG Root X1, but {count} other"):
+    with pytest.raises(neon_async.InsecureConfigurationError, match=f"contains {found}"):
         find_isrg_root_x1(str(path))
 
 
@@ -188,31 +188,31 @@ def test_sslrootcert_without_x1_asks_for_less_and_is_refused(tmp_path: Path, pem
         pytest.param(lambda path: path.write_bytes(LEAF.key_pem), id="a key"),
     ],
 )
-def test_sslrootcert_without_a_certificate_is_refused(tmp_path: Path, make: Callable[[Path], object]) -> None:
+def test_a_sslrootcert_without_a_certificate_is_refused(tmp_path: Path, make: Callable[[Path], object]) -> None:
     path = tmp_path / "roots.pem"
     make(path)
-    with pytest.raises(neon_async.ConfigurationError, match="cannot be read or holds no certificate") as caught:
+    with pytest.raises(neon_async.ConfigurationError, match="cannot be read or contains no certificate") as caught:
         find_isrg_root_x1(str(path))
     assert str(path) in str(caught.value)
 
 
-def test_sslrootcert_system_means_the_systems_stores_without_certifi(system: Callable[..., dict[str, Path]]) -> None:
+def test_sslrootcert_system_searches_the_system_stores_without_certifi(system: Callable[..., dict[str, Path]]) -> None:
     paths = system(X1_PEM, Debian=X1_PEM)
     assert find_isrg_root_x1("system").source == f"Debian ({paths['Debian']})"
     find_isrg_root_x1.cache_clear()
     system(X1_PEM, Debian=WITHOUT_X1)
-    with pytest.raises(neon_async.ConfigurationError, match="found nowhere") as caught:
+    with pytest.raises(neon_async.ConfigurationError, match="was not found") as caught:
         find_isrg_root_x1("system")
     assert "cacert.pem" not in str(caught.value)
 
 
-def test_a_file_named_system_is_not_the_systems_stores(
+def test_sslrootcert_system_does_not_read_a_file_of_that_name(
     system: Callable[..., dict[str, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     system(WITHOUT_X1)
     monkeypatch.chdir(tmp_path)
     Path("system").write_bytes(X1_PEM)
-    with pytest.raises(neon_async.ConfigurationError, match="found nowhere"):
+    with pytest.raises(neon_async.ConfigurationError, match="was not found"):
         find_isrg_root_x1("system")
 
 
@@ -228,7 +228,7 @@ class AnchorPath(os.PathLike[str]):
 
 
 @pytest.mark.parametrize(
-    "give",
+    "pass_as",
     [
         pytest.param(lambda path: ROOT.pem, id="PEM bytes"),
         pytest.param(lambda path: ROOT.pem.decode(), id="PEM text"),
@@ -238,10 +238,12 @@ class AnchorPath(os.PathLike[str]):
         pytest.param(AnchorPath, id="PathLike"),
     ],
 )
-def test_a_trust_anchor_is_taken_in_every_form(tmp_path: Path, give: Callable[[Path], _trust.AnchorSource]) -> None:
+def test_a_trust_anchor_is_accepted_in_every_form(
+    tmp_path: Path, pass_as: Callable[[Path], _trust.AnchorSource]
+) -> None:
     path = tmp_path / "root.pem"
     path.write_bytes(ROOT.pem)
-    source = give(path)
+    source = pass_as(path)
     anchor = load_trust_anchor(source)
     assert anchor.der == ROOT.der
     assert anchor.sha256 == hashlib.sha256(ROOT.der).hexdigest()
@@ -254,41 +256,44 @@ def one_block(*ders: bytes) -> bytes:
     return ssl.DER_cert_to_PEM_cert(b"".join(ders)).encode()
 
 
+NO_PEM = "must be PEM bytes, PEM text or a path, not "
 NO_CA = issue(subject="root", also=[(x509.BasicConstraints(False, None), True)])
 
 
 @pytest.mark.parametrize(
     ("source", "reason"),
     [
-        pytest.param(ROOT.pem + OTHER_ROOT.pem, "holds 2 certificates", id="two roots"),
-        pytest.param(ROOT.pem + ROOT.pem, "holds 2 certificates", id="the same root twice"),
-        pytest.param(LEAF.pem + ROOT.pem, "holds 2 certificates", id="leaf and root"),
-        pytest.param(LEAF.pem, "not a CA certificate signed by itself", id="a leaf"),
-        pytest.param(INTERMEDIATE.pem, "not a CA certificate signed by itself", id="an intermediate"),
-        pytest.param(NO_CA.pem, "not a CA certificate signed by itself", id="self-signed and no CA"),
-        pytest.param(one_block(ROOT.der, OTHER_ROOT.der), "not a CA certificate", id="two roots in one block"),
-        pytest.param(one_block(ROOT.der[:-10]), "not a CA certificate", id="cut off"),
-        pytest.param(one_block(b"garbage"), "not a CA certificate", id="a block of garbage"),
-        pytest.param(b"", "holds no certificate", id="empty"),
-        pytest.param(b"garbage", "holds no certificate", id="garbage"),
-        pytest.param(ROOT.der, "holds no certificate", id="DER"),
-        pytest.param(LEAF.key_pem, "holds no certificate", id="a key"),
-        pytest.param(revocation_list(ROOT), "holds no certificate", id="a CRL"),
-        pytest.param(b"/etc/ssl/cert.pem", "holds no certificate", id="a path as bytes"),
+        pytest.param(ROOT.pem + OTHER_ROOT.pem, "contains 2 certificates", id="two roots"),
+        pytest.param(ROOT.pem + ROOT.pem, "contains 2 certificates", id="the same root twice"),
+        pytest.param(LEAF.pem + ROOT.pem, "contains 2 certificates", id="leaf and root"),
+        pytest.param(LEAF.pem, "not a self-signed CA certificate", id="a leaf"),
+        pytest.param(INTERMEDIATE.pem, "not a self-signed CA certificate", id="an intermediate"),
+        pytest.param(NO_CA.pem, "not a self-signed CA certificate", id="self-signed without being a CA"),
+        pytest.param(
+            one_block(ROOT.der, OTHER_ROOT.der), "not a self-signed CA certificate", id="two roots in one block"
+        ),
+        pytest.param(one_block(ROOT.der[:-10]), "not a self-signed CA certificate", id="cut off"),
+        pytest.param(one_block(b"garbage"), "not a self-signed CA certificate", id="a block of garbage"),
+        pytest.param(b"", "contains no certificate", id="empty"),
+        pytest.param(b"garbage", "contains no certificate", id="garbage"),
+        pytest.param(ROOT.der, "contains no certificate", id="DER"),
+        pytest.param(LEAF.key_pem, "contains no certificate", id="a key"),
+        pytest.param(revocation_list(ROOT), "contains no certificate", id="a CRL"),
+        pytest.param(b"/etc/ssl/cert.pem", "contains no certificate", id="a path as bytes"),
         pytest.param("", "cannot be read", id="empty text"),
         pytest.param("/nowhere/root.pem", "cannot be read: No such file", id="missing file"),
         pytest.param("/", "cannot be read: not a regular file", id="a folder"),
         pytest.param("a\0b", "cannot be read: not a path", id="NUL in the path"),
-        pytest.param("a" * 5000, "cannot be read: File name too long", id="an endless path"),
+        pytest.param("a" * 5000, "cannot be read: File name too long", id="a path that is too long"),
         pytest.param("\ud800", "cannot be read", id="a surrogate as path"),
-        pytest.param(bytearray(ROOT.pem), "is of type bytearray", id="bytearray"),
-        pytest.param(17, "is of type int", id="a file descriptor"),
-        pytest.param(True, "is of type bool", id="True"),
-        pytest.param(False, "is of type bool", id="False"),
-        pytest.param([ROOT.pem], "is of type list", id="a list"),
+        pytest.param(bytearray(ROOT.pem), NO_PEM, id="bytearray"),
+        pytest.param(17, NO_PEM, id="a file descriptor"),
+        pytest.param(True, NO_PEM, id="True"),
+        pytest.param(False, NO_PEM, id="False"),
+        pytest.param([ROOT.pem], NO_PEM, id="a list"),
     ],
 )
-def test_whatever_is_not_exactly_one_root_is_refused_as_trust_anchor(source: _trust.AnchorSource, reason: str) -> None:
+def test_anything_but_exactly_one_root_is_refused_as_trust_anchor(source: _trust.AnchorSource, reason: str) -> None:
     for use in (
         load_trust_anchor,
         lambda source: neon_async.create_ssl_context(trust_anchor=source),
@@ -300,13 +305,13 @@ def test_whatever_is_not_exactly_one_root_is_refused_as_trust_anchor(source: _tr
         assert_secret_free(caught.value, "s3cret", "BEGIN PRIVATE KEY-----\n")
 
 
-def test_a_leaf_hidden_behind_the_root_in_one_block_is_refused() -> None:
-    # OpenSSL reads on after the first certificate; only the CAs among them show in get_ca_certs().
+def test_a_leaf_hidden_after_the_root_in_one_block_is_refused() -> None:
+    # OpenSSL continues after the first certificate, and get_ca_certs() returns only the CAs among them.
     with pytest.raises(neon_async.ConfigurationError):
         neon_async.create_ssl_context(trust_anchor=one_block(ROOT.der, LEAF.der))
 
 
-def test_an_unreadable_trust_anchor_tells_the_path_and_the_reason(tmp_path: Path) -> None:
+def test_the_error_for_an_unreadable_trust_anchor_names_the_path_and_the_reason(tmp_path: Path) -> None:
     path = tmp_path / "root.pem"
     with pytest.raises(neon_async.ConfigurationError) as caught:
         load_trust_anchor(path)
@@ -321,10 +326,10 @@ def test_trust_anchor_and_sslrootcert_together_are_refused(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("channel", ["DSN", "environment"])
-def test_a_trust_anchor_is_never_silently_replaced_by_a_sslrootcert_that_fails(
+def test_a_trust_anchor_wins_over_a_sslrootcert_in_dsn_or_environment(
     channel: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # The anchor comes from code and wins; what the other channels name is checked for X1 only when there is none.
+    # The anchor comes from code; the file that the DSN or the environment names is read only when there is no anchor.
     path = tmp_path / "roots.pem"
     path.write_bytes(OTHER_ROOT.pem)
     dsn = "postgresql://u:p@db.example.com/d"
@@ -332,7 +337,7 @@ def test_a_trust_anchor_is_never_silently_replaced_by_a_sslrootcert_that_fails(
         dsn += f"?sslrootcert={path}"
     else:
         monkeypatch.setenv("PGSSLROOTCERT", str(path))
-    with pytest.raises(neon_async.InsecureConfigurationError, match="does not hold ISRG Root X1"):
+    with pytest.raises(neon_async.InsecureConfigurationError, match="which is not ISRG Root X1"):
         neon_async.create_pool(dsn)
     pool = neon_async.create_pool(dsn, trust_anchor=ROOT.pem)
     assert pool._connector.anchor.der == ROOT.der
@@ -341,7 +346,7 @@ def test_a_trust_anchor_is_never_silently_replaced_by_a_sslrootcert_that_fails(
 # The survey
 
 
-def test_the_survey_tells_of_every_place(system: Callable[..., dict[str, Path]], tmp_path: Path) -> None:
+def test_the_survey_lists_every_place(system: Callable[..., dict[str, Path]], tmp_path: Path) -> None:
     paths = system(WITHOUT_X1, Debian=X1_PEM + ROOT.pem, Alpine=None, Empty=b"")
     places = {place.name: place for place in survey()}
     assert list(places) == ["certifi", "Debian", "Alpine", "Empty", "Windows"]
@@ -360,12 +365,12 @@ def test_the_survey_of_this_system_finds_x1_in_certifi() -> None:
     assert Path(places["certifi"].location).is_file()
 
 
-def test_the_roots_are_still_good() -> None:
+def test_x1_has_not_expired() -> None:
     assert X1.not_valid_after_utc > NOW
 
 
-def test_a_fingerprint_is_of_all_bytes_of_the_block() -> None:
-    # X1 with anything behind it is not X1: nothing rides along with a known fingerprint.
+def test_the_fingerprint_covers_every_byte_of_a_block() -> None:
+    # X1 with anything after it is not X1: nothing can be smuggled in under the known fingerprint.
     smuggled = base64.encodebytes(X1_DER + OTHER_ROOT.der)
     pem = b"-----BEGIN CERTIFICATE-----\n" + smuggled + b"-----END CERTIFICATE-----\n"
     ders = _trust._pem_to_der(pem)

@@ -177,12 +177,12 @@ def _combined(base: Any, ours: Any) -> type[Any]:
 
 def resets_itself(connection: object) -> bool:
     """Return whether the caller's class has a `reset()` of its own, which may do anything."""
-    return _definer(type(connection), "reset") is not asyncpg.Connection
+    return _definer(cast(Any, type(connection)), "reset") is not asyncpg.Connection
 
 
 def has_own_reset_query(connection: object) -> bool:
     """Return whether the caller's class has a `get_reset_query()` of its own."""
-    return _definer(type(connection), "get_reset_query") is not Connection
+    return _definer(cast(Any, type(connection)), "get_reset_query") is not Connection
 
 
 @functools.lru_cache(maxsize=64)

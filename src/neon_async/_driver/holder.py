@@ -12,12 +12,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import logging
+import socket
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import asyncpg
 from asyncpg.pool import PoolConnectionHolder, PoolConnectionProxy
 
+from .._errors import NeonAsyncError
+from .._neon.endpoint import short_name
 from .protocol import SessionProtocol
 from .session import Callbacks, Session
 
@@ -27,6 +31,8 @@ if TYPE_CHECKING:
     _Pool: TypeAlias = asyncpg.Pool[asyncpg.Record]
 else:
     _Connection, _Proxy, _Pool = asyncpg.Connection, PoolConnectionProxy, asyncpg.Pool
+
+_log = logging.getLogger("neon_async")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -59,29 +65,44 @@ class ConnectionHooks(_Connection):
             session.notify_closed()
 
     async def _cancel(self, waiter: Any, cancel_waiter: Any = None) -> None:
-        """Send a cancel request over a channel of ours, with the outcomes of asyncpg's own method.
+        """Send a cancel request over a verified channel, within `command_timeout`, and always resolve `waiter`.
 
-        asyncpg 0.32 has the second parameter and terminates the connection where the request fails; 0.31 has neither.
+        Where the request cannot be sent, the connection is terminated: the state of its session is unknown.
+
+        Args:
+            waiter: Resolved when the request has been sent.
+            cancel_waiter: Resolved by asyncpg when the cancelled statement has ended. asyncpg 0.31 does not pass it.
         """
         session, protocol = session_of(self), self._protocol  # type: ignore[attr-defined]
         assert session is not None
         try:
             async with asyncio.timeout(self._config.command_timeout):  # type: ignore[attr-defined]
-                with contextlib.suppress(ConnectionResetError):
-                    await session.cancel(protocol.backend_pid, protocol.backend_secret)
+                await session.cancel(protocol.backend_pid, protocol.backend_secret)
                 if not waiter.done():
                     waiter.set_result(None)
                 if cancel_waiter is not None:
                     await asyncio.shield(cancel_waiter)
         except asyncio.CancelledError:
-            pass
-        except Exception:  # noqa: BLE001  whatever it was, asyncpg's protocol is in an unknown state
-            if not self.is_closed():
-                self.terminate()
+            pass  # the connection or the event loop is being closed
+        except Exception as error:  # noqa: BLE001  a task of asyncpg's: an exception would reach no caller
+            _give_up_cancelling(self, session.host, waiter, error)
         finally:
             self._cancellations.discard(asyncio.current_task())  # type: ignore[attr-defined]
             if not waiter.done():
                 waiter.set_result(None)
+
+
+def _give_up_cancelling(connection: Any, host: str, waiter: asyncio.Future[None], error: Exception) -> None:
+    if not connection._aborted:
+        connection.terminate()
+    if not waiter.done():  # asyncpg 0.31: a call that waits for the cancellation would wait for ever without an error
+        waiter.set_exception(error)
+        waiter.exception()  # often no call waits
+    if isinstance(error, (NeonAsyncError, OSError)):
+        _log.info("%s: a statement could not be cancelled, its connection is terminated: %s", short_name(host), error)
+    else:
+        context = {"message": "A cancel request failed unexpectedly", "exception": error}
+        asyncio.get_running_loop().call_exception_handler(context)
 
 
 class StatementHooks(_Connection):
@@ -388,6 +409,20 @@ class Holder(PoolConnectionHolder):
         """End the connection at once, if there is one."""
         if self._con is not None:
             self._con.terminate()
+
+    def abandon(self) -> None:
+        """End the connection, if there is one, where its event loop is closed: there `terminate()` raises."""
+        connection = self._con
+        if connection is None:
+            return
+        connection._aborted = True  # so that `is_closed()` is true
+        open_socket = connection._transport.get_extra_info("socket")
+        if open_socket is not None:
+            with contextlib.suppress(OSError, TypeError):  # uvloop closed its sockets together with the event loop
+                open_socket.shutdown(socket.SHUT_RDWR)
+        session = session_of(connection)
+        assert session is not None
+        session.notify_closed()
 
     def is_idle(self) -> bool:
         """Return whether no caller has the connection; asyncpg asks."""

@@ -139,7 +139,7 @@ class Session:
         endpoint: What the host name says, or None when it is not a Neon endpoint.
         healing: Shared by the connections of one pool.
         report: What the TLS handshake settled on.
-        transport: Where asyncpg writes.
+        transport: What asyncpg writes to.
         cancel: Sends a cancel request to the server of this session.
         on_closed: Called once, as soon as the connection is closed, by either side.
         snapshot: What a reset restores.

@@ -36,7 +36,7 @@ async def take_snapshot(connection: Any, *, user: str, names: Iterable[str]) -> 
     return Snapshot(
         role=None if role == "none" else role,
         authorization=authorization,
-        settings={name: value for name, value in settings},
+        settings=dict(settings),
         callbacks=holder.callbacks_of(connection),
         codecs=dict(holder.own_session(connection).codecs),
     )

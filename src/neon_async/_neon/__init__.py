@@ -1,4 +1,4 @@
-"""What is Neon's: names of endpoints, texts of errors, and the SQL that needs a session.
+"""What is specific to Neon: endpoint names, error texts, and which SQL needs a session.
 
-Pure. Knows no parameters, no connections and no asyncpg.
+Pure: text in, values out. Must not know parameters, connections, the event loop or asyncpg.
 """

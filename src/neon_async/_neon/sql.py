@@ -1,9 +1,9 @@
-"""Which feature of a session an SQL text uses that a pooler in transaction mode cannot give.
+"""Find the session feature that an SQL text uses and a pooler in transaction mode cannot provide.
 
-Pure: text in, answer out. It reads SQL as PostgreSQL's scanner does (src/backend/parser/scan.l), so that nothing inside
-a string, a comment or a quoted name counts. A refusal must never be wrong, so in doubt a text passes: what stands in
-bodies of functions, in `DO`, behind `EXPLAIN` or `CREATE`, and what only cleans up (`UNLISTEN`, `RESET`,
-`pg_advisory_unlock`), which is harmless where there is nothing to clean.
+The text is scanned as PostgreSQL's scanner does it (src/backend/parser/scan.l), so that nothing inside a string, a
+comment or a quoted name counts. A refusal must never be wrong, so in doubt a text passes: function bodies, `DO`, what
+follows `EXPLAIN` or `CREATE`, and statements that only clean up (`UNLISTEN`, `RESET`, `pg_advisory_unlock`), which are
+harmless where there is nothing to clean up.
 """
 
 from __future__ import annotations
@@ -11,35 +11,57 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Iterator
-from typing import NamedTuple
+from dataclasses import dataclass
 
 
-class SessionFeature(NamedTuple):
-    """Something that only a session can give: its name, and what does the same within a transaction, or ''."""
+@dataclass(frozen=True, slots=True)
+class SessionFeature:
+    """A feature that needs a session of its own.
+
+    Attributes:
+        name: The feature, as SQL spells it.
+        instead: What has the same effect inside a transaction, or ''.
+    """
 
     name: str
     instead: str
 
 
-# What PgBouncer sets on whichever server connection a client is given (its documentation, track_extra_parameters).
+# The settings that PgBouncer restores on every server connection that it assigns to a client (its documentation,
+# track_extra_parameters).
 TRACKED_SETTINGS = frozenset(
     {"application_name", "client_encoding", "datestyle", "intervalstyle", "standard_conforming_strings", "timezone"}
 )
 
-_SESSION_LOCKS = frozenset(
-    {"pg_advisory_lock", "pg_advisory_lock_shared", "pg_try_advisory_lock", "pg_try_advisory_lock_shared"}
-)
-# Long texts are data, mostly: they are judged by their beginning, and not remembered.
-_JUDGED = 65_536
-_REMEMBERED = 4_096
 
-# Without one of these words no text is refused. It costs a search at C speed, once for each text.
-_SUSPICIOUS = r"listen|advisory_lock|set_config|(?:^|[;/\s])set\s"
+def session_feature(query: str) -> SessionFeature | None:
+    """Return the session feature that `query`, one statement or several, would use, or None."""
+    return _cached_scan(query) if len(query) <= _CACHED else _scan(query[:_SCANNED])
 
 
 def prepare() -> None:
-    """Compile what the first judgement needs: it takes some 15 ms, too long for an event loop, and for an import."""
+    """Compile the patterns: this takes about 15 ms, too long for an import and for the event loop."""
     session_feature("LISTEN a; SELECT E''")
+
+
+_SESSION_LOCKS = frozenset(
+    {"pg_advisory_lock", "pg_advisory_lock_shared", "pg_try_advisory_lock", "pg_try_advisory_lock_shared"}
+)
+# Long texts are mostly data: only the beginning is scanned, and the result is not cached.
+_SCANNED = 65_536
+_CACHED = 4_096
+
+# A text without one of these words is never refused. The test is one search at C speed per text.
+_SUSPICIOUS = r"listen|advisory_lock|set_config|(?:^|[;/\s])set\s"
+
+
+def _scan(query: str) -> SessionFeature | None:
+    if not _compiled(_SUSPICIOUS, re.IGNORECASE).search(query):
+        return None
+    return next(filter(None, map(_feature, _statements(query))), None)
+
+
+_cached_scan = functools.lru_cache(maxsize=512)(_scan)
 
 
 @functools.cache
@@ -47,27 +69,13 @@ def _compiled(pattern: str, flags: int = 0) -> re.Pattern[str]:
     return re.compile(pattern, flags)
 
 
-def session_feature(query: str) -> SessionFeature | None:
-    """Return the feature of a session that `query`, one statement or several, would use, or None."""
-    return _remembered(query) if len(query) <= _REMEMBERED else _judge(query[:_JUDGED])
-
-
-def _judge(query: str) -> SessionFeature | None:
-    if not _compiled(_SUSPICIOUS, re.IGNORECASE).search(query):
-        return None
-    return next(filter(None, map(_feature, _statements(query))), None)
-
-
-_remembered = functools.lru_cache(maxsize=512)(_judge)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# Tokens: a word in lower case, a sign, a string in its quotes or as "'", a quoted name as '"' and the name
+# Tokens: a word in lower case; a sign; a string in its quotes, or as "'"; a quoted name as '"' and the name
 
 _SPACE = r"[ \t\n\r\f\v]++"
 _PLAIN = r"'[^']*+(?:''[^']*+)*+'"
 _ESCAPED = r"'[^'\\]*+(?:(?:\\.|'')[^'\\]*+)*+'"
-# Every part is possessive, or a string without an end would be tried at each of its quotes.
+# Every part is possessive: without that, an unterminated string would be tried again at each of its quotes.
 _TOKEN = rf"""(?P<gap>{_SPACE}|--[^\r\n]*+)
     |(?P<comment>/\*)
     |(?P<escaped>[eE]{_ESCAPED})
@@ -82,12 +90,12 @@ _COMMENT_EDGE = r"/\*|\*/"
 
 
 def _tokens(query: str) -> Iterator[str]:
-    """Yield the tokens of `query` up to its end, or up to a string or comment that has none."""
-    token, continuation = _compiled(_TOKEN, re.VERBOSE | re.DOTALL), _compiled(_ESCAPED, re.DOTALL)
+    """Yield the tokens of `query` up to its end, or up to an unterminated string or comment."""
+    pattern, continuation = _compiled(_TOKEN, re.VERBOSE | re.DOTALL), _compiled(_ESCAPED, re.DOTALL)
     position, after_escaped = 0, False
     while position < len(query):
-        # A string behind an E'' string is the rest of it, and has its backslashes.
-        match = (after_escaped and continuation.match(query, position)) or token.match(query, position)
+        # A string that follows an E'' string continues it, with the same backslash escapes.
+        match = (after_escaped and continuation.match(query, position)) or pattern.match(query, position)
         assert match
         position, kind = match.end(), match.lastgroup or "escaped"
         if kind == "gap":
@@ -120,7 +128,7 @@ def _end_of_comment(query: str, position: int) -> int:
 
 
 def _statements(query: str) -> Iterator[list[str]]:
-    """Yield the tokens of each statement, up to the body of a function in SQL, whose end only a parser can tell."""
+    """Yield the tokens of each statement, up to the body of an SQL function, whose end only a parser can find."""
     statement: list[str] = []
     depth = 0
     for lexeme in _tokens(query):
@@ -141,7 +149,7 @@ def _statements(query: str) -> Iterator[list[str]]:
 _ADVICE_SET = "SET LOCAL inside a transaction"
 _ADVICE_CONFIG = "set_config(..., true) inside a transaction"
 _RUNS_FUNCTIONS = frozenset({"select", "with", "values", "insert", "update", "delete", "merge", "("})
-# What stands in front of a name that is followed by a parenthesis and yet no function.
+# The words before a name that is followed by a parenthesis without being a function.
 _NAMES_SOMETHING = frozenset({"into", "with", "recursive", "as", "table", "."})
 
 
@@ -157,7 +165,7 @@ def _feature(statement: list[str]) -> SessionFeature | None:
 
 
 def _of_set(statement: list[str]) -> SessionFeature | None:
-    """`SET [SESSION] name ...`, as src/backend/parser/gram.y has it under set_rest."""
+    """Return the feature of `SET [SESSION] name ...` (src/backend/parser/gram.y, set_rest)."""
     words = [lexeme.lstrip('"').lower() for lexeme in statement[1:]]
     if words[:1] == ["session"]:
         words = words[1:]
@@ -178,7 +186,7 @@ def _of_set(statement: list[str]) -> SessionFeature | None:
 
 
 def _of_functions(statement: list[str]) -> SessionFeature | None:
-    opened: list[tuple[str, list[int]]] = []  # of each parenthesis: what it calls, and where its arguments begin
+    opened: list[tuple[str, list[int]]] = []  # for each parenthesis: the function, and where its arguments begin
     for index, lexeme in enumerate(statement):
         if lexeme == "(":
             name = _called(statement, index)
@@ -196,14 +204,14 @@ def _of_functions(statement: list[str]) -> SessionFeature | None:
 
 
 def _called(statement: list[str], parenthesis: int) -> str:
-    """Return the name that a parenthesis stands behind, where that may be a function of PostgreSQL's, or ''."""
+    """Return the name before a parenthesis, where it may be a built-in function of PostgreSQL, or ''."""
     name, before = statement[parenthesis - 1], statement[max(parenthesis - 3, 0) : parenthesis - 1]
-    ours = before == ["pg_catalog", "."] or not (before and before[-1] in _NAMES_SOMETHING)
-    return name if parenthesis and ours else ""
+    built_in = before == ["pg_catalog", "."] or not (before and before[-1] in _NAMES_SOMETHING)
+    return name if parenthesis and built_in else ""
 
 
 def _of_set_config(statement: list[str], arguments: list[int], *, end: int) -> SessionFeature | None:
-    """`set_config('name', value, false)`, where name and `false` are literals."""
+    """Return the feature of `set_config('name', value, false)`, where name and `false` are literals."""
     if len(arguments) != 3 or statement[arguments[2] : end] != ["false"]:
         return None
     first = statement[arguments[0] : arguments[1] - 1]

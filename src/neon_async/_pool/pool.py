@@ -54,8 +54,8 @@ _log = logging.getLogger("neon_async")
 class _Phase(enum.Enum):
     """How far the life of a pool has come."""
 
-    NEW = "not open"
-    OPENING = "being opened in another task"
+    NEW = "new"
+    OPENING = "opening"
     OPEN = "open"
     CLOSING = "closing"
     CLOSED = "closed"
@@ -82,9 +82,8 @@ class AcquireContext(_AcquireContext):
 
     async def __aexit__(self, *_: object) -> None:
         """Release the connection and return at once; what it needs is done in the background."""
-        self.done = True
-        connection, self.connection = self.connection, None
-        cast(Pool, self.pool)._end_loan(connection)
+        cast(Pool, self.pool)._end_loan(self.connection)  # in another event loop it raises, and nothing has changed
+        self.done, self.connection = True, None
 
     def __await__(self) -> Generator[Any, None, Any]:
         self.done = True
@@ -183,21 +182,20 @@ class Pool(PoolBase):
         return self
 
     async def _make_first_connections(self, count: int) -> None:
-        began = time.monotonic()
-        opening = [
-            asyncio.ensure_future(self._wait_for_slot(self._options.acquire_timeout, began)) for _ in range(count)
-        ]
+        began, limit = time.monotonic(), self._options.acquire_timeout
+        slots: list[Slot] = []
+
+        async def make_one() -> None:
+            slots.append(await self._wait_for_slot(limit, began))
+
+        making = [asyncio.ensure_future(make_one()) for _ in range(count)]
         try:
-            slots = await asyncio.gather(*opening)
-        except BaseException:
-            for one in opening:
+            await asyncio.gather(*making)
+        finally:
+            for one in making:
                 one.cancel()
-            for outcome in await asyncio.gather(*opening, return_exceptions=True):
-                if isinstance(outcome, Slot):
-                    self._supply.give_back(outcome)
-            raise
-        for slot in slots:
-            self._supply.give_back(slot)
+            for slot in slots:  # only now, so that each of them has made a connection of its own
+                self._supply.give_back(slot)
 
     def set_connect_args(self, dsn: str | None = None, **connect_kwargs: Any) -> NoReturn:
         """Refuse: the parameters of a pool are judged once, by `create_pool()`.
@@ -254,13 +252,13 @@ class Pool(PoolBase):
         deadline, front = began + limit, False
         try:
             while True:
+                self._require_not_closing()
                 waiter = supply.waiters.join(deadline, front=front)
                 supply.balance()
                 slot = await supply.waiters.wait(waiter)
                 if slot.holder.is_connected() and not supply.is_expired(slot) and not supply.closing:
                     return slot
                 supply.give_back(slot)  # it has ended or expired since it was handed over
-                self._require_not_closing()
                 front = True
         except WaitExpired:
             supply.tallies.timeouts.since(began)
@@ -287,10 +285,15 @@ class Pool(PoolBase):
 
     def _require_open(self) -> None:
         self._require_not_closing()
-        if self._phase is not _Phase.OPEN:
+        if self._phase is _Phase.OPENING:
             raise PoolClosedError(
-                f"The pool {self._supply.name} is {self._phase.value}: pool is not initialized. Open it with "
-                "`async with pool:` or `await pool`."
+                f"The pool {self._supply.name} is being initialized, but not yet ready: another task is opening it. "
+                "Acquire from it when that task has opened it."
+            )
+        if self._phase is _Phase.NEW:
+            raise PoolClosedError(
+                f"The pool {self._supply.name} is not open: pool is not initialized. Open it with `async with pool:` "
+                "or `await pool`."
             )
         self._require_own_loop()
 
@@ -302,7 +305,7 @@ class Pool(PoolBase):
         return PoolClosedError(f"The pool is {self._phase.value}: {self._supply.name}. Create a new pool.")
 
     def _require_own_loop(self) -> None:
-        if asyncio.get_running_loop() is not self._own_loop:
+        if not _is_current(self._own_loop):
             raise UnsupportedEventLoopError(
                 "This pool was opened in another event loop, and its connections belong to that loop. Open one pool in "
                 "each event loop, and release a connection in the loop that acquired it."
@@ -430,8 +433,8 @@ class Pool(PoolBase):
     def terminate(self) -> None:
         """Close the pool at once: refuse waiters, and terminate all connections, also those in use.
 
-        It can be called where no event loop runs, and from any thread; in another thread than the event loop's it
-        returns before the connections have ended.
+        It can be called where no event loop runs, also after the pool's event loop was closed, and from any thread. In
+        another thread than that of the running event loop it returns before the connections have ended.
 
         Raises:
             PoolClosedError: The pool was never opened.
@@ -448,7 +451,10 @@ class Pool(PoolBase):
         if self._phase is _Phase.CLOSED:
             return
         self._phase = _Phase.CLOSED
-        self._supply.terminate(self._closed_error)
+        if self._own_loop.is_closed():
+            self._supply.abandon()
+        else:
+            self._supply.terminate(self._closed_error)
         _log.info("%s: the pool is closed", self._supply.name)
 
     def _require_opened(self) -> None:

@@ -3,7 +3,7 @@
     VACANT ───dial──▶ CONNECTING ─┐
     IDLE ─────ping──▶ CHECKING ───┤             ┌─ a caller waits ──▶ RESERVED ──▶ IN_USE
     IN_USE ───reset─▶ RESETTING ──┼── offered ──┤
-    IN_USE, clean ────────────────┤             └─ nobody waits ────▶ IDLE ──────▶ IN_USE
+    IN_USE, clean ────────────────┤             └─ no caller waits ─▶ IDLE ──────▶ IN_USE
     RESERVED, its caller gave up ─┘
 
     every state with a connection ──close──▶ CLOSING

@@ -10,6 +10,7 @@ Knows no callers: not how long they wait, and not what they do with a connection
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import copy
 import functools
 import logging
@@ -75,6 +76,9 @@ class Supply:
         self._resumption = Timer(self.balance)
         self._cold_since: float | None = None  # since when there has been no connection and a dial has been under way
         self._clock_offset = time.time() - time.monotonic()
+        # Work in the background serves no single caller, so it does not run in the context of the caller that happened
+        # to start it: a tracer would take it for a part of that caller's request.
+        self._context = contextvars.copy_context()
 
     def __repr__(self) -> str:
         return f"<Supply {self.name}: {self.slots!r}, {len(self.waiters)} waiting>"
@@ -230,7 +234,7 @@ class Supply:
         slot.work_until = time.monotonic() + limit
         self._late_work.set(slot.work_until)
         # Not by create_task(): an eager task (Python 3.12) would run before it is known here.
-        slot.task = task = asyncio.Task(work, loop=asyncio.get_running_loop())
+        slot.task = task = asyncio.Task(work, loop=asyncio.get_running_loop(), context=self._context.copy())
         self._tasks.add(task)  # the event loop itself keeps weak references only
         task.add_done_callback(functools.partial(self._finished, slot))
         return task
@@ -476,7 +480,7 @@ class Supply:
             self.emptied.set()
 
     def terminate(self, make_error: Callable[[], Exception]) -> None:
-        """End every connection at once, also those in use. Works where no event loop runs."""
+        """End every connection at once, also those in use. The event loop may have stopped, but not be closed."""
         self.closing = True
         self.waiters.close(make_error)
         self._reaper.cancel()
@@ -486,6 +490,18 @@ class Supply:
         self._late_work.cancel()
         for slot in self.slots:
             slot.holder.terminate()  # which ends its loan, or vacates an idle slot
+
+    def abandon(self) -> None:
+        """End every connection where the event loop is closed: none of its tasks, waiters and timers runs again."""
+        self.closing = True
+        # What belonged to that loop would schedule callbacks in it, which raises.
+        self.waiters = WaitQueue(give_back=self._offer)
+        self.emptied = asyncio.Event()
+        self._tasks.clear()
+        for slot in self.slots:
+            slot.holder.abandon()  # which ends its loan, or vacates an idle slot
+            if slot.state is not State.VACANT:
+                self._vacate(slot)
 
     async def wait_for_tasks(self) -> None:
         """Wait until the tasks that were cancelled have ended, for a moment at most."""

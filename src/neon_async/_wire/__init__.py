@@ -1,4 +1,6 @@
-"""Bytes: a verified TLS channel, and the login inside it.
+"""Bytes on the network: a verified TLS channel, and the login inside it.
 
-Knows neither asyncpg nor pools.
+`trust` finds the trust anchor and `tls` builds the context that verifies; `tcp` connects a socket and `dial` turns it
+into a verified channel; `scram` computes and `login` exchanges the messages of a login; `transport` is what a finished
+session writes to. Must not know asyncpg, pools or retries.
 """

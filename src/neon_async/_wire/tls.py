@@ -1,6 +1,6 @@
-"""Build the only `SSLContext`, and tell what a handshake under it came to.
+"""Build the only `SSLContext`, check finished handshakes, and explain failed ones.
 
-This module decides *how* a server is verified. It knows neither hosts nor pools nor sockets.
+This module decides how a server is verified. It must not know sockets, DSNs or pools.
 """
 
 from __future__ import annotations
@@ -26,19 +26,24 @@ from .trust import (
 ALPN = "postgresql"
 
 
-# RFC 8446's suites with 128-bit tags. OPENSSL_CONF could add weaker ones, and OpenSSL 3.4 some without encryption.
-_CIPHERS = {"TLS_AES_256_GCM_SHA384", "TLS_CHACHA20_POLY1305_SHA256", "TLS_AES_128_GCM_SHA256"}
-# SSL_OP_LEGACY_SERVER_CONNECT and SSL_OP_ALLOW_UNSAFE_LEGACY_RENEGOTIATION: nothing to TLS 1.3, but from OPENSSL_CONF.
-_LEGACY_OPTIONS = 0x4 | 0x40000
-
-
 @dataclass(frozen=True, slots=True)
 class TLSReport:
-    """What the handshake of one connection settled on.
+    """The result of the TLS handshake of one connection, and of the login inside it.
 
-    `negotiation` is libpq's `sslnegotiation`: `direct`, or `postgres` for TLS after an SSLRequest. `subject`, `issuer`,
-    `not_after` and `sha256` are those of the server's leaf certificate; `anchor` tells which root was trusted and where
-    it was found. `mechanism` is the SASL mechanism of the login inside: `SCRAM-SHA-256-PLUS` is bound to this channel.
+    Attributes:
+        version: The TLS version: `TLSv1.3`.
+        cipher: The cipher suite.
+        alpn: The protocol that the server selected, or None; PostgreSQL before 17 does not know ALPN.
+        negotiation: How TLS began, as in libpq's `sslnegotiation`: `direct`, or `postgres` for TLS after an SSLRequest.
+        server_name: The host name that was verified.
+        subject: The subject of the server's leaf certificate.
+        issuer: The issuer of the leaf certificate.
+        not_after: When the leaf certificate expires, in UTC.
+        sha256: The fingerprint of the leaf certificate, in hexadecimal digits.
+        anchor: The trust anchor, and where it was found.
+        anchor_sha256: The fingerprint of the trust anchor, in hexadecimal digits.
+        mechanism: The SASL mechanism of the login; `SCRAM-SHA-256-PLUS` is bound to this TLS channel. None before the
+            login has succeeded.
     """
 
     version: str
@@ -57,7 +62,7 @@ class TLSReport:
 
 @dataclass(frozen=True, slots=True)
 class ClientCertificate:
-    """A certificate the server may ask for, by the paths of its PEM files (libpq's sslcert and sslkey)."""
+    """A client certificate for servers that request one, by the paths of its PEM files (libpq's sslcert and sslkey)."""
 
     certfile: str
     keyfile: str | None
@@ -65,14 +70,20 @@ class ClientCertificate:
 
 
 def create_ssl_context(*, trust_anchor: AnchorSource | None = None, crl: str | None = None) -> ssl.SSLContext:
-    """Return a new context that accepts TLS 1.3 with a certificate for the right name that chains to one root, only.
+    """Return a new `SSLContext` with the TLS policy of neon-async.
 
-    `trust_anchor`: the root to trust in place of ISRG Root X1, as PEM bytes, PEM text, or the path of a PEM file;
-    exactly one certificate. `crl`: the path of a PEM file of certificate revocation lists; with it the server's
-    certificate must be covered by a current one. Raises `ConfigurationError` when either cannot be read.
+    The context accepts TLS 1.3 only, and only a certificate that covers the host name and chains to the one trust
+    anchor. The policy is tested against x509-limbo, BetterTLS and libpq. `ssl.create_default_context()` is not used,
+    because it obeys the environment variables SSL_CERT_FILE and SSLKEYLOGFILE.
 
-    The policy is measured against x509-limbo, BetterTLS and libpq. `ssl.create_default_context()` is not used: it obeys
-    SSL_CERT_FILE and SSLKEYLOGFILE.
+    Args:
+        trust_anchor: The root to trust instead of ISRG Root X1: PEM bytes, PEM text, or the path of a PEM file, with
+            exactly one certificate. Default: ISRG Root X1.
+        crl: The path of a PEM file of certificate revocation lists. With it, a current list must cover the server's
+            certificate. Default: no check of revocation.
+
+    Raises:
+        ConfigurationError: `trust_anchor` or `crl` cannot be read.
     """
     anchor = find_isrg_root_x1() if trust_anchor is None else load_trust_anchor(trust_anchor)
     return build_context(anchor, crl=crl)
@@ -83,7 +94,8 @@ def build_context(
 ) -> ssl.SSLContext:
     """Return a new context for one dial; a shared one could be weakened through `get_extra_info("sslcontext")`.
 
-    Raises `ConfigurationError` when the CRL or the client certificate cannot be used.
+    Raises:
+        ConfigurationError: The CRL or the client certificate cannot be used.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
@@ -93,8 +105,8 @@ def build_context(
     context.hostname_checks_common_name = False
     context.verify_flags |= ssl.VERIFY_X509_STRICT
     context.verify_flags &= ~ssl.VERIFY_X509_PARTIAL_CHAIN
-    # OpenSSL's level 2: 112 bits, no SHA-1. OPENSSL_CONF could have lowered it, down to ciphers that encrypt nothing.
-    # The ciphers named are those of TLS 1.2, which is not spoken; a short list is quick to check.
+    # OpenSSL's security level 2: 112 bits, no SHA-1. OPENSSL_CONF may have lowered it, down to ciphers without
+    # encryption. The ciphers named here are those of TLS 1.2, which is disabled; a short list is quick to check.
     context.set_ciphers("ECDHE+AESGCM:@SECLEVEL=2")
     context.options &= ~_LEGACY_OPTIONS
     context.set_alpn_protocols([ALPN])
@@ -107,78 +119,23 @@ def build_context(
     return context
 
 
-def _load_crl(context: ssl.SSLContext, path: str) -> None:
-    reason = "holds no certificate revocation list"
-    try:
-        require_regular_file(path)
-        context.load_verify_locations(cafile=path)
-    except ssl.SSLError:
-        pass
-    except (OSError, ValueError) as error:
-        reason = f"cannot be read: {getattr(error, 'strerror', None) or 'not a path'}"
-    stored = context.cert_store_stats()
-    if stored["x509"] > 1:
-        # OpenSSL trusts every certificate it finds in the file.
-        raise InsecureConfigurationError(
-            f"sslcrl {path!r} holds certificates besides revocation lists, which would become trusted. Take them out."
-        )
-    if not stored["crl"]:
-        raise ConfigurationError(f"sslcrl {path!r} {reason}. Name a PEM file of 'X509 CRL' blocks.")
-    context.verify_flags |= ssl.VERIFY_CRL_CHECK_LEAF
-
-
-def _load_client_certificate(context: ssl.SSLContext, certificate: ClientCertificate) -> None:
-    try:
-        for path in filter(None, (certificate.certfile, certificate.keyfile)):
-            require_regular_file(path)
-        # A password function, even for no password: without one OpenSSL asks on the terminal, and waits.
-        context.load_cert_chain(certificate.certfile, certificate.keyfile, password=lambda: certificate.password)
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or "not usable"
-    else:
-        return
-    raise ConfigurationError(
-        f"sslcert {certificate.certfile!r} cannot be loaded with its key: {reason}. Check sslkey and sslpassword."
-    )
-
-
-def _require_policy(context: ssl.SSLContext) -> None:
-    """Refuse a context that checks less than it must; OPENSSL_CONF, a patch or a later Python may have seen to that."""
-    flags = ssl.VERIFY_X509_STRICT | ssl.VERIFY_X509_PARTIAL_CHAIN
-    if not (
-        context.verify_mode is ssl.CERT_REQUIRED
-        and context.check_hostname
-        and not context.hostname_checks_common_name
-        and context.minimum_version is ssl.TLSVersion.TLSv1_3
-        and context.verify_flags & flags == ssl.VERIFY_X509_STRICT
-        and context.security_level >= 2
-        and {cipher["name"] for cipher in context.get_ciphers() if cipher["protocol"] == "TLSv1.3"} <= _CIPHERS
-        and context.cert_store_stats()["x509"] == 1
-        and context.keylog_filename is None
-    ):
-        raise InsecureConfigurationError(
-            "The TLS context checks less than it must; something in this process changed it."
-        )
-
-
-@functools.lru_cache(maxsize=8)  # strptime, for the same text at every dial
-def _parse_time(text: str) -> datetime:
-    return datetime.fromtimestamp(ssl.cert_time_to_seconds(text), UTC)
-
-
 def check_handshake(
     tls: ssl.SSLObject, context: ssl.SSLContext, *, server_name: str, negotiation: str, anchor: TrustAnchor
 ) -> TLSReport:
-    """Confirm, before the first byte of ours, that the finished handshake is the one asked for, and report on it.
+    """Check a finished handshake before any of our bytes is sent, and report on it.
 
-    Raises `CertificateError` when it is not: another context, version or name, or a certificate without facts.
+    Raises:
+        CertificateError: The session has another context, version or name, or no verified certificate.
+        InsecureConfigurationError: The context was weakened meanwhile.
     """
     _require_policy(context)
     der, facts, cipher = tls.getpeercert(binary_form=True), tls.getpeercert(), tls.cipher()
     if tls.context is not context or tls.version() != "TLSv1.3" or tls.server_hostname != server_name:
-        raise CertificateError(f"The TLS session with {server_name} is not the one asked for, and is not used.")
+        raise CertificateError(f"The TLS session with {server_name} is not the requested one and is not used.")
     if not der or not facts or not cipher or cipher[2] < 128:
-        raise CertificateError(f"The TLS session with {server_name} has no verified certificate or no encryption.")
+        raise CertificateError(
+            f"The TLS session with {server_name} lacks a verified certificate or encryption and is not used."
+        )
     return TLSReport(
         version="TLSv1.3",
         cipher=cipher[0],
@@ -194,44 +151,126 @@ def check_handshake(
     )
 
 
-_OTHER_ROOT = "Connect to the real server; for a private CA pass trust_anchor= in code."
-# OpenSSL's verify codes (x509_vfy.h): what is wrong, and what to do about it.
-_VERIFY_CODES = {
-    3: ("no revocation list of its issuer is in the sslcrl file", "Fetch the current CRL of that issuer."),
-    9: ("it is not valid yet", "Check this machine's clock."),
-    10: ("it has expired", "Check this machine's clock; else the server must renew its certificate."),
-    11: ("the revocation list is not valid yet", "Check this machine's clock."),
-    12: ("the revocation list has expired", "Fetch the current CRL."),
-    18: ("it is signed by itself", _OTHER_ROOT),
-    19: ("its chain ends at another root", _OTHER_ROOT),
-    20: ("its chain does not lead to the trust anchor", _OTHER_ROOT),
-    21: ("the server sent no chain to the trust anchor", "The server must send its intermediate certificates."),
-    23: ("it has been revoked", "Do not connect; tell the operator of the server."),
-    25: ("its chain is longer than a CA in it allows", "Do not connect; tell the operator of the server."),
-    26: ("it is not meant for servers", "The server must use a certificate with serverAuth."),
-    62: ("it is for another name", "Check the host; the name is verified, wherever hostaddr leads."),
-    79: ("one of its issuers is not a CA", "Do not connect; tell the operator of the server."),
-}
-_ODD_CERTIFICATE = "The server must use a certificate that conforms to RFC 5280."
-
-
-# OpenSSL's reasons for a handshake in which the other side answered with something that is not TLS.
-NOT_TLS_REASONS = ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "PACKET_LENGTH_TOO_LONG")
-
-
-def openssl_reason(error: ssl.SSLError) -> str | None:
-    """Return OpenSSL's name for the reason. Python's table of them may be older than OpenSSL; the text has them all."""
-    text = re.search(r"\] (.+?) \(_ssl", str(error))
-    return error.reason or (text[1].upper().replace(" ", "_") if text else None)
-
-
-def explain(error: ssl.SSLCertVerificationError, *, server_name: str, anchor: TrustAnchor) -> CertificateError:
-    """Return the `CertificateError` for a failed verification: which check, which name, which anchor, what to do."""
+def certificate_error(
+    error: ssl.SSLCertVerificationError, *, server_name: str, anchor: TrustAnchor
+) -> CertificateError:
+    """Return the `CertificateError` for a failed verification: the check, the name, the anchor, and the next step."""
     code = getattr(error, "verify_code", 0)
     detail = getattr(error, "verify_message", "") or "verification failed"
-    what, advice = _VERIFY_CODES.get(code, (detail, _ODD_CERTIFICATE))
+    reason, advice = _VERIFY_CODES.get(code, (detail, _ODD_CERTIFICATE))
     failure = CertificateError(
-        f"The certificate of {server_name} was refused: {what} (OpenSSL: {detail}). Trust anchor: {anchor}. {advice}"
+        f"The certificate of {server_name} was refused: {reason} (OpenSSL: {detail}). Trust anchor: {anchor}. {advice}"
     )
     failure.verify_code, failure.verify_message = code, detail
     return failure
+
+
+def openssl_reason(error: ssl.SSLError) -> str | None:
+    """Return OpenSSL's name for the reason of `error`.
+
+    Python's table of reasons may be older than OpenSSL; then the name is taken from the text. Errors that Python code
+    raises have no reason.
+    """
+    text = re.search(r"\] (.+?) \(_ssl", str(error))
+    return getattr(error, "reason", None) or (text[1].upper().replace(" ", "_") if text else None)
+
+
+# OpenSSL's reasons for a handshake in which the peer answered with something other than TLS.
+NOT_TLS_REASONS = ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "PACKET_LENGTH_TOO_LONG")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The policy
+
+# The suites of RFC 8446 with 128-bit tags. OPENSSL_CONF could add weaker ones; OpenSSL 3.4, some without encryption.
+_CIPHERS = {"TLS_AES_256_GCM_SHA384", "TLS_CHACHA20_POLY1305_SHA256", "TLS_AES_128_GCM_SHA256"}
+# SSL_OP_LEGACY_SERVER_CONNECT and SSL_OP_ALLOW_UNSAFE_LEGACY_RENEGOTIATION: without effect on TLS 1.3, but OPENSSL_CONF
+# can set them.
+_LEGACY_OPTIONS = 0x4 | 0x40000
+
+
+def _require_policy(context: ssl.SSLContext) -> None:
+    """Refuse a context that verifies less than it must, because of OPENSSL_CONF, a patch or a later Python."""
+    flags = ssl.VERIFY_X509_STRICT | ssl.VERIFY_X509_PARTIAL_CHAIN
+    if not (
+        context.verify_mode is ssl.CERT_REQUIRED
+        and context.check_hostname
+        and not context.hostname_checks_common_name
+        and context.minimum_version is ssl.TLSVersion.TLSv1_3
+        and context.verify_flags & flags == ssl.VERIFY_X509_STRICT
+        and context.security_level >= 2
+        and {cipher["name"] for cipher in context.get_ciphers() if cipher["protocol"] == "TLSv1.3"} <= _CIPHERS
+        and context.cert_store_stats()["x509"] == 1
+        and context.keylog_filename is None
+    ):
+        raise InsecureConfigurationError(
+            "The TLS context verifies less than it must; something in this process changed it. Check OPENSSL_CONF and "
+            "code that patches ssl."
+        )
+
+
+def _load_crl(context: ssl.SSLContext, path: str) -> None:
+    reason = "contains no certificate revocation list"
+    try:
+        require_regular_file(path)
+        context.load_verify_locations(cafile=path)
+    except ssl.SSLError:
+        pass
+    except (OSError, ValueError) as error:
+        reason = f"cannot be read: {getattr(error, 'strerror', None) or 'not a path'}"
+    stored = context.cert_store_stats()
+    if stored["x509"] > 1:
+        # OpenSSL trusts every certificate that it finds in the file.
+        raise InsecureConfigurationError(
+            f"sslcrl {path!r} contains certificates as well as revocation lists; they would become trusted. Remove "
+            "them from the file."
+        )
+    if not stored["crl"]:
+        raise ConfigurationError(f"sslcrl {path!r} {reason}. Name a PEM file of 'X509 CRL' blocks.")
+    context.verify_flags |= ssl.VERIFY_CRL_CHECK_LEAF
+
+
+def _load_client_certificate(context: ssl.SSLContext, certificate: ClientCertificate) -> None:
+    try:
+        for path in filter(None, (certificate.certfile, certificate.keyfile)):
+            require_regular_file(path)
+        # A password function, even without a password: otherwise OpenSSL prompts on the terminal and waits.
+        context.load_cert_chain(certificate.certfile, certificate.keyfile, password=lambda: certificate.password)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or "not usable"
+    else:
+        return
+    raise ConfigurationError(
+        f"sslcert {certificate.certfile!r} cannot be loaded with its key: {reason}. Check sslkey and sslpassword."
+    )
+
+
+@functools.lru_cache(maxsize=8)  # strptime is slow, and every dial to one server parses the same text
+def _parse_time(text: str) -> datetime:
+    return datetime.fromtimestamp(ssl.cert_time_to_seconds(text), UTC)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Failed verifications
+
+_OTHER_ROOT = "Connect to the real server; for a private CA, pass trust_anchor= in code."
+_ASK_OPERATOR = "Do not connect; report this to the operator of the server."
+_ODD_CERTIFICATE = "The server must use a certificate that conforms to RFC 5280."
+
+# OpenSSL's verify codes (x509_vfy.h): the reason, and what to do about it.
+_VERIFY_CODES = {
+    3: ("the sslcrl file contains no revocation list of its issuer", "Fetch the current CRL of that issuer."),
+    9: ("it is not valid yet", "Check this machine's clock."),
+    10: ("it has expired", "Check this machine's clock; if it is right, the server must renew its certificate."),
+    11: ("the revocation list is not valid yet", "Check this machine's clock."),
+    12: ("the revocation list has expired", "Fetch the current CRL."),
+    18: ("it is self-signed", _OTHER_ROOT),
+    19: ("its chain ends at another root", _OTHER_ROOT),
+    20: ("its chain does not lead to the trust anchor", _OTHER_ROOT),
+    21: ("the server sent no chain to the trust anchor", "The server must send its intermediate certificates."),
+    23: ("it has been revoked", _ASK_OPERATOR),
+    25: ("its chain is longer than one of its CAs allows", _ASK_OPERATOR),
+    26: ("it is not meant for servers", "The server must use a certificate with serverAuth."),
+    62: ("it is for another name", "Check the host; this name is verified, wherever hostaddr leads."),
+    79: ("one of its issuers is not a CA", _ASK_OPERATOR),
+}

@@ -27,12 +27,12 @@ _ASYNCHRONOUS = frozenset({b"S", b"A", b"N"})
 _PASSED_OVER = frozenset({b"T", b"D", b"C", b"I"})
 
 
-class SessionTransport:
+class SessionTransport(asyncio.Transport):
     """A transport over a TLS transport. It counts writes and sends statements ahead.
 
     Attributes:
         writes: How often anything was written.
-        session: What the connection above keeps for this session; it lives as long as the transport.
+        session: What `_driver` keeps for the connection.
     """
 
     __slots__ = ("_answers", "_transport", "session", "writes")
@@ -90,18 +90,54 @@ class SessionTransport:
         self.writes += 1
         self._transport.writelines(list_of_data)
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._transport, name)
+    def write_eof(self) -> None:
+        self._transport.write_eof()
+
+    def can_write_eof(self) -> bool:
+        return self._transport.can_write_eof()
+
+    def close(self) -> None:
+        self._transport.close()
 
     def abort(self) -> None:
+        """Close the connection at once, even where the event loop is closed."""
         try:
             self._transport.abort()
         except RuntimeError:
-            # The event loop is closed. The server learns of the end all the same.
-            sock = self._transport.get_extra_info("socket")
+            sock = self.get_extra_info("socket")
             if sock is not None:
                 with contextlib.suppress(OSError):
                     sock.shutdown(socket.SHUT_RDWR)
+
+    def is_closing(self) -> bool:
+        return self._transport.is_closing()
+
+    def get_protocol(self) -> asyncio.BaseProtocol:
+        return self._transport.get_protocol()
+
+    def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
+        self._transport.set_protocol(protocol)
+
+    def is_reading(self) -> bool:
+        return self._transport.is_reading()
+
+    def pause_reading(self) -> None:
+        self._transport.pause_reading()
+
+    def resume_reading(self) -> None:
+        self._transport.resume_reading()
+
+    def get_write_buffer_size(self) -> int:
+        return self._transport.get_write_buffer_size()
+
+    def get_write_buffer_limits(self) -> tuple[int, int]:
+        return self._transport.get_write_buffer_limits()
+
+    def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
+        self._transport.set_write_buffer_limits(high, low)
+
+    def get_extra_info(self, name: str, default: Any = None) -> Any:
+        return self._transport.get_extra_info(name, default)
 
 
 class _Answers(asyncio.Protocol):

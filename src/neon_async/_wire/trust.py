@@ -1,7 +1,7 @@
-"""Find the one certificate that everything is verified against: ISRG Root X1, or the anchor the caller's code names.
+"""Find the trust anchor: ISRG Root X1, or the root certificate that the caller's code names.
 
-A root is recognised by the SHA-256 of its DER bytes, never by its name or place. This module reads files; it knows
-nothing of pools, DSNs or connections.
+A root is recognised by the SHA-256 of its DER bytes, never by its name or location. This module reads files, and must
+not know DSNs, connections or pools.
 """
 
 from __future__ import annotations
@@ -20,27 +20,22 @@ from typing import TypeAlias
 
 from .._errors import ConfigurationError, InsecureConfigurationError
 
-# https://letsencrypt.org/certs/isrgrootx1.der; programme trust to 2030-06-04, notAfter 2035-06-04.
+# https://letsencrypt.org/certs/isrgrootx1.der; trusted by root programmes until 2030-06-04, notAfter 2035-06-04.
 ISRG_ROOT_X1_SHA256 = "96bcec06264976f37460779acf28c5a7cfe8a3c0aae11a8ffcee05c0bddf08c6"
 
 AnchorSource: TypeAlias = str | bytes | os.PathLike[str]
 
-_CERTIFICATE = re.compile(rb"-----BEGIN CERTIFICATE-----[^-]+-----END CERTIFICATE-----")
-
-# Where the systems keep their roots; Go's crypto/x509 (root_linux.go, root_bsd.go) lists the same files.
-_SYSTEM_STORES = (
-    ("Debian, Ubuntu, Gentoo", "/etc/ssl/certs/ca-certificates.crt"),
-    ("CentOS, Fedora, RedHat", "/etc/pki/tls/certs/ca-bundle.crt"),
-    ("openSUSE", "/etc/ssl/ca-bundle.pem"),
-    ("Alpine, macOS", "/etc/ssl/cert.pem"),
-    ("Android", "/system/etc/security/cacerts"),
-)
-_WINDOWS_STORE = ("Windows", "ROOT")
-
 
 @dataclass(frozen=True, slots=True)
 class TrustAnchor:
-    """The certificate at the top of every chain that is accepted, and where it was found."""
+    """The root certificate that every accepted chain ends at.
+
+    Attributes:
+        subject: The distinguished name.
+        source: Where the certificate was found.
+        sha256: The fingerprint of the DER bytes, in hexadecimal digits.
+        der: The DER bytes.
+    """
 
     subject: str
     source: str
@@ -53,7 +48,14 @@ class TrustAnchor:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A place that may hold ISRG Root X1; `certificates` is None where the place does not exist on this system."""
+    """A store that may contain ISRG Root X1.
+
+    Attributes:
+        name: The software or systems that the store belongs to.
+        location: The file or folder, or the name of the Windows store.
+        certificates: How many certificates it contains, or None where it does not exist on this system.
+        found: Whether ISRG Root X1 is among them.
+    """
 
     name: str
     location: str
@@ -61,12 +63,17 @@ class Place:
     found: bool
 
 
-@functools.cache  # known by its hash, so what was found once is right for ever; a refusal is not kept
+@functools.cache  # the hash identifies the certificate, so a result stays right; exceptions are not cached
 def find_isrg_root_x1(sslrootcert: str | None = None) -> TrustAnchor:
     """Return ISRG Root X1 from certifi or, failing that, from the system's root stores.
 
-    `sslrootcert`: look in this file or folder only; `system` leaves certifi out (libpq's meaning of the word). Raises
-    `InsecureConfigurationError` when the named place has other certificates instead, else `ConfigurationError`.
+    Args:
+        sslrootcert: The only file or folder to search. `system`, as in libpq, searches the system's stores without
+            certifi. Default: certifi, then the system's stores.
+
+    Raises:
+        InsecureConfigurationError: `sslrootcert` contains other certificates instead.
+        ConfigurationError: ISRG Root X1 was not found.
     """
     if sslrootcert is None:
         places = [_certifi(), *_system_places()]
@@ -78,11 +85,75 @@ def find_isrg_root_x1(sslrootcert: str | None = None) -> TrustAnchor:
         for der in _certificates(name, location):
             if _fingerprint(der) == ISRG_ROOT_X1_SHA256:
                 return _anchor(der, f"{name} ({location})")
-    looked = ", ".join(location for _, location in places)
+    searched = ", ".join(location for _, location in places)
     raise ConfigurationError(
-        f"ISRG Root X1 was found nowhere; looked in {looked}. Upgrade certifi or install the system's ca-certificates; "
-        "`neon-async roots` shows every place."
+        f"ISRG Root X1 was not found; searched {searched}. Upgrade certifi or install the system's ca-certificates "
+        "package; `neon-async roots` lists every place."
     )
+
+
+def load_trust_anchor(source: AnchorSource) -> TrustAnchor:
+    """Return the one root certificate in `source`.
+
+    Args:
+        source: PEM bytes, PEM text, or the path of a PEM file.
+
+    Raises:
+        ConfigurationError: `source` cannot be read, or does not contain exactly one self-signed CA certificate.
+            OpenSSL ends a chain at a self-signed certificate only, and a second anchor would be another party to trust.
+    """
+    pem, name = _read_pem(source)
+    blocks = _pem_to_der(pem)
+    if len(blocks) != 1:
+        found = f"{len(blocks)} certificates" if blocks else "no certificate"
+        raise ConfigurationError(f"{name} contains {found}; pass exactly one: the root of your CA, in PEM format.")
+    try:
+        return _anchor(blocks[0], name)
+    except (ssl.SSLError, ValueError):
+        pass
+    raise ConfigurationError(f"{name} is not a self-signed CA certificate; pass the root of your CA, in PEM format.")
+
+
+def survey() -> list[Place]:
+    """Return certifi and every system store: whether it exists here, and whether it contains ISRG Root X1."""
+    return [_look(name, location) for name, location in (_certifi(), *_SYSTEM_STORES, _WINDOWS_STORE)]
+
+
+def require_regular_file(path: str | os.PathLike[str]) -> None:
+    """Raise `OSError` for anything but a regular file: reading a pipe or a device may never end."""
+    if Path(path).exists() and not Path(path).is_file():
+        raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
+
+
+def distinguished_name(name: object) -> str:
+    """Return a name in the form of `getpeercert()` and `get_ca_certs()` as text, most specific attribute first."""
+    pairs = [pair for rdn in name for pair in rdn] if isinstance(name, tuple) else []
+    return ", ".join(f"{_SHORT_NAMES.get(key, key)}={value}" for key, value in reversed(pairs))
+
+
+# Short names of the attributes that CAs use (RFC 4514, section 3, and OpenSSL).
+_SHORT_NAMES = {
+    "commonName": "CN",
+    "countryName": "C",
+    "localityName": "L",
+    "organizationName": "O",
+    "organizationalUnitName": "OU",
+    "stateOrProvinceName": "ST",
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# ISRG Root X1
+
+# The root stores of the systems; Go's crypto/x509 (root_linux.go, root_bsd.go) lists the same files.
+_SYSTEM_STORES = (
+    ("Debian, Ubuntu, Gentoo", "/etc/ssl/certs/ca-certificates.crt"),
+    ("CentOS, Fedora, RedHat", "/etc/pki/tls/certs/ca-bundle.crt"),
+    ("openSUSE", "/etc/ssl/ca-bundle.pem"),
+    ("Alpine, macOS", "/etc/ssl/cert.pem"),
+    ("Android", "/system/etc/security/cacerts"),
+)
+_WINDOWS_STORE = ("Windows", "ROOT")
 
 
 def _find_in_file(path: str) -> TrustAnchor:
@@ -92,49 +163,15 @@ def _find_in_file(path: str) -> TrustAnchor:
         if _fingerprint(der) == ISRG_ROOT_X1_SHA256:
             return _anchor(der, f"sslrootcert ({path})")
     if count:
+        found = "1 certificate, which is not" if count == 1 else f"{count} certificates, none of them"
         raise InsecureConfigurationError(
-            f"sslrootcert {path!r} does not hold ISRG Root X1, but {count} other. Leave sslrootcert out; "
-            "to trust a private CA, pass trust_anchor= in code."
+            f"sslrootcert {path!r} contains {found} ISRG Root X1. Remove sslrootcert; to trust a private CA, pass "
+            "trust_anchor= in code."
         )
-    raise ConfigurationError(f"sslrootcert {path!r} cannot be read or holds no certificate. Leave it out.")
-
-
-def load_trust_anchor(source: AnchorSource) -> TrustAnchor:
-    """Return the one root certificate that `source` holds: PEM bytes, PEM text, or the path of a PEM file.
-
-    Raises `ConfigurationError` when it cannot be read, or does not hold exactly one self-signed CA certificate: OpenSSL
-    ends a chain only at such a one, and two anchors would be one more party to trust.
-    """
-    pem, name = _read_pem(source)
-    blocks = _pem_to_der(pem)
-    if len(blocks) != 1:
-        found = f"{len(blocks)} certificates" if blocks else "no certificate"
-        raise ConfigurationError(f"{name} holds {found}; give exactly one: the root of your CA, in PEM.")
-    try:
-        return _anchor(blocks[0], name)
-    except (ssl.SSLError, ValueError):
-        pass
-    raise ConfigurationError(f"{name} is not a CA certificate signed by itself; give the root of your CA, in PEM.")
-
-
-def _read_pem(source: AnchorSource) -> tuple[bytes, str]:
-    if isinstance(source, bytes):
-        return source, "trust_anchor"
-    if isinstance(source, str) and "-----BEGIN" in source:
-        return source.encode("utf-8", "replace"), "trust_anchor"
-    if not isinstance(source, (str, os.PathLike)):
-        raise ConfigurationError(f"trust_anchor is of type {type(source).__name__}; pass PEM bytes, text, or a path.")
-    try:
-        require_regular_file(source)
-        return Path(source).read_bytes(), f"trust_anchor {os.fspath(source)!r}"
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or "not a path"
-    raise ConfigurationError(f"trust_anchor {os.fspath(source)!r} cannot be read: {reason}.")
-
-
-def survey() -> list[Place]:
-    """Tell of certifi and every system store whether it exists here, and whether it holds ISRG Root X1."""
-    return [_look(name, location) for name, location in (_certifi(), *_SYSTEM_STORES, _WINDOWS_STORE)]
+    raise ConfigurationError(
+        f"sslrootcert {path!r} cannot be read or contains no certificate. Remove it, or name a PEM file that contains "
+        "ISRG Root X1."
+    )
 
 
 def _look(name: str, location: str) -> Place:
@@ -144,7 +181,7 @@ def _look(name: str, location: str) -> Place:
 
 
 def _certifi() -> tuple[str, str]:
-    import certifi  # 6 ms, and with trust_anchor= nobody needs it
+    import certifi  # takes 6 ms, and is not needed with trust_anchor=
 
     return "certifi", certifi.where()
 
@@ -154,7 +191,7 @@ def _system_places() -> list[tuple[str, str]]:
 
 
 def _certificates(name: str, location: str) -> Iterator[bytes]:
-    """Yield the DER of every certificate in a file, a folder or the Windows store; nothing where none can be read."""
+    """Yield the DER bytes of every readable certificate in a file, a folder or the Windows store."""
     if (name, location) == _WINDOWS_STORE:
         yield from _windows_certificates()
         return
@@ -171,16 +208,33 @@ def _certificates(name: str, location: str) -> Iterator[bytes]:
             continue
 
 
-def require_regular_file(path: str | os.PathLike[str]) -> None:
-    """Raise `OSError` for what is no plain file: a pipe or a device could be read for ever."""
-    if Path(path).exists() and not Path(path).is_file():
-        raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
-
-
 def _windows_certificates() -> Iterator[bytes]:
     if sys.platform == "win32":
         yield from (der for der, encoding, _ in ssl.enum_certificates("ROOT") if encoding == "x509_asn")
     yield from ()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# PEM
+
+_CERTIFICATE = re.compile(rb"-----BEGIN CERTIFICATE-----[^-]+-----END CERTIFICATE-----")
+
+
+def _read_pem(source: AnchorSource) -> tuple[bytes, str]:
+    if isinstance(source, bytes):
+        return source, "trust_anchor"
+    if isinstance(source, str) and "-----BEGIN" in source:
+        return source.encode("utf-8", "replace"), "trust_anchor"
+    if not isinstance(source, (str, os.PathLike)):
+        raise ConfigurationError(
+            f"trust_anchor must be PEM bytes, PEM text or a path, not a value of type {type(source).__name__}."
+        )
+    try:
+        require_regular_file(source)
+        return Path(source).read_bytes(), f"trust_anchor {os.fspath(source)!r}"
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "not a path"
+    raise ConfigurationError(f"trust_anchor {os.fspath(source)!r} cannot be read: {reason}.")
 
 
 def _pem_to_der(pem: bytes) -> list[bytes]:
@@ -188,7 +242,7 @@ def _pem_to_der(pem: bytes) -> list[bytes]:
     for block in _CERTIFICATE.findall(pem):
         try:
             ders.append(ssl.PEM_cert_to_DER_cert(block.decode("ascii")))
-        except ValueError:  # broken base64, or not ASCII: nothing that anybody could trust
+        except ValueError:  # broken base64, or not ASCII: not a certificate
             continue
     return ders
 
@@ -204,20 +258,3 @@ def _anchor(der: bytes, source: str) -> TrustAnchor:
 
 def _fingerprint(der: bytes) -> str:
     return hashlib.sha256(der).hexdigest()
-
-
-# RFC 4514, section 3, and what OpenSSL prints: short names for the attributes that CAs use.
-_SHORT_NAMES = {
-    "commonName": "CN",
-    "countryName": "C",
-    "localityName": "L",
-    "organizationName": "O",
-    "organizationalUnitName": "OU",
-    "stateOrProvinceName": "ST",
-}
-
-
-def distinguished_name(name: object) -> str:
-    """Return a name as `getpeercert()` and `get_ca_certs()` give it as text, most specific attribute first."""
-    pairs = [pair for rdn in name for pair in rdn] if isinstance(name, tuple) else []
-    return ", ".join(f"{_SHORT_NAMES.get(key, key)}={value}" for key, value in reversed(pairs))

@@ -1,4 +1,4 @@
-"""What Neon's host names and error texts mean; the texts are those of its proxy and of PostgreSQL."""
+"""The error texts and SQLSTATEs of Neon's proxy, PgBouncer and PostgreSQL are mapped to error classes and advice."""
 
 from __future__ import annotations
 
@@ -7,80 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import neon_async
-from neon_async._neon.endpoint import Endpoint, classify, parse_host, short_name
-
-ID = "ep-cool-darkness-123456"
-
-
-@pytest.mark.parametrize(
-    ("host", "endpoint", "direct_host"),
-    [
-        pytest.param(f"{ID}.us-east-2.aws.neon.tech", (ID, False, "us-east-2", "aws"), None, id="direct"),
-        pytest.param(
-            f"{ID}-pooler.us-east-2.aws.neon.tech",
-            (ID, True, "us-east-2", "aws"),
-            f"{ID}.us-east-2.aws.neon.tech",
-            id="pooled",
-        ),
-        pytest.param(
-            "ep-cool-darkness-a1b2c3d4-pooler.us-east-2.aws.neon.tech",
-            ("ep-cool-darkness-a1b2c3d4", True, "us-east-2", "aws"),
-            "ep-cool-darkness-a1b2c3d4.us-east-2.aws.neon.tech",
-            id="8 base-36 characters",
-        ),
-        pytest.param(f"{ID}.c-2.eu-central-1.aws.neon.tech", (ID, False, "eu-central-1", "aws"), None, id="cell"),
-        pytest.param(
-            f"{ID}-pooler.c-2.eu-central-1.aws.neon.tech",
-            (ID, True, "eu-central-1", "aws"),
-            f"{ID}.c-2.eu-central-1.aws.neon.tech",
-            id="cell and pooled",
-        ),
-        pytest.param(f"{ID}.eastus2.azure.neon.tech", (ID, False, "eastus2", "azure"), None, id="azure"),
-        pytest.param(
-            f"{ID}-pooler.gwc.azure.neon.tech",
-            (ID, True, "gwc", "azure"),
-            f"{ID}.gwc.azure.neon.tech",
-            id="azure and pooled",
-        ),
-        pytest.param(
-            "ep-a-pooler-123456-pooler.us-east-2.aws.neon.tech",
-            ("ep-a-pooler-123456", True, "us-east-2", "aws"),
-            "ep-a-pooler-123456.us-east-2.aws.neon.tech",
-            id="an endpoint named pooler",
-        ),
-        pytest.param(
-            "ep-a-b-12345678901.ap-southeast-1.aws.neon.tech",
-            ("ep-a-b-12345678901", False, "ap-southeast-1", "aws"),
-            None,
-            id="many digits",
-        ),
-    ],
-)
-def test_a_host_name_tells_its_endpoint(
-    host: str, endpoint: tuple[str, bool, str, str], direct_host: str | None
-) -> None:
-    assert parse_host(host) == Endpoint(*endpoint, direct_host or host)
-    assert short_name(host) == endpoint[0]
-
-
-@pytest.mark.parametrize(
-    "host",
-    [
-        pytest.param("localhost", id="localhost"),
-        pytest.param("db.example.com", id="somebody else's"),
-        pytest.param("console.neon.tech", id="Neon's console"),
-        pytest.param(f"{ID}.us-east-2.aws.neon.tech.example.com", id="Neon's name inside another"),
-        pytest.param(f"{ID}.us-east-2.aws.neon-tech", id="another top-level domain"),
-        pytest.param(f"{ID}.us-east-2.aws.neonxtech", id="the dot is a dot"),
-        pytest.param(f"x{ID}.us-east-2.aws.neon.tech", id="something in front"),
-        pytest.param(f"{ID}.us-east-2.aws.neon.tech\n", id="line break"),
-        pytest.param("", id="empty"),
-    ],
-)
-def test_another_host_name_tells_nothing(host: str) -> None:
-    assert parse_host(host) is None
-    assert short_name(host) == host
-
+from neon_async._neon.server_texts import _VERDICTS, ServerVerdict, classify
 
 NO, YES = False, True
 COMPUTE_QUOTA = "Your account or project has exceeded the compute time quota. Upgrade your plan to increase limits."
@@ -164,11 +91,11 @@ DATA_QUOTA = "Your project has exceeded the data transfer quota. Upgrade your pl
 def test_the_text_decides_where_every_sqlstate_is_xx000(
     prefix: str, text: str, cls: type[neon_async.NeonAsyncError], retryable: bool
 ) -> None:
-    known = classify("XX000", prefix + text)
-    assert known is not None
-    assert known[0] is cls
-    assert known[0].retryable is retryable
-    assert known[1].endswith(".")
+    verdict = classify("XX000", prefix + text)
+    assert verdict is not None
+    assert verdict.error is cls
+    assert verdict.error.retryable is retryable
+    assert verdict.advice.endswith(".")
 
 
 @pytest.mark.parametrize(
@@ -186,9 +113,9 @@ def test_the_text_decides_where_every_sqlstate_is_xx000(
 def test_a_genuine_sqlstate_decides_where_the_text_is_translated(
     sqlstate: str, cls: type[neon_async.NeonAsyncError]
 ) -> None:
-    known = classify(sqlstate, "ein Text in einer anderen Sprache")
-    assert known is not None
-    assert known[0] is cls
+    verdict = classify(sqlstate, "ein Text in einer anderen Sprache")
+    assert verdict is not None
+    assert verdict.error is cls
 
 
 @pytest.mark.parametrize(
@@ -200,18 +127,32 @@ def test_a_genuine_sqlstate_decides_where_the_text_is_translated(
         pytest.param("XX000", 'relation "neondb" does not exist', id="another thing does not exist"),
     ],
 )
-def test_what_is_not_known_is_not_guessed(sqlstate: str | None, text: str) -> None:
+def test_an_unknown_error_is_not_guessed(sqlstate: str | None, text: str) -> None:
     assert classify(sqlstate, text) is None
 
 
 def test_a_role_named_like_another_error_is_still_a_wrong_password() -> None:
-    known = classify("XX000", "password authentication failed for user 'sorry, too many clients already'")
-    assert known is not None
-    assert known[0] is neon_async.InvalidPasswordError
+    verdict = classify("XX000", "password authentication failed for user 'sorry, too many clients already'")
+    assert verdict is not None
+    assert verdict.error is neon_async.InvalidPasswordError
 
 
 @given(st.text(max_size=300), st.none() | st.text(max_size=5))
-def test_no_text_breaks_the_classification(text: str, sqlstate: str | None) -> None:
-    known = classify(sqlstate, text)
-    assert known is None or issubclass(known[0], neon_async.NeonAsyncError)
-    parse_host(text)
+def test_any_text_and_sqlstate_are_classified_without_an_exception(text: str, sqlstate: str | None) -> None:
+    verdict = classify(sqlstate, text)
+    assert verdict is None or issubclass(verdict.error, neon_async.NeonAsyncError)
+
+
+@pytest.mark.parametrize("verdict", _VERDICTS, ids=lambda verdict: f"{verdict.error.__name__}: {verdict.advice[:30]}")
+def test_no_row_of_the_table_is_shadowed_by_another(verdict: ServerVerdict) -> None:
+    for text in verdict.texts:
+        if isinstance(text, str):
+            assert classify(None, text) is verdict
+    for sqlstate in verdict.sqlstates:
+        assert classify(sqlstate, "") is verdict
+
+
+def test_a_vpc_endpoint_that_is_not_allowed_gets_the_advice_for_vpc_endpoints() -> None:
+    verdict = classify("XX000", "This VPC endpoint id vpce-1 is not allowed to connect to this endpoint.")
+    assert verdict is not None
+    assert verdict.advice == "Allow this VPC endpoint in the Neon project."

@@ -1,0 +1,124 @@
+"""Translate what asyncpg, OpenSSL, the system and the server raise while connecting into the errors of neon-async."""
+
+from __future__ import annotations
+
+import socket
+import ssl
+from dataclasses import dataclass
+
+import asyncpg
+
+from .._config.connection import ConnectionParameters
+from .._errors import ConnectError, ConnectTimeoutError, NeonAsyncError, ProtocolError, TLSError
+from .._neon.server_texts import classify
+from .._wire.tls import NOT_TLS_REASONS, certificate_error, openssl_reason
+from .._wire.trust import TrustAnchor
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One attempt to connect, at the moment when it failed.
+
+    Attributes:
+        parameters: The server, and how to connect.
+        anchor: The trust anchor.
+        step: The step that was running: `password`, `start`, `dns`, `tcp`, `tls` or `authentication`.
+        expired: Whether `connect_timeout` had expired.
+    """
+
+    parameters: ConnectionParameters
+    anchor: TrustAnchor
+    step: str
+    expired: bool
+
+
+def public_error(error: Exception, attempt: Attempt) -> Exception:
+    """Return the exception that the caller of `connect()` gets for `error`.
+
+    An error of the server that is not about connecting stays asyncpg's, and what a password function raises stays
+    unchanged.
+    """
+    host, step = attempt.parameters.host, _STEPS[attempt.step]
+    if attempt.expired:
+        limit = f"connect_timeout={attempt.parameters.connect_timeout:g} s"
+        return ConnectTimeoutError(f"{host} was not ready within {limit}: {step.pending}.")
+    if attempt.step == "password" or isinstance(error, NeonAsyncError):
+        return error
+    match error:
+        case ssl.SSLCertVerificationError():
+            return certificate_error(error, server_name=host, anchor=attempt.anchor)
+        case ssl.SSLError():
+            return _tls_error(error, host)
+        case socket.gaierror():
+            name = attempt.parameters.hostaddr or f"The name {host}"
+            return ConnectError(f"{name} cannot be resolved ({error.strerror}). Check host, and this machine's DNS.")
+        case asyncpg.PostgresError() if "sqlstate" in vars(error):  # from the server; asyncpg raises some itself
+            return _server_error(error, host)
+        case ConnectionError() | asyncpg.PostgresConnectionError():
+            return ConnectError(f"{host} closed the connection during {step.activity}. Try again; check the server.")
+        case OSError():
+            reason = error.strerror or type(error).__name__
+            return ConnectError(f"Connecting to {host} failed during {step.activity} ({reason}). Try again.")
+        case LookupError() | ValueError() if attempt.step == "authentication":
+            return ProtocolError(f"{host} sent settings that asyncpg cannot read ({error}). Check options and server.")
+    return error
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """A step of a dial: what it is doing, and what has not happened when the deadline expires meanwhile."""
+
+    activity: str
+    pending: str
+
+
+_STEPS = {
+    "password": _Step("the password function", "the password function had not returned"),
+    "start": _Step("the start", "no attempt had begun"),
+    "dns": _Step("name resolution", "its name had not been resolved. Check this machine's DNS"),
+    "tcp": _Step("the TCP connect", "no address had accepted a connection. Check host, port and firewall"),
+    "tls": _Step(
+        "the TLS handshake",
+        "the TLS handshake had not finished. Check that this is the port of a PostgreSQL server",
+    ),
+    "authentication": _Step(
+        "authentication",
+        "authentication had not finished. A suspended compute may need longer: try again",
+    ),
+}
+
+
+def _tls_error(error: ssl.SSLError, host: str) -> TLSError:
+    reason = openssl_reason(error) or "the connection was closed"
+    what, advice = _TLS_REASONS.get(reason, (reason, "Check the server."))
+    return TLSError(f"The TLS handshake with {host} failed: {what}. {advice}")
+
+
+_OLD_TLS = ("the server does not support TLS 1.3", "Neon does: check host, port and any proxy in between.")
+_NOT_TLS = (
+    "the server answered with something other than TLS",
+    "Check that this is the port of a PostgreSQL server.",
+)
+_NO_ALPN = (
+    "the server does not accept the protocol name postgresql",
+    "Check that this is the port of a PostgreSQL server.",
+)
+# OpenSSL's reasons for a failed handshake: the reason, and what to do about it.
+_TLS_REASONS = {
+    "TLSV1_ALERT_PROTOCOL_VERSION": _OLD_TLS,
+    "UNSUPPORTED_PROTOCOL": _OLD_TLS,
+    "WRONG_SSL_VERSION": _OLD_TLS,
+    **dict.fromkeys(NOT_TLS_REASONS, _NOT_TLS),
+    "TLSV1_ALERT_NO_APPLICATION_PROTOCOL": _NO_ALPN,
+    "TLSV13_ALERT_CERTIFICATE_REQUIRED": ("the server requires a client certificate", "Set sslcert and sslkey."),
+}
+
+
+def _server_error(error: asyncpg.PostgresError, host: str) -> Exception:
+    message = str(error.args[0])
+    verdict = classify(error.sqlstate, message)
+    if verdict is None:
+        return error
+    failure = verdict.error(f"{host}: {message.rstrip('.')}. {verdict.advice}")
+    vars(failure).update(vars(error))  # sqlstate, detail, hint and the other fields, as in asyncpg's error
+    return failure

@@ -1,0 +1,109 @@
+"""What asyncpg is given as `loop=`: the running event loop, with another way to connect.
+
+`LoopAdapter.create_connection()` returns a transport over finished, verified and authenticated TLS. So asyncpg never
+sees plaintext or the password, and never answers an authentication request. This module knows only the shape of
+asyncpg's protocol, and must not know its classes, pools or deadlines.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from .._wire.dial import Channel, Dialer, ignore_step, send_cancel_request
+from .._wire.login import EarlyLoginRefusedError, LoginCache, LoginProtocol, Secret, log_in
+from .._wire.tls import TLSReport
+from .._wire.transport import SessionTransport
+
+
+class LoopAdapter:
+    """The event loop that asyncpg is given for one dial: the running loop, except for `create_connection()`.
+
+    A finished connection must hold the running loop itself, because `asyncio.current_task(loop)` compares loops by
+    identity from Python 3.14 on. The adapter stays for the connection's cancel requests.
+
+    Attributes:
+        report: The result of the TLS handshake, or None before it.
+    """
+
+    def __init__(self, dialer: Dialer, *, secret: Secret, cache: LoginCache) -> None:
+        self.report: TLSReport | None = None
+        self._loop = asyncio.get_running_loop()
+        self._dialer = dialer
+        self._secret: Secret | None = secret
+        self._cache = cache
+        self._channel: Channel[LoginProtocol] | None = None
+        self._transport: SessionTransport | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loop, name)
+
+    def __repr__(self) -> str:
+        return f"<LoopAdapter for {self._dialer.parameters.host}>"
+
+    async def create_connection(
+        self, protocol_factory: Callable[[], asyncio.Protocol], host: str, port: int, *, ssl: object = None
+    ) -> tuple[asyncio.Transport, asyncio.Protocol]:
+        """Connect and log in, and return the session's transport and asyncpg's protocol. Serves asyncpg once.
+
+        Raises:
+            EndpointError, AuthenticationError, TLSError, ConnectError, OSError: See `Dialer.open()` and `log_in()`.
+        """
+        secret, self._secret = self._secret, None
+        if secret is None or ssl is None:
+            raise RuntimeError("asyncpg requested a second connection, or one without TLS.")
+        try:
+            try:
+                protocol = await self._open_session(protocol_factory, secret, early=self._cache.mechanism)
+            except EarlyLoginRefusedError:
+                self.abort()
+                self._cache.mechanism = None
+                protocol = await self._open_session(protocol_factory, secret, early=None)
+        finally:
+            self._dialer.on_step = ignore_step  # a cancel request is no step of a dial
+        assert self._transport is not None
+        return self._transport, protocol
+
+    def hand_over(self) -> tuple[TLSReport, SessionTransport]:
+        """Return the report and the transport of the finished session, and keep only what a cancel request needs."""
+        report, transport = self.report, self._transport
+        self._channel = self._transport = None
+        assert report is not None
+        assert transport is not None
+        return report, transport
+
+    def abort(self) -> None:
+        """Close the connection at once, if there is one."""
+        if self._channel is not None:
+            self._channel.transport.abort()
+
+    async def cancel(self, process_id: int, secret_key: int) -> None:
+        """Send a cancel request for the session; see `send_cancel_request()`."""
+        await send_cancel_request(self._dialer, process_id=process_id, secret_key=secret_key)
+
+    async def _open_session(
+        self, protocol_factory: Callable[[], asyncio.Protocol], secret: Secret, *, early: str | None
+    ) -> asyncio.Protocol:
+        """Open a channel, log in, and return asyncpg's protocol, which owns the transport from then on."""
+        parameters = self._dialer.parameters
+        channel = self._channel = await self._dialer.open(lambda: LoginProtocol(parameters.host))
+        self.report = channel.report
+        self._dialer.on_step("authentication")
+        channel.protocol.require_silence()
+        protocol = protocol_factory()
+        self._transport = SessionTransport(channel.transport)
+        protocol.connection_made(self._transport)  # asyncpg sends its StartupMessage
+        mechanism = await log_in(
+            channel.protocol,
+            certificate=channel.certificate,
+            binding_required=parameters.channel_binding == "require",
+            secret=secret,
+            cache=self._cache,
+            early=early,
+        )
+        await channel.protocol.hand_over(protocol)
+        self._cache.mechanism = mechanism
+        self.report = dataclasses.replace(channel.report, mechanism=mechanism)
+        return protocol

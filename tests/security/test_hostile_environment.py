@@ -1,0 +1,97 @@
+"""Environment variables of OpenSSL and Python neither weaken the TLS context nor reveal its keys."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.certificates import issue
+from support.handshakes import OTHER_ROOT, ROOT, serve
+from support.hostile_child import dump
+from support.probes import HANG
+
+import neon_async
+from neon_async.testing._impostor import Impostor, authentication_request, login
+
+pytestmark = pytest.mark.anyio
+
+CHILD = Path(__file__).parents[1] / "support" / "hostile_child.py"
+
+
+@pytest.fixture
+def hostile(tmp_path: Path) -> dict[str, str]:
+    """Variables with which an attacker would add a CA, weaken what is negotiated, and log the keys."""
+    (tmp_path / "ca.pem").write_bytes(OTHER_ROOT.pem)
+    (tmp_path / "certs").mkdir()
+    (tmp_path / "certs" / "ca.pem").write_bytes(OTHER_ROOT.pem)
+    (tmp_path / "openssl.cnf").write_text(
+        "openssl_conf = init\n[init]\nssl_conf = ssl\n[ssl]\nsystem_default = weak\n[weak]\n"
+        "MinProtocol = TLSv1\nMaxProtocol = TLSv1.3\nCipherString = ALL:eNULL:@SECLEVEL=0\n"
+        "Options = UnsafeLegacyRenegotiation\n"
+        f"VerifyMode = None\nVerifyCAFile = {tmp_path / 'ca.pem'}\nChainCAFile = {tmp_path / 'ca.pem'}\n"
+    )
+    return {
+        "SSL_CERT_FILE": str(tmp_path / "ca.pem"),
+        "SSL_CERT_DIR": str(tmp_path / "certs"),
+        "SSLKEYLOGFILE": str(tmp_path / "keys.log"),
+        "OPENSSL_CONF": str(tmp_path / "openssl.cnf"),
+    }
+
+
+async def run_child(*arguments: str, **environment: str) -> dict[str, Any]:
+    names = {"SSL_CERT_FILE", "SSL_CERT_DIR", "SSLKEYLOGFILE", "OPENSSL_CONF"}
+    clean = {name: value for name, value in os.environ.items() if name not in names}
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, str(CHILD), *arguments, stdout=subprocess.PIPE, env=clean | environment
+    )
+    async with asyncio.timeout(HANG):
+        output, _ = await process.communicate()
+    assert process.returncode == 0
+    answer: dict[str, Any] = json.loads(output)
+    return answer
+
+
+async def test_a_hostile_environment_changes_nothing_in_the_context(hostile: dict[str, str], tmp_path: Path) -> None:
+    usual = await run_child("dump")
+    under_attack = await run_child("dump", **hostile)
+    # The attack is real: it changes a context without defences.
+    name = "python's own options"
+    assert under_attack.pop(name) != usual.pop(name)
+    assert under_attack == usual
+    assert usual == json.loads(json.dumps(dump(neon_async.create_ssl_context())))
+    assert not (tmp_path / "keys.log").exists()
+
+
+async def test_a_weak_cipher_suite_from_openssl_conf_is_removed_or_refused(hostile: dict[str, str]) -> None:
+    # CCM_8 protects the integrity of a record with 64 bits only.
+    weak, configuration = "TLS_AES_128_CCM_8_SHA256", Path(hostile["OPENSSL_CONF"])
+    configuration.write_text(f"{configuration.read_text()}Ciphersuites = {weak}\n")
+    answer = await run_child("dump", OPENSSL_CONF=str(configuration))
+    assert answer.get("refused") == "InsecureConfigurationError" or weak not in answer["ciphers"]
+
+
+@pytest.mark.parametrize("variables", [("SSL_CERT_FILE", "SSL_CERT_DIR", "SSLKEYLOGFILE"), ("OPENSSL_CONF",)])
+async def test_a_server_of_the_hostile_ca_is_refused_in_a_hostile_environment(
+    hostile: dict[str, str], variables: tuple[str, ...], tmp_path: Path
+) -> None:
+    anchor = tmp_path / "root.pem"
+    anchor.write_bytes(ROOT.pem)
+    server = serve(issue(OTHER_ROOT), OTHER_ROOT)
+    async with Impostor(login(server, authentication_request(3))) as impostor:
+        environment = {name: hostile[name] for name in variables}
+        answer = await run_child("dial", impostor.dsn, str(anchor), **environment)
+        await impostor.finish()
+    assert answer["ours"] == "CertificateError"
+    assert impostor.password not in answer["text"]
+    assert all(impostor.password.encode() not in one.decrypted for one in impostor.conversations)
+    if "SSL_CERT_FILE" in variables:  # the attack is real: Python's default context accepts, and logs its keys
+        assert answer["default"] == "accepted"
+        assert (tmp_path / "keys.log").read_text().count("CLIENT_HANDSHAKE_TRAFFIC_SECRET") == 1
+    else:
+        assert not (tmp_path / "keys.log").exists()

@@ -1,0 +1,32 @@
+"""Fixtures of the tests of `_wire`."""
+
+from __future__ import annotations
+
+import pytest
+from cryptography.hazmat.primitives.serialization import BestAvailableEncryption, Encoding, PrivateFormat
+from cryptography.x509 import ExtendedKeyUsage
+from cryptography.x509.oid import ExtendedKeyUsageOID
+from support.certificates import issue
+from support.handshakes import OTHER_ROOT, PASSPHRASE, ROOT
+
+
+@pytest.fixture(scope="module")
+def client_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The paths of a client certificate, its key, the encrypted key, both in one file, and another key."""
+    purpose = ExtendedKeyUsage([ExtendedKeyUsageOID.CLIENT_AUTH]), False
+    entity = issue(ROOT, "neon", names=[], also=[purpose])
+    encrypted = entity.key.private_bytes(
+        Encoding.PEM, PrivateFormat.PKCS8, BestAvailableEncryption(PASSPHRASE.encode())
+    )
+    folder = tmp_path_factory.mktemp("client")
+    files = {
+        "cert": entity.pem,
+        "key": entity.key_pem,
+        "encrypted": encrypted,
+        "both": entity.key_pem + entity.pem,
+        "other": OTHER_ROOT.key_pem,
+        "empty": b"",
+    }
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    return {name: str(folder / name) for name in files} | {"missing": str(folder / "missing")}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from typing import Final
 
 from .._errors import ConfigurationError
 from .._neon.endpoint import Endpoint

@@ -77,7 +77,12 @@ class SessionProtocol:
 
     def is_idle(self) -> bool:
         """Return whether no statement is under way, so that one may be sent ahead."""
-        return not self._running and self._asyncpg.is_connected() and not self._asyncpg._is_cancelling()
+        return (
+            not self._running
+            and self._transport.is_settled
+            and self._asyncpg.is_connected()
+            and not self._asyncpg._is_cancelling()
+        )
 
     def is_in_transaction(self) -> bool:
         """Return whether a transaction is open, one whose BEGIN went ahead included."""

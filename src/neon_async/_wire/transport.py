@@ -74,6 +74,11 @@ class SessionTransport(asyncio.Transport):
         """
         return self._stream is not None and self._stream.is_settled()
 
+    @property
+    def is_in_failed_transaction(self) -> bool:
+        """Whether a transaction is open in which a statement has failed, as far as the server has answered."""
+        return self._stream is not None and self._stream.tail == _READY + b"E"
+
     def send_ahead(self, sql: str, on_answer: Answer) -> None:
         """Send a simple Query whose answer the session's protocol never sees, and return at once.
 
@@ -162,10 +167,10 @@ class _Stream(asyncio.Protocol):
 
     def __init__(self, transport: asyncio.Transport, protocol: asyncio.Protocol) -> None:
         self.waiting: deque[Answer] = deque()
+        self.tail = b""  # the latest bytes, as many as a ReadyForQuery has
         self._transport = transport
         self._protocol = protocol
         self._pass_on = protocol.data_received
-        self._tail = b""  # the latest bytes, as many as a ReadyForQuery has
         self._buffer = b""
         self._error: bytes | None = None
         self._ended = False  # the transport was aborted, and nothing that still comes counts
@@ -174,7 +179,7 @@ class _Stream(asyncio.Protocol):
     def is_settled(self) -> bool:
         # Nothing else can end like this while no statement is under way: NUL ends the texts of all messages that come
         # then, and no length or process id is as large as b"Z\0\0\0".
-        return bool(self.waiting) or self._tail.startswith(_READY)
+        return bool(self.waiting) or self.tail.startswith(_READY)
 
     async def wait(self) -> None:
         """Wait until all answers have come, or the connection has ended."""
@@ -188,7 +193,7 @@ class _Stream(asyncio.Protocol):
         if self.waiting:
             self._read_answers(self._buffer + data if self._buffer else data)
         else:
-            self._tail = data[-_READY_SIZE:] if len(data) >= _READY_SIZE else (self._tail + data)[-_READY_SIZE:]
+            self.tail = data[-_READY_SIZE:] if len(data) >= _READY_SIZE else (self.tail + data)[-_READY_SIZE:]
             self._pass_on(data)
 
     def _read_answers(self, data: bytes) -> None:
@@ -208,7 +213,7 @@ class _Stream(asyncio.Protocol):
             elif kind == b"E":
                 self._error = data[position:following]
             elif kind == b"Z":
-                self._tail = data[position:following]
+                self.tail = data[position:following]
                 self._end_one()
             position = following
             if self._transport.is_closing():  # what the answer led to
@@ -223,7 +228,7 @@ class _Stream(asyncio.Protocol):
 
     def _end_one(self) -> None:
         error, self._error = self._error, None
-        self.waiting.popleft()(self._tail[_HEADER_SIZE:], error and error[_HEADER_SIZE:])
+        self.waiting.popleft()(self.tail[_HEADER_SIZE:], error and error[_HEADER_SIZE:])
 
     def _release(self) -> None:
         waiters, self._waiters = self._waiters, []

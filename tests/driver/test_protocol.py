@@ -331,8 +331,9 @@ CALLS: dict[str, Callable[[Any], Awaitable[Any]]] = {
     "a transaction by hand": begin_by_hand,
     "a caller who ends the transaction and goes on": end_it_and_go_on,
     "a caller who goes on after errors": go_on_after_an_error,
-    "a caller who times out and goes on": time_out_and_go_on,
 }
+if not asyncpg.__version__.startswith("0.31."):  # which waits for ever where a connection ends while it is cancelling
+    CALLS["a caller who times out and goes on"] = time_out_and_go_on
 
 
 @pytest.mark.parametrize("warm", [False, True], ids=["cold", "warm"])

@@ -103,7 +103,7 @@ class LoopAdapter:
             cache=self._cache,
             early=early,
         )
-        await channel.protocol.hand_over(protocol)
+        await channel.protocol.hand_over(self._transport.in_front_of(protocol))
         self._cache.mechanism = mechanism
         self.report = dataclasses.replace(channel.report, mechanism=mechanism)
         return protocol

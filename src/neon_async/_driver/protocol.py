@@ -9,6 +9,7 @@ Knows nothing of pools and loans.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import functools
 import re
@@ -22,11 +23,13 @@ from .._wire.transport import SessionTransport
 
 _T = TypeVar("_T")
 
-# What a server runs in a failed transaction (PostgreSQL, exec_simple_query): in a text of several statements, those that
-# follow would run outside of it.
+# What a server runs in a failed transaction (PostgreSQL, IsTransactionExitStmt): in a text of several statements, those
+# that follow would run outside of it.
 _ENDS_TRANSACTION = frozenset({"abort", "commit", "end", "prepare", "rollback"})
 _DOTTED_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_$]*(?:\.[A-Za-z_][A-Za-z0-9_$]*)+")
-_LEADING = re.compile(r"(?:[\s;]+|--[^\r\n]*|/\*.*?\*/)*([A-Za-z]*)", re.DOTALL)
+_GAP = re.compile(r"(?:[\s;]+|--[^\r\n]*)*")
+_COMMENT_EDGE = re.compile(r"/\*|\*/")
+_WORD = re.compile(r"[A-Za-z]*")
 
 
 class SessionProtocol:
@@ -77,7 +80,12 @@ class SessionProtocol:
 
     def is_idle(self) -> bool:
         """Return whether no statement is under way, so that one may be sent ahead."""
-        return not self._running and self._asyncpg.is_connected() and not self._asyncpg._is_cancelling()
+        return (
+            not self._running
+            and self._transport.is_settled
+            and self._asyncpg.is_connected()
+            and not self._asyncpg._is_cancelling()
+        )
 
     def is_in_transaction(self) -> bool:
         """Return whether a transaction is open, one whose BEGIN went ahead included."""
@@ -124,7 +132,7 @@ class SessionProtocol:
         self._transport.abort()
 
     def _take_begin_answer(self, status: bytes, error: bytes | None) -> None:
-        if error is not None:
+        if error is not None and self._failure is None:  # else it is a consequence of the first one
             self._failure = server_error(error)
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -135,14 +143,16 @@ class SessionProtocol:
         self._note(query)
         if self._ahead is not None and self._ahead[0] == query:
             query = self._ahead[1]
-            if self.is_idle():
+            if self.is_idle() and not self._transport.is_in_failed_transaction:
                 self._transport.send_ahead(query, self._take_begin_answer)
                 self._begun = True
                 return _tag_of(query)
             await self._run(self._asyncpg.query(query, timeout))
             return _tag_of(query)
-        if self._transport.unanswered and _ends_transaction(query):
-            await self._transport.wait_for_answers()
+        if self._transport.unanswered and _goes_on_after_transaction(query):
+            timeout = await self._wait_for_answers(timeout)
+            if self._failure is not None:
+                raise self._take_failure()
         return await self._run(self._asyncpg.query(query, timeout))
 
     async def prepare(self, *args: Any, **options: Any) -> Any:
@@ -182,6 +192,14 @@ class SessionProtocol:
     async def copy_out(self, *args: Any, **options: Any) -> Any:
         """Copy data from the server."""
         return await self._run(self._asyncpg.copy_out(*args, **options))
+
+    async def _wait_for_answers(self, timeout: float | None) -> float | None:
+        """Wait until nothing is ahead of the next statement, and return the seconds that are left for it."""
+        clock = asyncio.get_running_loop().time
+        seconds, began = self._asyncpg._get_timeout(timeout), clock()
+        async with asyncio.timeout(seconds):
+            await self._transport.wait_for_answers()
+        return None if seconds is None else seconds - (clock() - began)
 
     async def _run(self, call: Coroutine[Any, Any, _T], *, ready: bool = True) -> _T:
         """Run one of asyncpg's calls and raise what went wrong with the statement ahead of it, if anything did."""
@@ -232,6 +250,28 @@ def _tag_of(query: str) -> str:
     return query.split(maxsplit=1)[0].rstrip(";")
 
 
-def _ends_transaction(query: object) -> bool:
-    match = _LEADING.match(query) if isinstance(query, str) else None
-    return match is not None and match[1].lower() in _ENDS_TRANSACTION
+def _goes_on_after_transaction(query: object) -> bool:
+    """Return whether a text of several statements begins with one that ends a transaction, a failed one as well."""
+    if not isinstance(query, str):
+        return False
+    word = _WORD.match(query, _first_position(query))
+    assert word is not None
+    return word[0].lower() in _ENDS_TRANSACTION and ";" in query[word.end() :].rstrip("; \t\r\n\f\v")
+
+
+def _first_position(query: str) -> int:
+    """Return where the first statement begins, after empty ones and comments, which can be nested."""
+    position, depth = _end(_GAP, query, 0), 0
+    while query.startswith("/*", position) or depth:
+        edge = _COMMENT_EDGE.search(query, position)
+        if edge is None:
+            return len(query)
+        depth += 1 if edge[0] == "/*" else -1
+        position = edge.end() if depth else _end(_GAP, query, edge.end())
+    return position
+
+
+def _end(pattern: re.Pattern[str], query: str, position: int) -> int:
+    match = pattern.match(query, position)
+    assert match is not None
+    return match.end()

@@ -29,7 +29,7 @@ class Facts(NamedTuple):
         closed: It has ended.
         worn: It is not to be lent again: too old, too many queries, expired, or the pool is closing.
         own_reset: The reset is the caller's own code, which may do anything.
-        untouched: Nothing was written to the server.
+        untouched: Nothing was written to the server, and no type codec changed.
         leftovers: A statement is under way or being cancelled, a transaction is open, or channels or type codecs were
             changed.
         has_reset_query: There is SQL to send.
@@ -127,7 +127,8 @@ class Loan:
         if connection is None or connection.is_closed():
             return Facts(True, False, False, False, False, False, False)
         session = holder.own_session(connection)
-        untouched = self._writes == session.transport.writes
+        # asyncpg knows the built-in types, and asks the server nothing to set a codec of one.
+        untouched = self._writes == session.transport.writes and session.codecs == session.snapshot.codecs
         worn = supply.is_worn(self.slot, time.monotonic())
         own_reset = supply.options.reset is not None or resets_itself(connection)
         if untouched:  # there is nothing else to ask for

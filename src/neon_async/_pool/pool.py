@@ -551,22 +551,26 @@ class Pool(PoolBase):
     ) -> _T:
         """Run one call on a connection of its own, within `timeout` for all of it.
 
-        It runs once more, on another connection, when a reset sent ahead of it failed: the server has refused it then,
-        and nothing of it was executed.
+        It runs again, on another connection, when a reset sent ahead of it failed: the server has refused it then, and
+        nothing of it was executed. What makes one reset fail can make all of them fail, so it may run as often as there
+        can be connections, and once more.
 
         Args:
             run: Makes the call, with the connection and the seconds that are left.
             timeout: Seconds, or None for `acquire_timeout` and `command_timeout`.
             again: Whether the arguments can be used a second time.
         """
+        for _ in range(self._options.max_size if again else 0):
+            call = self.acquire(timeout=timeout)
+            try:
+                async with call as connection:
+                    return await run(connection, call.left())
+            except ConnectionLostError as error:
+                if not error.nothing_executed:
+                    raise
+            timeout = None if timeout is None else max(call.left() or 0.0, 0.0)
         call = self.acquire(timeout=timeout)
-        try:
-            async with call as connection:
-                return await run(connection, call.left())
-        except ConnectionLostError as error:
-            if not (error.nothing_executed and again):
-                raise
-        async with self.acquire(timeout=call.left()) as connection:
+        async with call as connection:
             return await run(connection, call.left())
 
     if not TYPE_CHECKING:  # asyncpg-stubs has the signatures

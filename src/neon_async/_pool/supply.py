@@ -24,6 +24,7 @@ from .._driver import holder
 from .._driver.connection import resets_itself
 from .._driver.connector import Connector
 from .._driver.holder import Holder, own_session
+from .._driver.session import Snapshot
 from .._driver.snapshot import restore_codecs, take_snapshot
 from .._errors import ConnectError, ConnectTimeoutError, NeonAsyncError, PoolTimeoutError
 from .._neon.endpoint import short_name
@@ -302,11 +303,11 @@ class Supply:
             return
         if holder.has_transaction(connection):
             await holder.roll_back(connection)
-        await restore_codecs(connection)
         if self.options.reset is not None:
             await self.options.reset(connection)
         elif query := connection.get_reset_query():
             await holder.send(connection, query)
+        await restore_codecs(connection)  # looks types up, which a search_path or a statement_timeout could disturb
 
     def _close(self, slot: Slot, limit: float | None = None) -> asyncio.Task[Any]:
         """Close the connection of a slot that no caller has, within `limit` seconds (default: `release_timeout`)."""
@@ -431,8 +432,10 @@ class Supply:
         writes, protocol.mentioned = session.transport.writes, set()
         await init(connection)
         names, protocol.mentioned = protocol.mentioned, None
-        if session.transport.writes != writes or holder.callbacks_of(connection):
+        if session.transport.writes != writes:
             session.snapshot = await take_snapshot(connection, user=self.connector.parameters.user, names=names)
+        else:  # the server knows nothing of it
+            session.snapshot = Snapshot(callbacks=holder.callbacks_of(connection), codecs=dict(session.codecs))
 
     def _adopt(self, slot: Slot, connection: Any, began: float) -> None:
         """Give a new connection to a slot."""

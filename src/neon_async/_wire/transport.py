@@ -12,7 +12,7 @@ import socket
 import struct
 from collections import deque
 from collections.abc import Callable, Iterable
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias
 
 # What is called with the answer to a statement that was sent ahead: the transaction status of its ReadyForQuery (b"I",
 # b"T" or b"E"), and the body of its ErrorResponse, if there was one.
@@ -22,9 +22,14 @@ _HEADER = struct.Struct("!cI")
 _HEADER_SIZE = 5
 # Messages that may come at any time and belong to no statement (PostgreSQL documentation, section 54.2.7).
 _ASYNCHRONOUS = frozenset({b"S", b"A", b"N"})
-# What a simple Query may be answered with besides (section 54.2.2), and has to be read over: RowDescription, DataRow,
-# CommandComplete, EmptyQueryResponse. A COPY is never sent ahead.
-_PASSED_OVER = frozenset({b"T", b"D", b"C", b"I"})
+# What a simple Query may be answered with besides (section 54.2.2): RowDescription, DataRow, CommandComplete,
+# EmptyQueryResponse, ErrorResponse, ReadyForQuery. A COPY is never sent ahead.
+_ANSWER = frozenset({b"T", b"D", b"C", b"I", b"E", b"Z"})
+# Fields of an ErrorResponse that ends the session (section 54.8).
+_FATAL = frozenset({b"VFATAL", b"VPANIC"})
+# ReadyForQuery, but for the status of the transaction.
+_READY = b"Z\0\0\0\5"
+_READY_SIZE = 6
 
 
 class SessionTransport(asyncio.Transport):
@@ -35,17 +40,22 @@ class SessionTransport(asyncio.Transport):
         session: What `_driver` keeps for the connection.
     """
 
-    __slots__ = ("_answers", "_transport", "session", "writes")
+    __slots__ = ("_stream", "_transport", "session", "writes")
 
     def __init__(self, transport: asyncio.Transport) -> None:
         # Not super().__init__(): get_extra_info() is the TLS transport's.
         self._transport = transport
-        self._answers: _Answers | None = None
+        self._stream: _Stream | None = None
         self.session: object = None
         self.writes = 0
 
     def __repr__(self) -> str:
         return f"<SessionTransport {self.writes} writes over {self._transport!r}>"
+
+    def in_front_of(self, protocol: asyncio.Protocol) -> asyncio.Protocol:
+        """Return the protocol for the TLS transport: it keeps the answers to statements sent ahead from `protocol`."""
+        self._stream = _Stream(self._transport, protocol)
+        return self._stream
 
     # -----------------------------------------------------------------------------------------------------------------
     # Statements sent ahead
@@ -53,31 +63,43 @@ class SessionTransport(asyncio.Transport):
     @property
     def unanswered(self) -> int:
         """How many statements were sent ahead and have not been answered."""
-        return 0 if self._answers is None else len(self._answers.waiting)
+        return 0 if self._stream is None else len(self._stream.waiting)
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether the server has ended an answer with its latest bytes, so that a statement may be sent ahead.
+
+        Otherwise the session's protocol may have a message in part, or the server an implicit transaction open, which
+        a Parse without Sync begins.
+        """
+        return self._stream is not None and self._stream.is_settled()
+
+    @property
+    def is_in_failed_transaction(self) -> bool:
+        """Whether a transaction is open in which a statement has failed, as far as the server has answered."""
+        return self._stream is not None and self._stream.tail == _READY + b"E"
 
     def send_ahead(self, sql: str, on_answer: Answer) -> None:
         """Send a simple Query whose answer the session's protocol never sees, and return at once.
 
-        The protocol must be idle: everything that it sent has been answered. It may send its next statement at once;
-        the server answers in order. Until the answer to `sql` has ended, a protocol of ours stands in front: it passes
-        ParameterStatus, NotificationResponse and NoticeResponse on, and afterwards everything that follows.
+        The protocol must be idle: everything that it sent has been answered, and `is_settled` is true. It may send its
+        next statement at once; the server answers in order. Until the answer to `sql` has ended, the protocol receives
+        only ParameterStatus, NotificationResponse and NoticeResponse, and afterwards everything that follows.
 
         Args:
             sql: One or several statements, but no COPY.
             on_answer: Called when ReadyForQuery has come. Not called when the connection ends before.
         """
-        if self._answers is None:
-            protocol = self._transport.get_protocol()
-            self._answers = _Answers(self._transport, cast(asyncio.Protocol, protocol))
-        self._answers.expect(on_answer)
+        assert self._stream is not None
+        self._stream.waiting.append(on_answer)
         body = sql.encode() + b"\0"
         self.write(struct.pack("!cI", b"Q", 4 + len(body)) + body)
 
     async def wait_for_answers(self) -> None:
         """Wait until every statement that was sent ahead has been answered, or the connection has ended."""
         if self.unanswered:
-            assert self._answers is not None
-            await self._answers.wait()
+            assert self._stream is not None
+            await self._stream.wait()
 
     # -----------------------------------------------------------------------------------------------------------------
     # The transport
@@ -140,22 +162,24 @@ class SessionTransport(asyncio.Transport):
         return self._transport.get_extra_info(name, default)
 
 
-class _Answers(asyncio.Protocol):
-    """Reads the answers to statements that were sent ahead, in front of the session's protocol."""
+class _Stream(asyncio.Protocol):
+    """What the server sends, in front of the session's protocol: reads the answers to statements sent ahead."""
 
     def __init__(self, transport: asyncio.Transport, protocol: asyncio.Protocol) -> None:
         self.waiting: deque[Answer] = deque()
+        self.tail = b""  # the latest bytes, as many as a ReadyForQuery has
         self._transport = transport
         self._protocol = protocol
+        self._pass_on = protocol.data_received
         self._buffer = b""
         self._error: bytes | None = None
+        self._ended = False  # the transport was aborted, and nothing that still comes counts
         self._waiters: list[asyncio.Future[None]] = []
 
-    def expect(self, on_answer: Answer) -> None:
-        """Stand in front of the session's protocol until one more answer has come."""
-        if not self.waiting:
-            self._transport.set_protocol(self)
-        self.waiting.append(on_answer)
+    def is_settled(self) -> bool:
+        # Nothing else can end like this while no statement is under way: NUL ends the texts of all messages that come
+        # then, and no length or process id is as large as b"Z\0\0\0".
+        return bool(self.waiting) or self.tail.startswith(_READY)
 
     async def wait(self) -> None:
         """Wait until all answers have come, or the connection has ended."""
@@ -164,36 +188,47 @@ class _Answers(asyncio.Protocol):
         await waiter
 
     def data_received(self, data: bytes) -> None:
-        data = self._buffer + data if self._buffer else data
+        if self._ended:
+            return
+        if self.waiting:
+            self._read_answers(self._buffer + data if self._buffer else data)
+        else:
+            self.tail = data[-_READY_SIZE:] if len(data) >= _READY_SIZE else (self.tail + data)[-_READY_SIZE:]
+            self._pass_on(data)
+
+    def _read_answers(self, data: bytes) -> None:
+        """Read `data`, which begins with a message, up to the end of the last answer that is expected."""
         position, end = 0, len(data)
         while self.waiting and end - position >= _HEADER_SIZE:
             kind, length = _HEADER.unpack_from(data, position)
             following = position + 1 + length
+            if length < _HEADER_SIZE - 1 or not (kind in _ASYNCHRONOUS or kind in _ANSWER):
+                self._transport.abort()  # no answer to a simple Query; what follows cannot be understood
+                self._ended = True
+                return
             if following > end:
                 break
             if kind in _ASYNCHRONOUS:
-                self._protocol.data_received(data[position:following])
+                self._pass_on(data[position:following])
             elif kind == b"E":
-                self._error = data[position + _HEADER_SIZE : following]
+                self._error = data[position:following]
             elif kind == b"Z":
-                self._end_one(data[position + _HEADER_SIZE : following])
-            elif kind not in _PASSED_OVER:
-                self._transport.abort()  # no answer to a simple Query; what follows cannot be understood
-                return
+                self.tail = data[position:following]
+                self._end_one()
             position = following
-            if self._transport.is_closing():
-                return  # what the answer led to
+            if self._transport.is_closing():  # what the answer led to
+                self._ended = True
+                return
         self._buffer = data[position:]
         if not self.waiting:
             rest, self._buffer = self._buffer, b""
-            self._transport.set_protocol(self._protocol)
             self._release()
             if rest:
-                self._protocol.data_received(rest)
+                self.data_received(rest)
 
-    def _end_one(self, status: bytes) -> None:
+    def _end_one(self) -> None:
         error, self._error = self._error, None
-        self.waiting.popleft()(status, error)
+        self.waiting.popleft()(self.tail[_HEADER_SIZE:], error and error[_HEADER_SIZE:])
 
     def _release(self) -> None:
         waiters, self._waiters = self._waiters, []
@@ -201,7 +236,7 @@ class _Answers(asyncio.Protocol):
             if not waiter.done():
                 waiter.set_result(None)
 
-    # What concerns the session's protocol meanwhile
+    # What concerns the session's protocol in any case
 
     def eof_received(self) -> bool | None:
         return self._protocol.eof_received()
@@ -209,6 +244,8 @@ class _Answers(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self.waiting.clear()
         self._release()
+        if self._error is not None and not _FATAL.isdisjoint(self._error.split(b"\0")):
+            self._pass_on(self._error)  # the server's last words, which are not about one statement
         self._protocol.connection_lost(exc)
 
     def pause_writing(self) -> None:

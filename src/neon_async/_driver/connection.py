@@ -41,7 +41,7 @@ class Connection(ConnectionHooks):
 
     __slots__ = ()
 
-    def transaction(self, *, isolation: Any = None, readonly: bool = False, deferrable: bool = False) -> Any:
+    def transaction(self, *, isolation: Any = None, readonly: bool = False, deferrable: bool = False) -> Transaction:
         """Return a transaction or savepoint block, for `async with`.
 
         Args:

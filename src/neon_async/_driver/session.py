@@ -9,7 +9,7 @@ import secrets
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
-from .._neon.endpoint import Endpoint
+from .._neon.endpoint import Endpoint, short_name
 from .._wire.tls import TLSReport
 
 
@@ -83,6 +83,11 @@ class Session:
     on_closed: Callable[[], None] | None = None
     initial_settings: dict[str, str] = field(default_factory=dict)
     holds_server: bool = False
+
+    @property
+    def name(self) -> str:
+        """The name of the database in log lines."""
+        return short_name(self.host, self.endpoint)
 
     def notify_closed(self) -> None:
         """Call `on_closed`, unless it has been called."""

@@ -57,7 +57,7 @@ class Supply:
     """
 
     def __init__(self, connector: Connector, options: PoolOptions, holders: list[Holder]) -> None:
-        self.name = short_name(connector.parameters.host)
+        self.name = short_name(connector.parameters.host, connector.parameters.endpoint)
         self.options = options
         self.connector = connector
         self.slots = Slots([Slot(holder) for holder in holders])

@@ -1,78 +1,458 @@
-"""The private names of asyncpg that `holder` uses exist and mean what it takes them for."""
+"""Each private name of asyncpg that `_driver.holder` uses on connections does what we need, in every version.
+
+`pins` names them; `test_private_names.py` checks that none is missing. The names of pools are in `test_lending.py`.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import inspect
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import asyncpg
 import pytest
-from support.probes import connected, make_pool, until
+from support.plain import asyncpg_arguments, asyncpg_connection
+from support.private_names import pins
+from support.probes import HANG, connected, until
 
-from neon_async._driver.holder import ConnectionHooks, adopt_running_loop, session_of
+from neon_async._driver import holder
+from neon_async._driver.connection import Connection
+from neon_async._driver.holder import ConnectionHooks, Holder, StatementHooks, session_of
 from neon_async.testing import LocalPostgres
 
 pytestmark = pytest.mark.anyio
 
 
-def test_the_mixin_overrides_a_method_of_asyncpg_with_the_same_parameters() -> None:
-    asyncpgs = inspect.signature(asyncpg.Connection._cancel).parameters  # type: ignore[attr-defined]
-    ours = inspect.signature(ConnectionHooks._cancel).parameters
-    assert list(ours)[: len(asyncpgs)] == list(asyncpgs)
-    assert inspect.iscoroutinefunction(asyncpg.Connection._cancel)  # type: ignore[attr-defined]
-    assert ConnectionHooks.__slots__ == ()
-
-
-async def test_a_connection_has_the_attributes_that_a_cancel_request_needs(postgres: LocalPostgres) -> None:
+@pytest.fixture
+async def connection(postgres: LocalPostgres) -> AsyncIterator[Any]:
     async with connected(postgres) as connection:
-        assert issubclass(type(connection), ConnectionHooks)
-        assert connection._protocol.backend_pid == await connection.fetchval("SELECT pg_backend_pid()")
-        assert isinstance(connection._protocol.backend_secret, int)
-        assert connection._config.command_timeout is None
-        assert connection._aborted is False
-        assert connection._cancellations == set()
+        yield connection
+
+
+@pytest.fixture
+async def admin(postgres: LocalPostgres) -> AsyncIterator[Any]:
+    async with connected(postgres) as connection:
+        yield connection
+
+
+async def cancel_a_statement(connection: Any) -> None:
+    """Cancel a statement, so that its cancellation is under way afterwards."""
+    # The server reports that the statement runs: a cancel request that comes earlier has no effect.
+    runs = asyncio.Event()
+    connection.add_log_listener(listener := lambda *_: runs.set())
+    statement = asyncio.ensure_future(
+        connection.execute("DO 'BEGIN RAISE NOTICE ''runs''; PERFORM pg_sleep(600); END'")
+    )
+    async with asyncio.timeout(HANG):
+        await runs.wait()
+    connection.remove_log_listener(listener)
+    statement.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await statement
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A connection: its session, its end, its cancel requests
+
+
+class TestSession:
+    @pins("_transport", "_con")
+    async def test_it_is_found_on_a_connection_and_on_its_proxy_until_that_is_recalled(self, connection: Any) -> None:
+        session = session_of(connection)
+        assert session is not None
+        owner = Holder(None)
+        owner.adopt(connection)
+        proxy = owner.lend()
+        assert session_of(proxy) is session
+        owner.recall()
+        assert session_of(proxy) is None
+        assert session_of(connection) is session
+
+    async def test_it_is_not_found_on_connections_of_plain_asyncpg_or_on_anything_else(
+        self, postgres: LocalPostgres
+    ) -> None:
+        async with (
+            asyncpg_connection(postgres) as plain,
+            asyncpg.create_pool(**asyncpg_arguments(postgres), min_size=0) as pool,
+            pool.acquire() as lent,
+        ):
+            assert [session_of(one) for one in (plain, lent, pool, None, object())] == [None] * 5
+
+
+async def close(connection: Any, _: Any) -> None:
+    await connection.close()
+
+
+async def terminate(connection: Any, _: Any) -> None:
+    connection.terminate()
+
+
+async def kill(connection: Any, admin: Any) -> None:
+    await admin.execute("SELECT pg_terminate_backend($1)", connection.get_server_pid())
+    await until(connection.is_closed)
+
+
+async def kill_in_a_statement(connection: Any, admin: Any) -> None:
+    statement = asyncio.ensure_future(connection.execute("SELECT pg_sleep(60)"))
+    await asyncio.sleep(0)
+    await kill(connection, admin)
+    await asyncio.wait({statement})
+    statement.exception()
+
+
+async def close_without_an_end(connection: Any, admin: Any) -> None:
+    closing = asyncio.ensure_future(connection.close())
+    await asyncio.sleep(0)
+    closing.cancel()
+    await asyncio.wait({closing})
+
+
+class TestEnd:
+    @pytest.mark.parametrize(
+        "end",
+        [
+            pytest.param(close, id="closed"),
+            pytest.param(close_without_an_end, id="close is cancelled"),
+            pytest.param(terminate, id="terminated"),
+            pytest.param(kill, id="killed"),
+            pytest.param(kill_in_a_statement, id="killed in a statement"),
+        ],
+    )
+    @pins("_cleanup")
+    async def test_the_end_of_a_connection_is_reported_once(
+        self, connection: Any, admin: Any, end: Callable[[Any, Any], Awaitable[None]]
+    ) -> None:
+        reported: list[bool] = []
+        session = session_of(connection)
+        assert session is not None
+        session.on_closed = lambda: reported.append(connection.is_closed())
+        await end(connection, admin)
+        await until(lambda: reported)
         connection.terminate()
-        assert connection._aborted is True
+        await connection.close()
+        assert reported == [True]
 
 
-async def test_asyncpg_runs_a_cancel_request_as_a_task_that_it_keeps_until_the_end(
-    postgres: LocalPostgres, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    calls: list[tuple[bool, tuple[Any, ...]]] = []
-    genuine = ConnectionHooks._cancel
+class TestCancelRequests:
+    @pins("_cancel")
+    def test_asyncpgs_method_has_the_parameters_of_ours(self) -> None:
+        asyncpgs = inspect.signature(asyncpg.Connection._cancel).parameters  # type: ignore[attr-defined]
+        ours = inspect.signature(ConnectionHooks._cancel).parameters
+        assert list(ours)[: len(asyncpgs)] == list(asyncpgs)
+        assert inspect.iscoroutinefunction(asyncpg.Connection._cancel)  # type: ignore[attr-defined]
 
-    async def record(connection: Any, *arguments: Any) -> None:
-        calls.append((asyncio.current_task() in connection._cancellations, arguments))
-        await genuine(connection, *arguments)
+    @pins("_protocol", "_config")
+    async def test_a_connection_has_what_a_cancel_request_needs(self, postgres: LocalPostgres) -> None:
+        async with connected(postgres, command_timeout=7) as connection:
+            assert connection._protocol.backend_pid == await connection.fetchval("SELECT pg_backend_pid()")
+            assert isinstance(connection._protocol.backend_secret, int)
+            assert connection._config.command_timeout == 7
 
-    monkeypatch.setattr(ConnectionHooks, "_cancel", record)
-    async with connected(postgres) as connection:
+    @pins("_cancel", "_cancellations")
+    async def test_asyncpg_runs_it_as_a_task_that_it_keeps_until_its_end(
+        self, connection: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        calls: list[tuple[bool, tuple[Any, ...]]] = []
+        genuine = ConnectionHooks._cancel
+
+        async def record(connection: Any, *arguments: Any) -> None:
+            calls.append((asyncio.current_task() in connection._cancellations, arguments))
+            await genuine(connection, *arguments)
+
+        monkeypatch.setattr(ConnectionHooks, "_cancel", record)
         with pytest.raises(TimeoutError):
             await connection.execute("SELECT pg_sleep(3600)", timeout=0.05)
         assert await connection.fetchval("SELECT 1") == 1
         await until(lambda: not connection._cancellations)
-    ((was_kept, (waiter, *_)),) = calls
-    assert was_kept
-    assert isinstance(waiter, asyncio.Future)
-    assert waiter.done()
+        ((was_kept, (waiter, *_)),) = calls
+        assert was_kept
+        assert isinstance(waiter, asyncio.Future)
+        assert waiter.done()
 
+    @pins("_aborted")
+    async def test_a_terminated_connection_is_aborted(self, connection: Any) -> None:
+        assert connection._aborted is False
+        connection.terminate()
+        assert connection._aborted is True
 
-async def test_a_connection_and_its_statement_cache_hold_the_adopted_loop(postgres: LocalPostgres) -> None:
-    async with connected(postgres) as connection:
+    @pins("_loop", "_stmt_cache")
+    async def test_a_connection_and_its_statement_cache_hold_the_running_loop(self, connection: Any) -> None:
         loop = asyncio.get_running_loop()
+        assert (connection._loop, connection._stmt_cache._loop) == (loop, loop)
         connection._loop = connection._stmt_cache._loop = None
-        adopt_running_loop(connection)
+        holder.adopt_running_loop(connection)
         assert (connection._loop, connection._stmt_cache._loop) == (loop, loop)
 
+    @pins("_stmt_cache")
+    async def test_cached_statements_expire_by_the_loop_of_the_cache(self, postgres: LocalPostgres) -> None:
+        prepared = "SELECT count(*) FROM pg_prepared_statements WHERE statement = 'SELECT 42'"
+        async with connected(postgres, max_cached_statement_lifetime=1) as connection:
+            await connection.fetch("SELECT 42")
+            assert await connection.fetchval(prepared) == 1
+            await asyncio.sleep(1.1)
+            await connection.fetch("SELECT 43")  # asyncpg closes expired ones when it prepares another
+            assert await connection.fetchval(prepared) == 0
 
-async def test_a_session_is_found_on_a_connection_and_on_its_proxy_until_it_is_released(
-    postgres: LocalPostgres,
-) -> None:
-    async with make_pool(postgres) as pool:
-        async with pool.acquire() as proxy:
-            session = session_of(proxy)
-            assert session is not None
-            assert session_of(proxy._con) is session
-        assert session_of(proxy) is None
-    assert session_of(pool) is None
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Statements
+
+
+class Noting(StatementHooks, Connection):
+    """Notes what is prepared and what is executed."""
+
+    __slots__ = ("prepared", "run")
+
+    prepared: list[str]
+    run: list[tuple[str, float | None]]
+
+    async def get_statement(self, query: str, timeout: float | None, **options: Any) -> Any:  # noqa: ASYNC109
+        self.prepared.append(query)
+        return await super().get_statement(query, timeout, **options)
+
+    async def run_statement(self, query: str, executor: Any, timeout: float | None, **options: Any) -> Any:  # noqa: ASYNC109
+        self.run.append((query, timeout))
+        return await super().run_statement(query, executor, timeout, **options)
+
+
+@pytest.fixture
+async def noting(postgres: LocalPostgres) -> AsyncIterator[Any]:
+    async with connected(postgres, connection_class=Noting, command_timeout=9) as connection:
+        await connection.execute("CREATE TEMP TABLE noted (a int)")
+        connection.prepared, connection.run = [], []
+        yield connection
+
+
+async def iterate(connection: Any) -> None:
+    async with connection.transaction():
+        [_ async for _ in connection.cursor("SELECT 1")]
+
+
+async def open_a_cursor(connection: Any) -> None:
+    async with connection.transaction():
+        await connection.cursor("SELECT 1")
+
+
+async def ignore(_: bytes) -> None:
+    pass
+
+
+class TestStatements:
+    @pytest.mark.parametrize(
+        ("call", "query"),
+        [
+            pytest.param(lambda c: c.execute("SELECT $1::int", 1), "SELECT $1::int", id="execute"),
+            pytest.param(lambda c: c.fetch("SELECT 1"), "SELECT 1", id="fetch"),
+            pytest.param(lambda c: c.fetchval("SELECT 1"), "SELECT 1", id="fetchval"),
+            pytest.param(lambda c: c.fetchrow("SELECT 1"), "SELECT 1", id="fetchrow"),
+            pytest.param(lambda c: c.fetchmany("SELECT 1", [()]), "SELECT 1", id="fetchmany"),
+            pytest.param(lambda c: c.executemany("SELECT 1", [()]), "SELECT 1", id="executemany"),
+        ],
+    )
+    @pins("_get_statement", "_do_execute")
+    async def test_what_is_executed_is_prepared_and_run_through_the_hooks(
+        self, noting: Any, call: Callable[[Any], Awaitable[Any]], query: str
+    ) -> None:
+        await call(noting)
+        assert noting.prepared == [query]
+        assert noting.run == [(query, 9)], "asyncpg has resolved command_timeout before"
+
+    @pytest.mark.parametrize(
+        ("call", "query"),
+        [
+            pytest.param(lambda c: c.prepare("SELECT 1"), "SELECT 1", id="prepare"),
+            pytest.param(iterate, "SELECT 1", id="for row in cursor"),
+            pytest.param(open_a_cursor, "SELECT 1", id="await cursor"),
+            pytest.param(
+                lambda c: c.copy_from_query("SELECT $1::int", 1, output=ignore), "SELECT $1::int", id="copy_from_query"
+            ),
+            pytest.param(
+                lambda c: c.copy_records_to_table("noted", records=[(1,)]),
+                'SELECT * FROM "noted" LIMIT 1',
+                id="copy_records_to_table",
+            ),
+        ],
+    )
+    @pins("_get_statement")
+    async def test_what_is_only_prepared_is_prepared_through_the_hook(
+        self, noting: Any, call: Callable[[Any], Awaitable[Any]], query: str
+    ) -> None:
+        await call(noting)
+        assert noting.prepared[0] == query
+
+    @pins("_do_execute")
+    async def test_a_stale_statement_raises_where_asyncpg_would_retry(self, noting: Any, connection: Any) -> None:
+        for one in (noting, connection):
+            await one.execute("CREATE TEMP TABLE IF NOT EXISTS noted (a int)")
+            await one.fetch("SELECT * FROM noted")
+            await one.execute("ALTER TABLE noted ADD COLUMN b int")
+        with pytest.raises(asyncpg.InvalidCachedStatementError):
+            await noting.fetch("SELECT * FROM noted")
+        assert await connection.fetch("SELECT * FROM noted") == []
+
+    @pins("_connection")
+    async def test_a_resource_knows_its_connection(self, connection: Any) -> None:
+        statement = await connection.prepare("SELECT 1")
+        async with connection.transaction():
+            factory = connection.cursor("SELECT 1")
+            opened = await connection.cursor("SELECT 1")
+            for resource in (statement, factory, statement.cursor(), aiter(factory), opened):
+                assert holder.connection_of(resource) is connection
+
+    @pytest.mark.parametrize(
+        ("command_timeout", "own", "expected"),
+        [(None, None, None), (None, 5, 5.0), (7, None, 7.0), (7, 5, 5.0)],
+        ids=["none", "timeout", "command_timeout", "both"],
+    )
+    @pins("_get_timeout")
+    async def test_the_timeout_of_a_call_wins_over_that_of_the_connection(
+        self, postgres: LocalPostgres, command_timeout: float | None, own: float | None, expected: float | None
+    ) -> None:
+        async with connected(postgres, command_timeout=command_timeout) as connection:
+            assert holder.timeout_of(connection, own) == expected
+            with pytest.raises(TimeoutError):
+                holder.timeout_of(connection, 0)
+
+    @pins("_protocol")
+    async def test_what_is_sent_for_the_pool_runs_and_no_logger_sees_it(self, connection: Any) -> None:
+        seen: list[str] = []
+        with connection.query_logger(lambda record: seen.append(record.query)):
+            await holder.send(connection, "CREATE TEMP TABLE sent (a int); INSERT INTO sent VALUES (5)")
+            with pytest.raises(asyncpg.DivisionByZeroError):
+                await holder.send(connection, "SELECT 1 / 0")
+            await asyncio.sleep(0)
+        assert seen == []
+        assert await connection.fetchval("SELECT a FROM sent") == 5
+
+    async def test_what_is_sent_can_be_cancelled(self, connection: Any) -> None:
+        task = asyncio.create_task(holder.send(connection, "SELECT pg_sleep(60)"))
+        await asyncio.sleep(0.01)
+        task.cancel()
+        async with asyncio.timeout(HANG):
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            assert await connection.fetchval("SELECT 1") == 1
+
+    async def test_nothing_is_sent_on_a_connection_that_is_in_use_or_closed(self, connection: Any) -> None:
+        running = asyncio.ensure_future(connection.execute("SELECT pg_sleep(0.05)"))
+        await asyncio.sleep(0)
+        with pytest.raises(asyncpg.InterfaceError, match="another operation"):
+            await holder.send(connection, "SELECT 1")
+        await running
+        connection.terminate()
+        with pytest.raises((asyncpg.InterfaceError, AttributeError)):
+            await holder.send(connection, "SELECT 1")
+
+    @pins("_transport", "_protocol")
+    async def test_writes_and_statements_are_counted(self, connection: Any) -> None:
+        writes, queries = holder.writes(connection), holder.queries_run(connection)
+        connection.add_log_listener(listener := lambda *_: None)
+        connection.remove_log_listener(listener)
+        assert (holder.writes(connection), holder.queries_run(connection)) == (writes, queries)
+        await connection.execute("SELECT 1")
+        assert holder.writes(connection) > writes
+        assert holder.queries_run(connection) == queries + 1
+        await holder.send(connection, "SELECT 1")
+        assert holder.queries_run(connection) == queries + 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a caller has left
+
+
+async def end_unnoticed(connection: Any) -> None:
+    """End a transaction of asyncpg's without asyncpg."""
+    await connection.transaction().start()
+    await connection.execute("ROLLBACK")
+    assert not connection.is_in_transaction()
+
+
+class TestLeftovers:
+    @pytest.mark.parametrize(
+        "leave",
+        [
+            pytest.param(lambda c: c.execute("BEGIN"), id="on the server"),
+            pytest.param(lambda c: c.transaction().start(), id="of asyncpg"),
+            pytest.param(end_unnoticed, id="that asyncpg takes for open"),
+        ],
+    )
+    @pins("_top_xact", "_protocol")
+    async def test_an_open_transaction_is_seen_reported_and_rolled_back(
+        self, connection: Any, leave: Callable[[Any], Awaitable[None]]
+    ) -> None:
+        assert not holder.has_transaction(connection)
+        await connection.execute("CREATE TEMP TABLE left_over (a int)")
+        await leave(connection)
+        assert holder.has_transaction(connection)
+        reported: list[str] = []
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(lambda _, context: reported.append(context["message"]))
+        try:
+            await holder.end_leftovers(connection)
+        finally:
+            loop.set_exception_handler(None)
+        assert not holder.has_transaction(connection)
+        assert reported == [f"Resetting connection with an active transaction {connection!r}"]
+        async with connection.transaction():
+            await connection.execute("INSERT INTO left_over VALUES (1)")
+        assert await connection.fetchval("SELECT count(*) FROM left_over") == 1
+
+    @pins("_managed")
+    async def test_a_transaction_of_a_block_is_rolled_back_without_a_report(self, connection: Any) -> None:
+        reported: list[Any] = []
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(lambda _, context: reported.append(context))
+        try:
+            async with connection.transaction():
+                assert holder.has_transaction(connection)
+                await holder.end_leftovers(connection)
+                assert not holder.has_transaction(connection)
+        finally:
+            loop.set_exception_handler(None)
+        assert reported == []
+
+    @pins("_listeners", "_log_listeners")
+    async def test_listeners_are_seen_and_forgotten(self, connection: Any) -> None:
+        assert not holder.has_listeners(connection)
+        await connection.add_listener("news", lambda *_: None)
+        assert (holder.has_listeners(connection), holder.has_log_listeners(connection)) == (True, False)
+        await holder.end_leftovers(connection)
+        assert not holder.has_listeners(connection)
+        connection.add_log_listener(lambda *_: None)
+        assert (holder.has_listeners(connection), holder.has_log_listeners(connection)) == (True, True)
+        await holder.end_leftovers(connection)
+        assert not holder.has_listeners(connection)
+        assert not holder.has_log_listeners(connection)
+
+    @pins("_is_cancelling", "_wait_for_cancellation")
+    async def test_a_cancelled_statement_is_busy_until_it_has_ended(self, connection: Any) -> None:
+        assert not holder.is_busy(connection)
+        await cancel_a_statement(connection)
+        assert holder.is_busy(connection)
+        async with asyncio.timeout(HANG):
+            await holder.end_cancellation(connection)
+        assert not holder.is_busy(connection)
+        assert await connection.fetchval("SELECT 1") == 1
+
+    @pins("_wait_for_cancellation")
+    async def test_a_connection_that_ends_while_its_statement_is_cancelled_ends_the_wait(self, connection: Any) -> None:
+        await cancel_a_statement(connection)
+        waiting = asyncio.ensure_future(holder.end_cancellation(connection))
+        await asyncio.sleep(0)
+        connection.terminate()
+        if "_pool_holder" not in asyncpg.Connection.__slots__:
+            waiting.cancel()  # asyncpg 0.31 does not end the wait; the pool gives it up at release_timeout
+        async with asyncio.timeout(HANG):
+            await asyncio.wait([waiting])
+        assert waiting.cancelled() or waiting.exception() is None
+
+    async def test_a_wait_for_a_cancelled_statement_can_be_cancelled(self, connection: Any) -> None:
+        await cancel_a_statement(connection)
+        waiting = asyncio.ensure_future(holder.end_cancellation(connection))
+        await asyncio.sleep(0)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        async with asyncio.timeout(HANG):
+            assert await connection.fetchval("SELECT 1") == 1

@@ -59,7 +59,7 @@ def test_a_host_name_of_neon_is_parsed_into_its_endpoint(
     host: str, endpoint: tuple[str, bool, str, str], direct_host: str | None
 ) -> None:
     assert parse_host(host) == Endpoint(*endpoint, direct_host or host)
-    assert short_name(host) == endpoint[0]
+    assert short_name(host, parse_host(host)) == endpoint[0]
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_a_host_name_of_neon_is_parsed_into_its_endpoint(
 )
 def test_another_host_name_has_no_endpoint_and_is_its_own_short_name(host: str) -> None:
     assert parse_host(host) is None
-    assert short_name(host) == host
+    assert short_name(host, parse_host(host)) == host
 
 
 @given(st.text(max_size=300))

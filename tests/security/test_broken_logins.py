@@ -41,19 +41,19 @@ class Refused:
 
     id: str
     steps: tuple[bytes | Script, ...]
-    heard: list[str]
+    sends: list[str]
     error: type[Exception] = AuthenticationError
-    says: str = ""
+    text: str = ""
 
 
 def refused(
     id: str,  # noqa: A002  pytest's word
     *steps: bytes | Script,
-    heard: list[str] = STARTUP,
+    sends: list[str] = STARTUP,
     error: type[Exception] = AuthenticationError,
-    says: str = "",
+    text: str = "",
 ) -> Refused:
-    return Refused(id, steps, heard, error, says)
+    return Refused(id, steps, sends, error, text)
 
 
 def challenge(text: str) -> Script:
@@ -83,69 +83,69 @@ METHODS = {1: "unknown", 2: "Kerberos", 3: "cleartext", 5: "MD5", 6: "unknown", 
 GOOD = "r=NONCE+,s=" + SALT + ",i=4096"
 
 REFUSALS = (
-    *(refused(f"method-{code}", authentication_request(code, b"salt"), says=says) for code, says in METHODS.items()),
-    *(refused(f"method-{code}", authentication_request(code), says="unknown") for code in (4, 13, 99, 2**32 - 1)),
-    refused("trust", OK + SESSION_START, says="without authentication"),
-    refused("no-offer", sasl(), says="offers neither"),
-    refused("other-offers", sasl("SCRAM-SHA-1", "SCRAM-SHA-512-PLUS", "OAUTHBEARER"), says="offers neither"),
-    refused("offer-that-is-not-text", authentication_request(10, b"\xff\xfe\0\0"), says="offers neither"),
+    *(refused(f"method-{code}", authentication_request(code, b"salt"), text=text) for code, text in METHODS.items()),
+    *(refused(f"method-{code}", authentication_request(code), text="unknown") for code in (4, 13, 99, 2**32 - 1)),
+    refused("trust", OK + SESSION_START, text="without authentication"),
+    refused("no-offer", sasl(), text="offers neither"),
+    refused("other-offers", sasl("SCRAM-SHA-1", "SCRAM-SHA-512-PLUS", "OAUTHBEARER"), text="offers neither"),
+    refused("offer-that-is-not-text", authentication_request(10, b"\xff\xfe\0\0"), text="offers neither"),
     # Out of order
     refused("challenge-first", authentication_request(11, GOOD.encode())),
     refused("final-first", authentication_request(12, b"v=" + SALT.encode()) + OK + SESSION_START),
-    refused("two-offers", sasl(*BOTH), sasl(*BOTH), heard=INITIAL),
-    refused("session-start-after-the-offer", sasl(*BOTH) + OK + SESSION_START, heard=INITIAL),
-    refused("final-after-the-offer", sasl(*BOTH) + authentication_request(12, b"v=AAAA"), heard=INITIAL),
-    refused("cleartext-after-the-offer", sasl(*BOTH) + CLEARTEXT, heard=INITIAL, says="cleartext"),
-    refused("md5-after-the-offer", sasl(*BOTH) + authentication_request(5, b"salt"), heard=INITIAL, says="MD5"),
-    refused("two-challenges", challenge(GOOD), read, authentication_request(11, GOOD.encode()), heard=PROOF),
+    refused("two-offers", sasl(*BOTH), sasl(*BOTH), sends=INITIAL),
+    refused("session-start-after-the-offer", sasl(*BOTH) + OK + SESSION_START, sends=INITIAL),
+    refused("final-after-the-offer", sasl(*BOTH) + authentication_request(12, b"v=AAAA"), sends=INITIAL),
+    refused("cleartext-after-the-offer", sasl(*BOTH) + CLEARTEXT, sends=INITIAL, text="cleartext"),
+    refused("md5-after-the-offer", sasl(*BOTH) + authentication_request(5, b"salt"), sends=INITIAL, text="MD5"),
+    refused("two-challenges", challenge(GOOD), read, authentication_request(11, GOOD.encode()), sends=PROOF),
     refused(
         "session-start-after-the-challenge",
         *(challenge(GOOD), read, OK + SESSION_START),
-        heard=PROOF,
-        says="without authentication",
+        sends=PROOF,
+        text="without authentication",
     ),
-    refused("cleartext-after-the-challenge", challenge(GOOD), read, CLEARTEXT, heard=PROOF, says="cleartext"),
-    refused("two-finals", final(lambda data: data + data), heard=PROOF),
-    refused("cleartext-after-the-final", final(lambda data: data + CLEARTEXT), heard=PROOF, says="cleartext"),
-    refused("offer-after-the-final", final(lambda data: data + sasl(*BOTH)), heard=PROOF, says="again"),
+    refused("cleartext-after-the-challenge", challenge(GOOD), read, CLEARTEXT, sends=PROOF, text="cleartext"),
+    refused("two-finals", final(lambda data: data + data), sends=PROOF),
+    refused("cleartext-after-the-final", final(lambda data: data + CLEARTEXT), sends=PROOF, text="cleartext"),
+    refused("offer-after-the-final", final(lambda data: data + sasl(*BOTH)), sends=PROOF, text="again"),
     # A fault in the exchange
-    refused("4095-iterations", challenge(f"r=NONCE+,s={SALT},i=4095"), heard=INITIAL),
-    refused("1000001-iterations", challenge(f"r=NONCE+,s={SALT},i=1000001"), heard=INITIAL, says="1,000,001"),
-    refused("8000000-iterations", challenge(f"r=NONCE+,s={SALT},i=8000000"), heard=INITIAL, says="8,000,000"),
-    refused("2-to-the-31-iterations", challenge(f"r=NONCE+,s={SALT},i=2147483647"), heard=INITIAL),
-    refused("nonce-equal-to-ours", challenge(f"r=NONCE,s={SALT},i=4096"), heard=INITIAL),
-    refused("another-nonce", challenge(f"r=abcdefghijklmnopqrstuvwx,s={SALT},i=4096"), heard=INITIAL),
-    refused("extension", challenge("m=x," + GOOD), heard=INITIAL),
-    refused("empty-challenge", challenge(""), heard=INITIAL),
-    refused("challenge-that-accuses", challenge(f"e={LIE}"), heard=INITIAL),
-    refused("no-signature", final(lambda _: authentication_request(12)), heard=PROOF),
+    refused("4095-iterations", challenge(f"r=NONCE+,s={SALT},i=4095"), sends=INITIAL),
+    refused("1000001-iterations", challenge(f"r=NONCE+,s={SALT},i=1000001"), sends=INITIAL, text="1,000,001"),
+    refused("8000000-iterations", challenge(f"r=NONCE+,s={SALT},i=8000000"), sends=INITIAL, text="8,000,000"),
+    refused("2-to-the-31-iterations", challenge(f"r=NONCE+,s={SALT},i=2147483647"), sends=INITIAL),
+    refused("nonce-equal-to-ours", challenge(f"r=NONCE,s={SALT},i=4096"), sends=INITIAL),
+    refused("another-nonce", challenge(f"r=abcdefghijklmnopqrstuvwx,s={SALT},i=4096"), sends=INITIAL),
+    refused("extension", challenge("m=x," + GOOD), sends=INITIAL),
+    refused("empty-challenge", challenge(""), sends=INITIAL),
+    refused("challenge-that-accuses", challenge(f"e={LIE}"), sends=INITIAL),
+    refused("no-signature", final(lambda _: authentication_request(12)), sends=PROOF),
     refused(
         "no-signature-and-a-session-start",
         final(lambda _: authentication_request(12) + OK + SESSION_START),
-        heard=PROOF,
+        sends=PROOF,
     ),
     refused(
         "wrong-signature-and-a-session-start",
         final(lambda _: authentication_request(12, right(bytes(32))) + OK + SESSION_START),
-        heard=PROOF,
-        says="signature",
+        sends=PROOF,
+        text="signature",
     ),
-    refused("final-that-accuses", final(lambda _: authentication_request(12, b"e=invalid-proof")), heard=PROOF),
+    refused("final-that-accuses", final(lambda _: authentication_request(12, b"e=invalid-proof")), sends=PROOF),
     # Too much, too long, or meaningless
-    refused("over-8-kb", authentication_request(10, bytes(8185)), error=ProtocolError, says="8193 bytes"),
+    refused("over-8-kb", authentication_request(10, bytes(8185)), error=ProtocolError, text="8193 bytes"),
     refused("error-over-8-kb", error_response("x" * 9000), error=ProtocolError),
-    refused("challenge-over-8-kb", challenge(GOOD + ",x=" + "y" * 9000), heard=INITIAL, error=ProtocolError),
-    refused("final-over-8-kb", final(lambda _: message(b"R", bytes(9000))), heard=PROOF, error=ProtocolError),
+    refused("challenge-over-8-kb", challenge(GOOD + ",x=" + "y" * 9000), sends=INITIAL, error=ProtocolError),
+    refused("final-over-8-kb", final(lambda _: message(b"R", bytes(9000))), sends=PROOF, error=ProtocolError),
     refused("2-gib", message(b"R", length=2**31 - 1), error=ProtocolError),
     refused("less-than-nothing", message(b"R", length=-1), error=ProtocolError),
     refused("endless-notices", endless(message(b"N", b"M" + LIE.encode() + b"\0\0")), error=ProtocolError),
     refused("17-notices", message(b"N") * 17, error=ProtocolError),
-    refused("ready-after-the-offer", sasl(*BOTH) + READY, heard=INITIAL, error=ProtocolError),
+    refused("ready-after-the-offer", sasl(*BOTH) + READY, sends=INITIAL, error=ProtocolError),
     refused("half-a-code", message(b"R", b"\0\0"), error=ProtocolError),
-    refused("hangs-up-after-the-offer", sasl(*BOTH), read, hang_up, heard=INITIAL, error=ConnectError),
-    refused("hangs-up-after-the-challenge", challenge(GOOD), read, hang_up, heard=PROOF, error=ConnectError),
-    refused("hangs-up-after-the-final", final(bytes), hang_up, heard=PROOF, error=ConnectError),
-    refused("hangs-up-after-ok", final(lambda it: it + OK), hang_up, heard=PROOF, error=ConnectError),
+    refused("hangs-up-after-the-offer", sasl(*BOTH), read, hang_up, sends=INITIAL, error=ConnectError),
+    refused("hangs-up-after-the-challenge", challenge(GOOD), read, hang_up, sends=PROOF, error=ConnectError),
+    refused("hangs-up-after-the-final", final(bytes), hang_up, sends=PROOF, error=ConnectError),
+    refused("hangs-up-after-ok", final(lambda it: it + OK), hang_up, sends=PROOF, error=ConnectError),
 )  # fmt: skip
 
 
@@ -160,17 +160,17 @@ async def test_a_server_that_breaks_the_login_is_refused(it: Refused, pbkdf2: li
     async with verified_server(*it.steps) as server:
         error = await error_from(server)
         assert type(error) is it.error, error
-        assert it.says in str(error)
+        assert it.text in str(error)
         assert LIE not in str(error)
         assert server.host in str(error)
         assert_secret_free(error, PASSWORD)
         conversations = await server.finish()
-    assert [client_messages(one.decrypted) for one in conversations] == [it.heard]
+    assert [client_messages(one.decrypted) for one in conversations] == [it.sends]
     assert all(one.closed_by_client for one in conversations)
     everything = b"".join(bytes(one.wire + one.decrypted) for one in conversations)
     assert PASSWORD.encode() not in everything
     # Nothing is derived from the password before a valid challenge, and then only in a thread.
-    assert len(pbkdf2) == (1 if it.heard == PROOF else 0)
+    assert len(pbkdf2) == (1 if it.sends == PROOF else 0)
     assert threading.get_ident() not in [thread for thread, _ in pbkdf2]
 
 

@@ -188,7 +188,7 @@ def only_plus(it: Message) -> bytes:
 
 @NEGOTIATIONS
 @pytest.mark.parametrize(
-    ("client", "keywords", "says"),
+    ("client", "keywords", "text"),
     [
         pytest.param(by_us, {}, "SCRAM channel binding negotiation error", id="ours-by-default"),
         pytest.param(by_us, {"channel_binding": "prefer"}, "channel binding negotiation error", id="ours-prefer"),
@@ -203,17 +203,17 @@ async def test_the_removal_of_plus_from_the_servers_offer_is_detected(
     negotiation: str,
     client: Client,
     keywords: dict[str, Any],
-    says: str,
+    text: str,
     certificate_of: str,
 ) -> None:
     server.present(certificate)
     shown = certificate if certificate_of == "the-server" else certificate.another()
     direct = negotiation == "direct"
     async with Interceptor(server.port, shown, direct=direct, rewrite=without_plus) as interceptor:
-        if says is None:
+        if text is None:
             await client(interceptor, server.dsn, certificate.anchor, **keywords)
             return
-        with pytest.raises(ChannelBindingError, match=says) as caught:
+        with pytest.raises(ChannelBindingError, match=text) as caught:
             await client(interceptor, server.dsn, certificate.anchor, **keywords)
         assert_secret_free(caught.value, password_of(server.dsn))
         (messages,) = interceptor.connections

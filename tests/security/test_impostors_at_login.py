@@ -31,15 +31,15 @@ from support.impostors import (
     Error,
     Misbehaviour,
     accept,
+    check_refusal,
     endless,
     good_chain,
     good_context,
     hang_up,
-    judge,
     login_after,
+    messages_of,
     refuse,
     reset,
-    said,
     see,
     trickle,
 )
@@ -112,13 +112,13 @@ def at_login(
     id: str,  # noqa: A002  pytest's word
     steps: bytes | Script,
     error: Error = AuthenticationError,
-    says: str = "",
-    heard: tuple[str, ...] = STARTUP,
+    text: str = "",
+    sends: tuple[str, ...] = STARTUP,
     *,
     silent: bool = False,
     hasty: bool = False,
 ) -> Misbehaviour:
-    return Misbehaviour(id, login_after(accept(good_context), steps), error, says, heard, silent, hasty)
+    return Misbehaviour(id, login_after(accept(good_context), steps), error, text, sends, silent, hasty)
 
 
 SASL = sasl(b"SCRAM-SHA-256")
@@ -130,66 +130,66 @@ STATUS = message(b"S", b"is_superuser\0on\0")
 
 AT_LOGIN = (
     # Another method than SCRAM
-    at_login("cleartext", CLEARTEXT, says="cleartext"),
-    at_login("md5", authentication_request(5, b"salt"), says="MD5"),
-    at_login("trust", OK + READY, says="without authentication"),
-    at_login("trust-and-silence", OK, says="without authentication"),
-    at_login("kerberos-4", authentication_request(1), says="unknown authentication method 1"),
-    at_login("kerberos-5", authentication_request(2), says="Kerberos"),
-    at_login("crypt", authentication_request(4, b"xx"), says="unknown authentication method 4"),
-    at_login("scm-credential", authentication_request(6), says="unknown authentication method 6"),
-    at_login("gss", authentication_request(7), says="GSS"),
-    at_login("gss-continue-first", authentication_request(8, b"token"), says="GSS"),
-    at_login("sspi", authentication_request(9), says="SSPI"),
-    at_login("unknown-method-13", authentication_request(13), says="unknown authentication method 13"),
-    at_login("unknown-method-99", authentication_request(99), says="unknown authentication method 99"),
-    at_login("method-of-all-ones", authentication_request(0xFFFFFFFF), says="unknown authentication method"),
+    at_login("cleartext", CLEARTEXT, text="cleartext"),
+    at_login("md5", authentication_request(5, b"salt"), text="MD5"),
+    at_login("trust", OK + READY, text="without authentication"),
+    at_login("trust-and-silence", OK, text="without authentication"),
+    at_login("kerberos-4", authentication_request(1), text="unknown authentication method 1"),
+    at_login("kerberos-5", authentication_request(2), text="Kerberos"),
+    at_login("crypt", authentication_request(4, b"xx"), text="unknown authentication method 4"),
+    at_login("scm-credential", authentication_request(6), text="unknown authentication method 6"),
+    at_login("gss", authentication_request(7), text="GSS"),
+    at_login("gss-continue-first", authentication_request(8, b"token"), text="GSS"),
+    at_login("sspi", authentication_request(9), text="SSPI"),
+    at_login("unknown-method-13", authentication_request(13), text="unknown authentication method 13"),
+    at_login("unknown-method-99", authentication_request(99), text="unknown authentication method 99"),
+    at_login("method-of-all-ones", authentication_request(0xFFFFFFFF), text="unknown authentication method"),
     at_login("no-method-at-all", message(b"R"), ProtocolError),
     at_login("half-a-method", message(b"R", b"\0\0"), ProtocolError),
-    at_login("only-plus", play(sasl(b"SCRAM-SHA-256-PLUS"), OK + READY), heard=MECHANISM, hasty=True),
-    at_login("only-an-unknown-mechanism", sasl(b"OAUTHBEARER"), says="SCRAM-SHA-256"),
-    at_login("only-an-older-mechanism", sasl(b"SCRAM-SHA-1"), says="SCRAM-SHA-256"),
-    at_login("only-a-mechanism-that-starts-alike", sasl(b"SCRAM-SHA-256X"), says="SCRAM-SHA-256"),
-    at_login("no-mechanism", sasl(), says="SCRAM-SHA-256"),
-    at_login("no-mechanism-list", authentication_request(10), says="SCRAM-SHA-256"),
+    at_login("only-plus", play(sasl(b"SCRAM-SHA-256-PLUS"), OK + READY), sends=MECHANISM, hasty=True),
+    at_login("only-an-unknown-mechanism", sasl(b"OAUTHBEARER"), text="SCRAM-SHA-256"),
+    at_login("only-an-older-mechanism", sasl(b"SCRAM-SHA-1"), text="SCRAM-SHA-256"),
+    at_login("only-a-mechanism-that-starts-alike", sasl(b"SCRAM-SHA-256X"), text="SCRAM-SHA-256"),
+    at_login("no-mechanism", sasl(), text="SCRAM-SHA-256"),
+    at_login("no-mechanism-list", authentication_request(10), text="SCRAM-SHA-256"),
     # SCRAM out of order
-    at_login("final-first", FINAL, says="SASL"),
-    at_login("final-first-and-a-session-start", FINAL + OK + READY, says="SASL"),
-    at_login("empty-final-first", authentication_request(12), says="SASL"),
-    at_login("continue-first", authentication_request(11, FIRST), says="SASL"),
-    at_login("empty-continue-first", authentication_request(11), says="SASL"),
-    at_login("sasl-twice", SASL + SASL, says="SASL", heard=MECHANISM),
-    at_login("session-start-after-sasl", SASL + OK + READY, says="SCRAM", heard=MECHANISM),
-    at_login("final-after-sasl", SASL + FINAL, says="SASL", heard=MECHANISM),
-    at_login("cleartext-after-sasl", SASL + CLEARTEXT, says="cleartext", heard=MECHANISM),
-    at_login("md5-after-sasl", SASL + authentication_request(5, b"salt"), says="MD5", heard=MECHANISM),
-    at_login("whole-exchange-at-once", SASL + authentication_request(11, FIRST) + FINAL + OK + READY, heard=MECHANISM),
-    at_login("continue-twice", play(challenge(), read, authentication_request(11, FIRST)), says="SASL", heard=PROOF),
-    at_login("session-start-without-final", play(challenge(), read, OK + READY), says="SCRAM", heard=PROOF),
-    at_login("cleartext-after-the-proof", play(challenge(), read, CLEARTEXT), says="cleartext", heard=PROOF),
-    at_login("final-twice", play(final(), FINAL), says="SASL", heard=PROOF),
-    at_login("cleartext-after-final", play(final(), CLEARTEXT), says="cleartext", heard=PROOF),
+    at_login("final-first", FINAL, text="SASL"),
+    at_login("final-first-and-a-session-start", FINAL + OK + READY, text="SASL"),
+    at_login("empty-final-first", authentication_request(12), text="SASL"),
+    at_login("continue-first", authentication_request(11, FIRST), text="SASL"),
+    at_login("empty-continue-first", authentication_request(11), text="SASL"),
+    at_login("sasl-twice", SASL + SASL, text="SASL", sends=MECHANISM),
+    at_login("session-start-after-sasl", SASL + OK + READY, text="SCRAM", sends=MECHANISM),
+    at_login("final-after-sasl", SASL + FINAL, text="SASL", sends=MECHANISM),
+    at_login("cleartext-after-sasl", SASL + CLEARTEXT, text="cleartext", sends=MECHANISM),
+    at_login("md5-after-sasl", SASL + authentication_request(5, b"salt"), text="MD5", sends=MECHANISM),
+    at_login("whole-exchange-at-once", SASL + authentication_request(11, FIRST) + FINAL + OK + READY, sends=MECHANISM),
+    at_login("continue-twice", play(challenge(), read, authentication_request(11, FIRST)), text="SASL", sends=PROOF),
+    at_login("session-start-without-final", play(challenge(), read, OK + READY), text="SCRAM", sends=PROOF),
+    at_login("cleartext-after-the-proof", play(challenge(), read, CLEARTEXT), text="cleartext", sends=PROOF),
+    at_login("final-twice", play(final(), FINAL), text="SASL", sends=PROOF),
+    at_login("cleartext-after-final", play(final(), CLEARTEXT), text="cleartext", sends=PROOF),
     # SCRAM with a fault in it
-    at_login("nonce-of-another", challenge(FIRST.replace(b"NONCE", b"abcdefghijklmnop")), heard=MECHANISM),
-    at_login("nonce-of-another-and-on", play(challenge(b"r=abc," + SALT + b",i=4096"), FINAL + OK), heard=MECHANISM),
-    at_login("empty-challenge", challenge(b""), heard=MECHANISM),
-    at_login("empty-challenge-and-on", play(challenge(b""), FINAL + OK + READY), heard=MECHANISM),
-    at_login("challenge-of-commas", challenge(b",,,,"), heard=MECHANISM),
-    at_login("challenge-of-garbage", challenge(bytes(range(128, 256))), heard=MECHANISM),
-    at_login("challenge-without-salt", challenge(b"r=NONCE,i=4096"), heard=MECHANISM),
-    at_login("challenge-without-iterations", challenge(b"r=NONCE," + SALT), heard=MECHANISM),
-    at_login("challenge-with-an-error", challenge(b"e=" + LIE.encode()), heard=MECHANISM),
-    at_login("salt-that-is-not-base64", challenge(b"r=NONCE,s=a,i=4096"), heard=MECHANISM),
-    at_login("iterations-that-are-no-number", challenge(b"r=NONCE," + SALT + b",i=many"), heard=MECHANISM),
-    at_login("iterations-of-zero", challenge(b"r=NONCE," + SALT + b",i=0"), heard=MECHANISM),
-    at_login("iterations-below-zero", challenge(b"r=NONCE," + SALT + b",i=-1"), heard=MECHANISM),
-    at_login("wrong-signature", final(WRONG), heard=PROOF),
-    at_login("wrong-signature-and-a-session-start", play(final(WRONG), OK + READY), heard=PROOF),
-    at_login("empty-final", final(b""), heard=PROOF),
-    at_login("empty-final-and-a-session-start", play(final(b""), OK + READY), heard=PROOF),
-    at_login("final-of-garbage", final(bytes(range(128, 256))), heard=PROOF),
-    at_login("final-that-is-not-base64", play(final(b"v=!"), OK + READY), heard=PROOF),
-    at_login("final-with-an-error", final(b"e=invalid-proof"), heard=PROOF),
+    at_login("nonce-of-another", challenge(FIRST.replace(b"NONCE", b"abcdefghijklmnop")), sends=MECHANISM),
+    at_login("nonce-of-another-and-on", play(challenge(b"r=abc," + SALT + b",i=4096"), FINAL + OK), sends=MECHANISM),
+    at_login("empty-challenge", challenge(b""), sends=MECHANISM),
+    at_login("empty-challenge-and-on", play(challenge(b""), FINAL + OK + READY), sends=MECHANISM),
+    at_login("challenge-of-commas", challenge(b",,,,"), sends=MECHANISM),
+    at_login("challenge-of-garbage", challenge(bytes(range(128, 256))), sends=MECHANISM),
+    at_login("challenge-without-salt", challenge(b"r=NONCE,i=4096"), sends=MECHANISM),
+    at_login("challenge-without-iterations", challenge(b"r=NONCE," + SALT), sends=MECHANISM),
+    at_login("challenge-with-an-error", challenge(b"e=" + LIE.encode()), sends=MECHANISM),
+    at_login("salt-that-is-not-base64", challenge(b"r=NONCE,s=a,i=4096"), sends=MECHANISM),
+    at_login("iterations-that-are-no-number", challenge(b"r=NONCE," + SALT + b",i=many"), sends=MECHANISM),
+    at_login("iterations-of-zero", challenge(b"r=NONCE," + SALT + b",i=0"), sends=MECHANISM),
+    at_login("iterations-below-zero", challenge(b"r=NONCE," + SALT + b",i=-1"), sends=MECHANISM),
+    at_login("wrong-signature", final(WRONG), sends=PROOF),
+    at_login("wrong-signature-and-a-session-start", play(final(WRONG), OK + READY), sends=PROOF),
+    at_login("empty-final", final(b""), sends=PROOF),
+    at_login("empty-final-and-a-session-start", play(final(b""), OK + READY), sends=PROOF),
+    at_login("final-of-garbage", final(bytes(range(128, 256))), sends=PROOF),
+    at_login("final-that-is-not-base64", play(final(b"v=!"), OK + READY), sends=PROOF),
+    at_login("final-with-an-error", final(b"e=invalid-proof"), sends=PROOF),
     # Messages that are not allowed here, or make no sense
     at_login("ready-at-once", READY, ProtocolError, "b'Z'"),
     at_login("parameter-status-at-once", STATUS, ProtocolError, "b'S'"),
@@ -211,7 +211,7 @@ AT_LOGIN = (
     at_login("notice-of-1-mib", message(b"N", bytes(MIB)), ProtocolError, "1048580 bytes"),
     at_login("length-of-minus-1-after-sasl", SASL + message(b"R", length=-1), ProtocolError, "-1 bytes", MECHANISM),
     at_login(
-        "length-of-0-after-the-proof", play(challenge(), read, message(b"R", length=0)), ProtocolError, heard=PROOF
+        "length-of-0-after-the-proof", play(challenge(), read, message(b"R", length=0)), ProtocolError, sends=PROOF
     ),
     at_login("endless-notices", endless(message(b"N", b"SNOTICE\0M" + LIE.encode() + b"\0\0")), ProtocolError),
     at_login("endless-empty-notices", endless(message(b"N")), ProtocolError),
@@ -221,27 +221,27 @@ AT_LOGIN = (
         "wrong-password-after-the-proof",
         play(challenge(), read, error_response("password authentication failed for user 'alex'")),
         InvalidPasswordError,
-        heard=PROOF,
+        sends=PROOF,
     ),
     at_login("unknown-endpoint", error_response("The requested endpoint could not be found"), EndpointNotFoundError),
     at_login(
         "too-many-connections",
         play(final(), OK, error_response("sorry, too many clients already", code="53300")),
         TooManyConnectionsError,
-        heard=PROOF,
+        sends=PROOF,
     ),
     # Closing and silence
     at_login("close", hang_up, ConnectError),
     at_login("reset", reset, ConnectError),
-    at_login("close-after-sasl", play(SASL, read, hang_up), ConnectError, heard=MECHANISM),
-    at_login("close-after-the-proof", play(challenge(), read, hang_up), ConnectError, heard=PROOF),
-    at_login("close-after-ok", play(final(), OK, hang_up), ConnectError, heard=PROOF),
+    at_login("close-after-sasl", play(SASL, read, hang_up), ConnectError, sends=MECHANISM),
+    at_login("close-after-the-proof", play(challenge(), read, hang_up), ConnectError, sends=PROOF),
+    at_login("close-after-ok", play(final(), OK, hang_up), ConnectError, sends=PROOF),
     at_login("silence", play(), ConnectTimeoutError, "authentication", silent=True),
     at_login("silence-in-mid-message", SASL[:-1], ConnectTimeoutError, "authentication", silent=True),
     at_login("silence-after-sasl", SASL, ConnectTimeoutError, "authentication", MECHANISM, silent=True),
     at_login("silence-after-the-proof", challenge(), ConnectTimeoutError, "authentication", PROOF, silent=True),
     at_login("silence-after-final", final(), ConnectTimeoutError, "authentication", PROOF, silent=True),
-    at_login("silence-after-ok", play(final(), OK), ConnectTimeoutError, heard=PROOF, silent=True),
+    at_login("silence-after-ok", play(final(), OK), ConnectTimeoutError, sends=PROOF, silent=True),
     at_login("trickled-request", trickle(sasl(b"SCRAM-SHA-256", b"X" * 200)), ConnectTimeoutError, silent=True),
     at_login("trickled-notices", trickle(message(b"N") * 40), ConnectTimeoutError, silent=True),
 )  # fmt: skip
@@ -272,7 +272,7 @@ async def test_the_same_server_is_accepted_where_it_is_honest(negotiation: str, 
         connection = await neon_async.connect(server.dsn, trust_anchor=server.trust_anchor, **keywords)
         connection.terminate()
         (conversation,) = await server.finish()
-        assert said(conversation) == (*PROOF, "Terminate")
+        assert messages_of(conversation) == (*PROOF, "Terminate")
 
 
 def with_a_stolen_certificate() -> ForgedServer:
@@ -281,7 +281,7 @@ def with_a_stolen_certificate() -> ForgedServer:
 
 @pytest.mark.parametrize("init_size", [0, 1], ids=["when-acquiring", "when-opening"])
 @pytest.mark.parametrize(
-    ("script", "error", "heard"),
+    ("script", "error", "sends"),
     [
         pytest.param(play(see, b"N", hang_up), TLSError, NOTHING, id="no-tls"),
         pytest.param(forged(with_a_stolen_certificate), TLSError, NOTHING, id="stolen-certificate"),
@@ -290,7 +290,7 @@ def with_a_stolen_certificate() -> ForgedServer:
     ],
 )
 async def test_a_pool_refuses_impostors_as_a_single_connection_does(
-    script: Script, error: Error, heard: tuple[str, ...], init_size: int, caplog: pytest.LogCaptureFixture
+    script: Script, error: Error, sends: tuple[str, ...], init_size: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with Impostor(script, trust_anchor=good_chain().anchor, password=PASSWORD) as impostor:
         pool = neon_async.create_pool(impostor.dsn, trust_anchor=impostor.trust_anchor, init_size=init_size)
@@ -299,4 +299,4 @@ async def test_a_pool_refuses_impostors_as_a_single_connection_does(
                 await pool
                 await pool.acquire()
             pool.terminate()
-        await judge(caught.value, impostor, heard, caplog)
+        await check_refusal(caught.value, impostor, sends, caplog)

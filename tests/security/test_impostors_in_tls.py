@@ -26,11 +26,11 @@ from support.impostors import (
     STARTUP,
     Misbehaviour,
     accept,
+    check_refusal,
     good_chain,
     good_context,
     hang_up,
     in_each_negotiation,
-    judge,
     login_after,
     refusal,
     refuse,
@@ -82,25 +82,25 @@ CLOSED = {DIRECT: TLSError, POSTGRES: ConnectError, DEFAULT: ConnectError}
 LATE = {DIRECT: ConnectTimeoutError, POSTGRES: ConnectTimeoutError}  # the default is direct here
 
 BEFORE_TLS = (
-    Misbehaviour("says-no", play(see, b"N", hang_up), TLSError),
-    Misbehaviour("says-no-and-stays", play(see, b"N"), {POSTGRES: TLSError}),
-    Misbehaviour("says-no-and-asks-for-the-password", play(see, b"N" + CLEARTEXT), TLSError),
-    Misbehaviour("says-error", play(see, error_response(LIE), hang_up), TLSError),
-    Misbehaviour("says-error-as-before-protocol-3", play(see, b"E" + LIE.encode() + b"\0", hang_up), TLSError),
-    Misbehaviour("says-error-and-stays", play(see, error_response(LIE)), TLSError),
-    Misbehaviour("says-garbage", play(see, bytes(range(150, 250))), TLSError),
-    Misbehaviour("says-nul", play(see, b"\0", hang_up), TLSError),
-    Misbehaviour("says-lower-case-s", play(see, b"s", hang_up), TLSError),
-    Misbehaviour("says-yes-to-gss", play(see, b"G", hang_up), TLSError),
-    Misbehaviour("says-http", play(see, b"HTTP/1.1 400 Bad Request\r\n\r\n" + LIE.encode()), TLSError),
-    Misbehaviour("says-ssh", play(b"SSH-2.0-OpenSSH_9.9\r\n"), TLSError),
+    Misbehaviour("answers-no", play(see, b"N", hang_up), TLSError),
+    Misbehaviour("answers-no-and-stays", play(see, b"N"), {POSTGRES: TLSError}),
+    Misbehaviour("answers-no-and-requests-the-password", play(see, b"N" + CLEARTEXT), TLSError),
+    Misbehaviour("answers-error", play(see, error_response(LIE), hang_up), TLSError),
+    Misbehaviour("answers-error-as-before-protocol-3", play(see, b"E" + LIE.encode() + b"\0", hang_up), TLSError),
+    Misbehaviour("answers-error-and-stays", play(see, error_response(LIE)), TLSError),
+    Misbehaviour("answers-garbage", play(see, bytes(range(150, 250))), TLSError),
+    Misbehaviour("answers-nul", play(see, b"\0", hang_up), TLSError),
+    Misbehaviour("answers-lower-case-s", play(see, b"s", hang_up), TLSError),
+    Misbehaviour("answers-yes-to-gss", play(see, b"G", hang_up), TLSError),
+    Misbehaviour("answers-http", play(see, b"HTTP/1.1 400 Bad Request\r\n\r\n" + LIE.encode()), TLSError),
+    Misbehaviour("answers-ssh", play(b"SSH-2.0-OpenSSH_9.9\r\n"), TLSError),
     Misbehaviour("consents-twice", play(see, b"SS", hang_up), TLSError),
     Misbehaviour("consents-with-an-error-after-it", play(see, b"S" + error_response(LIE)), TLSError),
     Misbehaviour("consents-with-a-password-request-after-it", play(see, b"S" + CLEARTEXT), TLSError),
     Misbehaviour("consents-with-a-session-start-after-it", play(see, b"S" + OK + READY), TLSError),
     Misbehaviour("consents-with-a-handshake-after-it", play(see, b"S" + TLS_RECORD), TLSError),
     Misbehaviour("accepts-the-login-in-plaintext", play(OK + READY), TLSError),
-    Misbehaviour("asks-for-the-password-in-plaintext", play(consent, CLEARTEXT), TLSError),
+    Misbehaviour("requests-the-password-in-plaintext", play(consent, CLEARTEXT), TLSError),
     Misbehaviour("sends-an-error-in-plaintext", play(consent, error_response(LIE)), TLSError),
     Misbehaviour("answers-hello-with-garbage", play(consent, TLS_RECORD + b"\xee" * 16000), TLSError),
     Misbehaviour("answers-hello-with-a-huge-record", play(consent, b"\x16\x03\x03\xff\xff" + bytes(100)), TLSError),
@@ -212,7 +212,7 @@ async def test_a_server_that_sends_data_before_our_first_message_is_refused(
     async with Impostor(well_forged(first_words=first_words), trust_anchor=good_chain().anchor) as impostor:
         error = await refusal(impostor, negotiation)
         assert type(error) in (ProtocolError, AuthenticationError), error
-        await judge(error, impostor, NOTHING, caplog, hasty=True)
+        await check_refusal(error, impostor, NOTHING, caplog, hasty=True)
 
 
 @pytest.mark.parametrize("negotiation", [DIRECT, POSTGRES, DEFAULT])
@@ -220,8 +220,8 @@ async def test_a_server_without_alpn_is_refused_under_direct_tls_only(
     negotiation: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     script = login_after(accept(context_without_alpn), CLEARTEXT)
-    heard = NOTHING if negotiation == DIRECT else STARTUP
-    await refuse(Misbehaviour("", script, NO_ALPN, heard=heard), negotiation, caplog)
+    sends = NOTHING if negotiation == DIRECT else STARTUP
+    await refuse(Misbehaviour("", script, NO_ALPN, sends=sends), negotiation, caplog)
 
 
 @pytest.mark.parametrize("negotiation", [DEFAULT, POSTGRES])
@@ -236,7 +236,7 @@ async def test_a_bad_certificate_is_refused_without_a_second_attempt(
         assert type(error) is CertificateError, error
         assert case.reason in str(error)
         assert impostor.connections == 1
-        await judge(error, impostor, NOTHING, caplog)
+        await check_refusal(error, impostor, NOTHING, caplog)
 
 
 @pytest.mark.parametrize("case", ACCEPTED, ids=lambda case: case.id)
@@ -248,7 +248,7 @@ async def test_a_good_certificate_gets_the_startup_message(
     async with Impostor(script, trust_anchor=presented.anchor) as impostor:
         error = await refusal(impostor, **revocation(presented, tmp_path))
         assert type(error) is AuthenticationError, error
-        await judge(error, impostor, STARTUP, caplog)
+        await check_refusal(error, impostor, STARTUP, caplog)
 
 
 def revocation(presented: Presented, folder: Path) -> dict[str, Any]:
@@ -260,4 +260,4 @@ def revocation(presented: Presented, folder: Path) -> dict[str, Any]:
 
 
 async def test_a_forged_handshake_without_a_fault_gets_the_startup_message(caplog: pytest.LogCaptureFixture) -> None:
-    await refuse(Misbehaviour("", well_forged(), ConnectTimeoutError, heard=STARTUP, silent=True), DEFAULT, caplog)
+    await refuse(Misbehaviour("", well_forged(), ConnectTimeoutError, sends=STARTUP, silent=True), DEFAULT, caplog)

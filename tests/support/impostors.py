@@ -48,17 +48,17 @@ __all__ = (
     "Error",
     "Misbehaviour",
     "accept",
+    "check_refusal",
     "endless",
     "good_chain",
     "good_context",
     "hang_up",
     "in_each_negotiation",
-    "judge",
     "login_after",
+    "messages_of",
     "refusal",
     "refuse",
     "reset",
-    "said",
     "see",
     "trickle",
 )
@@ -91,8 +91,8 @@ class Misbehaviour:
         id: The test's ID.
         script: What the impostor does.
         error: The class that is raised, by negotiation where that matters.
-        says: A part of its message.
-        heard: Everything that the client may send inside TLS.
+        text: A part of its message.
+        sends: Everything that the client may send inside TLS.
         silent: Whether only the deadline can reveal the impostor.
         hasty: Whether the impostor is so quick that the client may have sent only its StartupMessage.
     """
@@ -100,8 +100,8 @@ class Misbehaviour:
     id: str
     script: Script
     error: Error | Mapping[str, Error]
-    says: str = ""
-    heard: tuple[str, ...] = NOTHING
+    text: str = ""
+    sends: tuple[str, ...] = NOTHING
     silent: bool = False
     hasty: bool = False
 
@@ -126,10 +126,10 @@ async def refusal(
     return caught.value
 
 
-async def judge(
+async def check_refusal(
     error: Exception,
     impostor: Impostor,
-    heard: tuple[str, ...],
+    sends: tuple[str, ...],
     caplog: pytest.LogCaptureFixture,
     *,
     hasty: bool = False,
@@ -144,8 +144,8 @@ async def judge(
     *earlier, last = await impostor.finish()
     assert all(one.closed_by_client for one in (*earlier, last)), "a socket was left open"
     assert all(outside_tls(one) in (b"", SSL_REQUEST) for one in (*earlier, last))
-    assert [said(one) for one in earlier] == [NOTHING] * len(earlier)
-    assert said(last) == heard or (hasty and said(last) == STARTUP)
+    assert [messages_of(one) for one in earlier] == [NOTHING] * len(earlier)
+    assert messages_of(last) == sends or (hasty and messages_of(last) == STARTUP)
     assert impostor.password.encode() not in b"".join(one.wire + one.decrypted for one in (*earlier, last))
     gc.collect()
     await asyncio.sleep(0)  # finalizers may report to the loop
@@ -165,7 +165,7 @@ def outside_tls(conversation: Conversation) -> bytes:
     return found
 
 
-def said(conversation: Conversation) -> tuple[str, ...]:
+def messages_of(conversation: Conversation) -> tuple[str, ...]:
     """Return the names of the messages that the client sent inside TLS; any other message fails the test."""
     names: list[str] = []
     rest = bytes(conversation.decrypted)
@@ -223,8 +223,8 @@ async def refuse(it: Misbehaviour, negotiation: str, caplog: pytest.LogCaptureFi
     async with Impostor(it.script, trust_anchor=good_chain().anchor, password=PASSWORD) as impostor:
         error = await refusal(impostor, negotiation, silent=it.silent)
         assert type(error) is (it.error[negotiation] if isinstance(it.error, Mapping) else it.error), error
-        assert it.says in str(error)
-        await judge(error, impostor, it.heard, caplog, hasty=it.hasty)
+        assert it.text in str(error)
+        await check_refusal(error, impostor, it.sends, caplog, hasty=it.hasty)
 
 
 def in_each_negotiation(table: tuple[Misbehaviour, ...]) -> list[Any]:

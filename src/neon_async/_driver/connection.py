@@ -43,7 +43,7 @@ class Connection(ConnectionHooks):
         deferrable: bool = False,
         role: str | None = None,
         settings: Mapping[str, str] | None = None,
-    ) -> Any:
+    ) -> Transaction:
         """Return a transaction or savepoint block, for `async with`.
 
         BEGIN or SAVEPOINT, the role and the settings travel with the first statement and cost no round trip. What the

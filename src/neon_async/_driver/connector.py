@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Unpack, cast
 import asyncpg
 
 from .._config.connection import ConnectionParameters, ConnectKeywords, parse
+from .._config.readers import SubclassOf
 from .._errors import ConfigurationError, UnsupportedEventLoopError, forget_arguments
 from .._neon import sql
 from .._neon.endpoint import short_name
@@ -31,6 +32,10 @@ from .session import Healing, Session
 
 if TYPE_CHECKING:
     from asyncpg.pool import PoolConnectionProxy
+
+
+CONNECTION_CLASS = SubclassOf(asyncpg.Connection, "asyncpg.Connection")
+RECORD_CLASS = SubclassOf(asyncpg.Record, "asyncpg.Record")
 
 
 @forget_arguments
@@ -63,7 +68,8 @@ def connect(
         EndpointError: Neon refused the connection.
         UnsupportedEventLoopError: No asyncio event loop is running.
     """
-    check_classes(connection_class, record_class)
+    CONNECTION_CLASS.check("connection_class", connection_class)
+    RECORD_CLASS.check("record_class", record_class)
     connector = prepare(dsn, trust_anchor=trust_anchor, **keywords)
     return connector.connect(connection_class=connection_class, record_class=record_class)
 
@@ -124,7 +130,7 @@ class Connector:
         self._placeholder = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 
     def __repr__(self) -> str:
-        return f"<Connector {short_name(self.parameters.host)}>"
+        return f"<Connector {short_name(self.parameters.host, self.parameters.endpoint)}>"
 
     async def connect(
         self,
@@ -184,13 +190,12 @@ class Connector:
         return connection
 
     def _begin_session(self, connection: Connection, adapter: LoopAdapter) -> None:
-        report, transport = adapter.hand_over()
+        report, _ = adapter.hand_over()
         session = Session(
             host=self.parameters.host,
             endpoint=self.parameters.endpoint,
             healing=self.healing,
             report=report,
-            transport=transport,
             cancel=adapter.cancel,
         )
         if issubclass(type(connection), PooledConnection):  # isinstance() is true for every connection of asyncpg
@@ -244,13 +249,3 @@ def require_asyncio() -> None:
         "No asyncio event loop is running. neon-async runs on asyncio and uvloop, and asyncpg cannot run on trio: run "
         "this service with asyncio, for instance with anyio.run(main, backend='asyncio')."
     )
-
-
-def check_classes(connection_class: object, record_class: object) -> None:
-    """Raise `ConfigurationError` for classes that asyncpg cannot make connections or records of."""
-    for name, cls, base in (
-        ("connection_class", connection_class, asyncpg.Connection),
-        ("record_class", record_class, asyncpg.Record),
-    ):
-        if not (isinstance(cls, type) and issubclass(cls, base)):
-            raise ConfigurationError(f"{name} must be a subclass of asyncpg.{base.__name__}.")

@@ -21,7 +21,6 @@ import asyncpg
 from asyncpg.pool import PoolConnectionHolder, PoolConnectionProxy
 
 from .._errors import NeonAsyncError
-from .._neon.endpoint import short_name
 from .protocol import SessionProtocol
 from .session import Callbacks, Session
 
@@ -85,21 +84,21 @@ class ConnectionHooks(_Connection):
         except asyncio.CancelledError:
             pass  # the connection or the event loop is being closed
         except Exception as error:  # noqa: BLE001  a task of asyncpg's: an exception would reach no caller
-            _give_up_cancelling(self, session.host, waiter, error)
+            _give_up_cancelling(self, session.name, waiter, error)
         finally:
             self._cancellations.discard(asyncio.current_task())  # type: ignore[attr-defined]
             if not waiter.done():
                 waiter.set_result(None)
 
 
-def _give_up_cancelling(connection: Any, host: str, waiter: asyncio.Future[None], error: Exception) -> None:
+def _give_up_cancelling(connection: Any, name: str, waiter: asyncio.Future[None], error: Exception) -> None:
     if not connection._aborted:
         connection.terminate()
     if not waiter.done():  # asyncpg 0.31: a call that waits for the cancellation would wait for ever without an error
         waiter.set_exception(error)
         waiter.exception()  # often no call waits
     if isinstance(error, (NeonAsyncError, OSError)):
-        _log.info("%s: a statement could not be cancelled, its connection is terminated: %s", short_name(host), error)
+        _log.info("%s: a statement could not be cancelled, its connection is terminated: %s", name, error)
     else:
         context = {"message": "A cancel request failed unexpectedly", "exception": error}
         asyncio.get_running_loop().call_exception_handler(context)
@@ -143,8 +142,9 @@ def begin_session(connection: Any, session: Session) -> None:
     It was dialed through a loop adapter. From Python 3.14 on `asyncio.current_task(loop)` compares loops by identity,
     and asyncpg forgets a finished cancel request only when it finds the task by it.
     """
-    session.transport.session = session
-    connection._protocol = SessionProtocol(connection._protocol, session.transport, host=session.host)
+    transport = connection._transport
+    transport.session = session
+    connection._protocol = SessionProtocol(connection._protocol, transport, host=session.host)
     connection._loop = connection._stmt_cache._loop = asyncio.get_running_loop()
 
 
@@ -161,7 +161,8 @@ def timeout_of(connection: Any, timeout: float | None) -> float | None:
 
 def writes(connection: Any) -> int:
     """Return how often something was written to the server."""
-    return own_session(connection).transport.writes
+    count: int = connection._transport.writes
+    return count
 
 
 def queries_run(connection: Any) -> int:

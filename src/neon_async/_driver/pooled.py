@@ -303,7 +303,7 @@ def note_stale(session: Session, stale: str | None) -> None:
     if session.healing.renew(stale):
         _log.info(
             "%s: a prepared statement is stale, the schema has changed; statements are prepared again from now on",
-            session.endpoint.id if session.endpoint else session.host,
+            session.name,
         )
 
 

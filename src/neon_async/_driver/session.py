@@ -10,10 +10,9 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from .._neon.endpoint import Endpoint
+from .._neon.endpoint import Endpoint, short_name
 from .._neon.sql import quote, quote_name
 from .._wire.tls import TLSReport
-from .._wire.transport import SessionTransport
 
 
 class Healing:
@@ -139,7 +138,6 @@ class Session:
         endpoint: What the host name says, or None when it is not a Neon endpoint.
         healing: Shared by the connections of one pool.
         report: What the TLS handshake settled on.
-        transport: What asyncpg writes to.
         cancel: Sends a cancel request to the server of this session.
         on_closed: Called once, as soon as the connection is closed, by either side.
         snapshot: What a reset restores.
@@ -154,13 +152,17 @@ class Session:
     endpoint: Endpoint | None
     healing: Healing
     report: TLSReport
-    transport: SessionTransport
     cancel: Callable[[int, int], Awaitable[None]]
     on_closed: Callable[[], None] | None = None
     snapshot: Snapshot = field(default_factory=Snapshot)
     codecs: dict[tuple[str, str], Codec] = field(default_factory=dict)
     initial_settings: dict[str, str] = field(default_factory=dict)
     holds_server: bool = False
+
+    @property
+    def name(self) -> str:
+        """The name of the database in log lines."""
+        return short_name(self.host, self.endpoint)
 
     def notify_closed(self) -> None:
         """Call `on_closed`, unless it has been called."""

@@ -47,7 +47,11 @@ def parse_host(host: str) -> Endpoint | None:
     )
 
 
-def short_name(host: str) -> str:
-    """Return the name of a database in log lines: the endpoint's ID, or the host."""
-    endpoint = parse_host(host)
+def short_name(host: str, endpoint: Endpoint | None) -> str:
+    """Return the name of a database in log lines: the endpoint's ID, or the host.
+
+    Args:
+        host: The host name.
+        endpoint: What `parse_host()` returned for it.
+    """
     return endpoint.id if endpoint else host

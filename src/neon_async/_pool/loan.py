@@ -128,7 +128,7 @@ class Loan:
             return Facts(True, False, False, False, False, False, False)
         session = holder.own_session(connection)
         # asyncpg knows the built-in types, and asks the server nothing to set a codec of one.
-        untouched = self._writes == session.transport.writes and session.codecs == session.snapshot.codecs
+        untouched = self._writes == holder.writes(connection) and session.codecs == session.snapshot.codecs
         worn = supply.is_worn(self.slot, time.monotonic())
         own_reset = supply.options.reset is not None or resets_itself(connection)
         if untouched:  # there is nothing else to ask for

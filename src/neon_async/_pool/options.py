@@ -12,7 +12,8 @@ from typing import Any, TypeAlias, cast
 import asyncpg
 
 from .._config.connection import ConnectKeywords
-from .._config.readers import LIMIT, AsyncFunction, Integer, Seconds, SubclassOf
+from .._config.readers import LIMIT, AsyncFunction, Integer, Seconds
+from .._driver.connector import CONNECTION_CLASS, RECORD_CLASS
 
 _Callback: TypeAlias = Callable[[Any], Awaitable[None]]
 
@@ -76,12 +77,8 @@ class PoolOptions:
     setup: _Callback | None = field(default=None, metadata=_CALLBACK)
     init: _Callback | None = field(default=None, metadata=_CALLBACK)
     reset: _Callback | None = field(default=None, metadata=_CALLBACK)
-    connection_class: type[Any] = field(
-        default=asyncpg.Connection, metadata={"reader": SubclassOf(asyncpg.Connection, "asyncpg.Connection")}
-    )
-    record_class: type[Any] = field(
-        default=asyncpg.Record, metadata={"reader": SubclassOf(asyncpg.Record, "asyncpg.Record")}
-    )
+    connection_class: type[Any] = field(default=asyncpg.Connection, metadata={"reader": CONNECTION_CLASS})
+    record_class: type[Any] = field(default=asyncpg.Record, metadata={"reader": RECORD_CLASS})
 
     def __post_init__(self) -> None:
         for option in fields(self):

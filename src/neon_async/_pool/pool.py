@@ -74,20 +74,20 @@ class AcquireContext(_AcquireContext):
         """Return the seconds that are left of the timeout, or None where there is none."""
         return None if self._until is None else self._until - time.monotonic()
 
-    async def __aenter__(self) -> Any:
+    async def __aenter__(self) -> Connection:  # type: ignore[override]  # a proxy for one of ours
         if self.connection is not None or self.done:
             raise asyncpg.InterfaceError("a connection is already acquired")
         self.connection = await cast(Pool, self.pool)._lend(self.timeout)
-        return self.connection
+        return cast(Connection, self.connection)
 
     async def __aexit__(self, *_: object) -> None:
         """Release the connection and return at once; what it needs is done in the background."""
         cast(Pool, self.pool)._end_loan(self.connection)  # in another event loop it raises, and nothing has changed
         self.done, self.connection = True, None
 
-    def __await__(self) -> Generator[Any, None, Any]:
+    def __await__(self) -> Generator[Any, None, Connection]:  # type: ignore[override]
         self.done = True
-        return cast(Pool, self.pool)._lend(self.timeout).__await__()
+        return cast(Generator[Any, None, Connection], cast(Pool, self.pool)._lend(self.timeout).__await__())
 
 
 class Pool(PoolBase):

@@ -59,7 +59,7 @@ class Supply:
     """
 
     def __init__(self, connector: Connector, options: PoolOptions, holders: list[Holder]) -> None:
-        self.name = short_name(connector.parameters.host)
+        self.name = short_name(connector.parameters.host, connector.parameters.endpoint)
         self.options = options
         self.connector = connector
         self.slots = Slots([Slot(holder) for holder in holders])
@@ -429,10 +429,10 @@ class Supply:
         """Run `init`, and remember what it set up, so that every reset restores it."""
         session, protocol = own_session(connection), holder.protocol_of(connection)
         assert protocol is not None
-        writes, protocol.mentioned = session.transport.writes, set()
+        writes, protocol.mentioned = holder.writes(connection), set()
         await init(connection)
         names, protocol.mentioned = protocol.mentioned, None
-        if session.transport.writes != writes:
+        if holder.writes(connection) != writes:
             session.snapshot = await take_snapshot(connection, user=self.connector.parameters.user, names=names)
         else:  # the server knows nothing of it
             session.snapshot = Snapshot(callbacks=holder.callbacks_of(connection), codecs=dict(session.codecs))

@@ -27,7 +27,7 @@ from .connection import Connection, combine
 from .failures import Attempt, public_error
 from .holder import begin_session, session_of
 from .loop import LoopAdapter
-from .pooled import PooledConnection, tracked_settings
+from .pooled import PooledConnection, is_pooled, tracked_settings
 from .session import Healing, Session
 
 if TYPE_CHECKING:
@@ -198,7 +198,7 @@ class Connector:
             report=report,
             cancel=adapter.cancel,
         )
-        if issubclass(type(connection), PooledConnection):  # isinstance() is true for every connection of asyncpg
+        if is_pooled(connection):
             session.initial_settings = tracked_settings(connection)
         begin_session(connection, session)
 

@@ -328,6 +328,11 @@ def _refuse(session: Session, what: str, use: str = "Use") -> NoReturn:
     )
 
 
+def is_pooled(connection: object) -> bool:
+    """Return whether a connection of ours goes to a pooled host."""
+    return issubclass(type(connection), PooledConnection)  # isinstance() is true for every connection of asyncpg
+
+
 def tracked_settings(connection: Any) -> dict[str, str]:
     """Return the settings that PgBouncer tracks for its clients, as they are now."""
     settings = connection.get_settings()

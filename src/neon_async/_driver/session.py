@@ -142,7 +142,7 @@ class Session:
         on_closed: Called once, as soon as the connection is closed, by either side.
         snapshot: What a reset restores.
         codecs: The type codecs that are registered now, by schema and type.
-        initial_settings: The settings that PgBouncer tracks, as they were after the login.
+        initial_settings: The settings that PgBouncer tracks, as they were after the login and after the pool's `init`.
         holds_server: Whether PgBouncer may reserve a server connection for this client although no transaction is
             open. asyncpg ends a prepare with Flush, and the server connection stays reserved, with its locks on tables,
             until something is executed.

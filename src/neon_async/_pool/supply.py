@@ -24,6 +24,7 @@ from .._driver import holder
 from .._driver.connection import resets_itself
 from .._driver.connector import Connector
 from .._driver.holder import Holder, own_session
+from .._driver.pooled import is_pooled, tracked_settings
 from .._driver.session import Snapshot
 from .._driver.snapshot import restore_codecs, take_snapshot
 from .._errors import ConnectError, ConnectTimeoutError, NeonAsyncError, PoolTimeoutError
@@ -432,10 +433,12 @@ class Supply:
         writes, protocol.mentioned = holder.writes(connection), set()
         await init(connection)
         names, protocol.mentioned = protocol.mentioned, None
-        if holder.writes(connection) != writes:
+        if holder.writes(connection) != writes and not is_pooled(connection):
             session.snapshot = await take_snapshot(connection, user=self.connector.parameters.user, names=names)
-        else:  # the server knows nothing of it
+        else:  # nothing that only the server knows
             session.snapshot = Snapshot(callbacks=holder.callbacks_of(connection), codecs=dict(session.codecs))
+            if is_pooled(connection):
+                session.initial_settings = tracked_settings(connection)
 
     def _adopt(self, slot: Slot, connection: Any, began: float) -> None:
         """Give a new connection to a slot."""

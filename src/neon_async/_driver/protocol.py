@@ -149,11 +149,12 @@ class SessionProtocol:
                 return _tag_of(query)
             await self._run(self._asyncpg.query(query, timeout))
             return _tag_of(query)
-        if self._transport.unanswered and _goes_on_after_transaction(query):
+        if (self._transport.unanswered or self._failure) and _goes_on_after_transaction(query):
             timeout = await self._wait_for_answers(timeout)
             if self._failure is not None:
                 raise self._take_failure()
-        return await self._run(self._asyncpg.query(query, timeout))
+        result = self._asyncpg.query(query, timeout)
+        return await self._run(result, rolls_back=isinstance(query, str) and query.startswith("ROLLBACK"))
 
     async def prepare(self, *args: Any, **options: Any) -> Any:
         """Prepare a statement. No ReadyForQuery follows, so asyncpg's transaction status stays as it is."""
@@ -201,8 +202,14 @@ class SessionProtocol:
             await self._transport.wait_for_answers()
         return None if seconds is None else seconds - (clock() - began)
 
-    async def _run(self, call: Coroutine[Any, Any, _T], *, ready: bool = True) -> _T:
-        """Run one of asyncpg's calls and raise what went wrong with the statement ahead of it, if anything did."""
+    async def _run(self, call: Coroutine[Any, Any, _T], *, ready: bool = True, rolls_back: bool = False) -> _T:
+        """Run one of asyncpg's calls and raise what went wrong with the statement ahead of it, if anything did.
+
+        Args:
+            call: The call.
+            ready: Whether it ends with ReadyForQuery.
+            rolls_back: Whether it succeeds also where the statement ahead has failed.
+        """
         self._running += 1
         try:
             result = await call
@@ -215,8 +222,9 @@ class SessionProtocol:
             self._running -= 1
         if ready:
             self._begun = False
-        if self._failure is not None:
+        if self._failure is not None and not rolls_back:
             raise self._take_failure()
+        self._failure = None
         return result
 
     def _note(self, *texts: object) -> None:

@@ -289,6 +289,11 @@ async def nested(connection: Any) -> None:
         await connection.execute(WRITE)
 
 
+async def nested_read(connection: Any) -> None:
+    async with connection.transaction():
+        await connection.fetchval("SELECT 1")
+
+
 def write(connection: Any) -> Awaitable[Any]:
     return connection.execute(WRITE)  # type: ignore[no-any-return]
 
@@ -465,22 +470,33 @@ async def test_a_call_gets_past_several_sessions_that_could_not_be_reset(restric
 # A BEGIN that fails
 
 
-async def test_no_statement_runs_where_the_role_is_refused(connection: Any) -> None:
+async def with_refused_role(connection: Any, call: Callable[[Any], Awaitable[Any]], pause: float = 0) -> None:
+    async def pause_and_call(connection: Any) -> None:
+        await asyncio.sleep(pause)
+        await call(connection)
+
+    await in_a_transaction(connection, pause_and_call, role="not there")
+
+
+REFUSED = pytest.raises(asyncpg.InvalidParameterValueError, match='role "not there" does not exist')
+PAUSES = pytest.mark.parametrize("pause", [0, 0.01], ids=["before the answer to BEGIN", "after the answer to BEGIN"])
+
+
+@PAUSES
+async def test_no_statement_runs_where_the_role_is_refused(connection: Any, pause: float) -> None:
     await connection.execute("CREATE TEMP TABLE written (a int)")
     write = "INSERT INTO written VALUES (1)"
     for query in (write, f"{write}; {write}", f"ROLLBACK; {write}", f"/* /**/ */ COMMIT; {write}"):
-        with pytest.raises(asyncpg.InvalidParameterValueError, match='role "not there" does not exist'):
-            async with connection.transaction(role="not there"):
-                await connection.execute(query)
+        with REFUSED:
+            await with_refused_role(connection, lambda _, query=query: connection.execute(query), pause)  # type: ignore[misc]
         assert not connection.is_in_transaction()
     assert await connection.fetchval("SELECT count(*) FROM written") == 0
 
 
 async def test_the_first_of_several_failures_is_raised(connection: Any) -> None:
     """The savepoint is refused because the role was."""
-    with pytest.raises(asyncpg.InvalidParameterValueError, match='role "not there" does not exist'):
-        async with connection.transaction(role="not there"), connection.transaction():
-            await connection.fetchval("SELECT 1")
+    with REFUSED:
+        await with_refused_role(connection, nested_read)
 
 
 async def test_a_block_within_a_failed_transaction_leaves_the_connection_open(connection: Any) -> None:
@@ -492,4 +508,25 @@ async def test_a_block_within_a_failed_transaction_leaves_the_connection_open(co
                 async with connection.transaction():
                     await connection.execute("SELECT 1")
             await connection.execute("ROLLBACK; BEGIN")
+    assert await connection.fetchval("SELECT 1") == 1
+
+
+@PAUSES
+async def test_a_block_left_by_an_error_is_rolled_back_where_its_begin_has_failed(
+    connection: Any, pause: float
+) -> None:
+    async def fail(_: Any) -> None:
+        raise RuntimeError("of the caller")
+
+    with pytest.raises(RuntimeError, match="of the caller"):
+        await with_refused_role(connection, fail, pause)
+    assert not connection.is_in_transaction()
+    assert await connection.fetchval("SELECT 1") == 1
+
+
+@PAUSES
+async def test_an_empty_block_raises_what_was_refused(connection: Any, pause: float) -> None:
+    with REFUSED:
+        await with_refused_role(connection, lambda _: asyncio.sleep(0), pause)
+    assert not connection.is_in_transaction()
     assert await connection.fetchval("SELECT 1") == 1

@@ -338,6 +338,14 @@ def test_the_next_borrower_finds_nothing_of_it(bench: Bench, name: str) -> None:
     bench.check([name])
 
 
+@pytest.mark.parametrize(
+    ("runner", "bench"),
+    [
+        pytest.param(asyncio.new_event_loop, None, id="without init, asyncio"),
+        pytest.param(uvloop.new_event_loop, set_up, id="with init, uvloop"),
+    ],
+    indirect=True,
+)
 @settings(max_examples=1000, suppress_health_check=list(HealthCheck))
 @given(names=st.lists(st.sampled_from(sorted(ACTIONS)), min_size=1, max_size=6))
 def test_the_next_borrower_finds_nothing_of_any_sequence(bench: Bench, names: list[str]) -> None:
@@ -452,6 +460,14 @@ def test_on_a_pooled_host_the_next_borrower_finds_nothing_of_it(pooled: Bench, n
     pooled.check([name])
 
 
+@pytest.mark.parametrize(
+    ("runner", "pooled"),
+    [
+        pytest.param(asyncio.new_event_loop, set_up_pooled, id="with init, asyncio"),
+        pytest.param(uvloop.new_event_loop, None, id="without init, uvloop"),
+    ],
+    indirect=True,
+)
 @settings(max_examples=250, suppress_health_check=list(HealthCheck))
 @given(names=st.lists(st.sampled_from(POOLED_ACTIONS), min_size=1, max_size=6))
 def test_on_a_pooled_host_the_next_borrower_finds_nothing_of_any_sequence(pooled: Bench, names: list[str]) -> None:

@@ -230,7 +230,9 @@ async def test_the_pool_dials_again_for_its_waiters_when_the_event_loop_cancels(
     """As `asyncio.run()` does at its end: work of the pool in the background is cancelled without the pool."""
     async with play(postgres) as scene:
         async with reach(scene, monkeypatch), asyncio.timeout(HANG):
+            size = scene.stats.size
             await asyncio.gather(*(cancel(work, times) for work in scene.background))
+            assert scene.stats.terminations == size  # no connection is used whose check or close did not end
             await until(lambda: scene.stats.connecting or scene.stats.in_use)
             assert_balanced(scene.pool)
             scene.pool.terminate()

@@ -41,6 +41,17 @@ async def the_reset(scene: Scene) -> asyncio.Task[Any]:
     return task
 
 
+async def the_reset_before_its_first_step(scene: Scene) -> asyncio.Task[Any]:
+    pool = await scene.open(max_size=1)
+    connection = await pool.acquire()
+    await connection.execute("SET search_path TO pg_catalog")
+    scene.endpoint.freeze()
+    task = start(pool.release(connection))
+    await asyncio.sleep(0)
+    assert scene.stats.resetting == 1
+    return task
+
+
 async def the_end_of_a_cancelled_query(scene: Scene) -> asyncio.Task[Any]:
     pool = await scene.open(max_size=1)
     connection = await pool.acquire()
@@ -100,6 +111,7 @@ async def the_close_of_a_worn_connection(scene: Scene) -> asyncio.Task[Any]:
 
 releases = (
     the_reset,
+    the_reset_before_its_first_step,
     the_end_of_a_cancelled_query,
     the_rollback_of_an_open_transaction,
     a_reset_function_of_the_caller,
@@ -144,6 +156,7 @@ async def test_a_release_ends_and_loses_no_slot_when_the_event_loop_cancels_all_
         [work] = scene.background
         await cancel(work, times)
         await assert_ended_but_not_cancelled(task)
+        assert scene.stats.terminations == 1  # the next caller must not get a session that was not reset
         await scene.resume()
         await assert_whole(scene.pool)
         await close(scene)

@@ -30,6 +30,12 @@ async def read_on(connection: Any, **deadline: Any) -> None:
         pass
 
 
+async def begin(connection: Any) -> None:
+    """Begin a transaction, whose first statement is the first to need an answer."""
+    await connection.transaction().start()
+    await connection.execute("SELECT 1")
+
+
 async def ignore(_: bytes) -> None:
     pass
 
@@ -72,7 +78,7 @@ CALLS_OF_MANY_ROWS: dict[str, Call] = {
 CALLS_WITHOUT_TIMEOUT: dict[str, Call] = {
     "add_listener": lambda it: it.add_listener("channel", print),
     "set_type_codec": lambda it: it.set_type_codec("json", encoder=str, decoder=str, schema="public"),
-    "begin": lambda it: it.transaction().start(),
+    "begin": begin,
     "savepoint": lambda it: within_transaction(it, lambda: it.execute("SELECT 1")),
 }
 
@@ -115,6 +121,24 @@ class TestFromAPool:
                 await prepare(connection)
                 with pytest.raises(TimeoutError):
                     await within_transaction(connection, body)
+            bench.endpoint.thaw()
+            assert await pool.fetchval("SELECT 1") == 1, "the slot is not lost"
+
+    async def test_a_frozen_server_does_not_hold_the_beginning_of_a_transaction_which_needs_no_answer(
+        self, bench: Bench, pool: neon_async.Pool
+    ) -> None:
+        async def work() -> None:
+            async with pool.acquire() as connection:
+                await prepare(connection)
+                bench.endpoint.freeze()
+                async with connection.transaction(), connection.transaction():
+                    assert connection.is_in_transaction()
+                    await connection.execute("SELECT 1", timeout=0.1)
+
+        async with asyncio.timeout(HANG):
+            with pytest.raises(TimeoutError) as caught:
+                await work()
+            assert "execute" in [frame.name for frame in caught.traceback], "neither BEGIN nor SAVEPOINT"
             bench.endpoint.thaw()
             assert await pool.fetchval("SELECT 1") == 1, "the slot is not lost"
 

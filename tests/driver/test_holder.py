@@ -19,6 +19,7 @@ from support.probes import HANG, connected, until
 from neon_async._driver import holder
 from neon_async._driver.connection import Connection
 from neon_async._driver.holder import ConnectionHooks, Holder, StatementHooks, session_of
+from neon_async._driver.session import Callbacks
 from neon_async.testing import LocalPostgres
 
 pytestmark = pytest.mark.anyio
@@ -178,10 +179,11 @@ class TestCancelRequests:
 
     @pins("_loop", "_stmt_cache")
     async def test_a_connection_and_its_statement_cache_hold_the_running_loop(self, connection: Any) -> None:
-        loop = asyncio.get_running_loop()
+        loop, session = asyncio.get_running_loop(), session_of(connection)
         assert (connection._loop, connection._stmt_cache._loop) == (loop, loop)
         connection._loop = connection._stmt_cache._loop = None
-        holder.adopt_running_loop(connection)
+        assert session is not None
+        holder.begin_session(connection, session, lambda protocol, _: protocol)
         assert (connection._loop, connection._stmt_cache._loop) == (loop, loop)
 
     @pins("_stmt_cache")
@@ -389,7 +391,7 @@ class TestLeftovers:
         loop = asyncio.get_running_loop()
         loop.set_exception_handler(lambda _, context: reported.append(context["message"]))
         try:
-            await holder.end_leftovers(connection)
+            await holder.roll_back(connection)
         finally:
             loop.set_exception_handler(None)
         assert not holder.has_transaction(connection)
@@ -406,33 +408,59 @@ class TestLeftovers:
         try:
             async with connection.transaction():
                 assert holder.has_transaction(connection)
-                await holder.end_leftovers(connection)
+                await holder.roll_back(connection)
                 assert not holder.has_transaction(connection)
         finally:
             loop.set_exception_handler(None)
         assert reported == []
 
-    @pins("_listeners", "_log_listeners")
-    async def test_listeners_are_seen_and_forgotten(self, connection: Any) -> None:
-        assert not holder.has_listeners(connection)
-        await connection.add_listener("news", lambda *_: None)
-        assert (holder.has_listeners(connection), holder.has_log_listeners(connection)) == (True, False)
-        await holder.end_leftovers(connection)
-        assert not holder.has_listeners(connection)
-        connection.add_log_listener(lambda *_: None)
-        assert (holder.has_listeners(connection), holder.has_log_listeners(connection)) == (True, True)
-        await holder.end_leftovers(connection)
-        assert not holder.has_listeners(connection)
-        assert not holder.has_log_listeners(connection)
+    @pins("_listeners", "_log_listeners", "_query_loggers")
+    async def test_callbacks_are_seen_and_set_back(self, connection: Any) -> None:
+        def hear(*_: object) -> None:
+            raise AssertionError("a callback that was forgotten has been called")
+
+        before = holder.callbacks_of(connection)
+        assert not before
+        await connection.add_listener("news", hear)
+        assert (holder.listens_otherwise(connection, before), holder.has_log_listeners(connection)) == (True, False)
+        connection.add_log_listener(hear)
+        connection.add_query_logger(hear)
+        assert holder.has_log_listeners(connection)
+        hearing = holder.callbacks_of(connection)
+        assert list(hearing.listeners) == ["news"]
+        assert [len(one) for one in (hearing.listeners["news"], hearing.log_listeners, hearing.query_loggers)] == [
+            1
+        ] * 3
+        writes = holder.writes(connection)
+        holder.set_callbacks(connection, before)
+        assert holder.writes(connection) == writes
+        assert not holder.listens_otherwise(connection, before)
+        assert not holder.callbacks_of(connection)
+        await connection.execute("NOTIFY news; DO 'BEGIN RAISE NOTICE ''heard''; END'")
+        holder.set_callbacks(connection, hearing)
+        assert holder.callbacks_of(connection) == hearing
+        assert not holder.listens_otherwise(connection, hearing)
+        holder.set_callbacks(connection, before)
+
+    @pins("_listeners", "_log_listeners", "_query_loggers")
+    async def test_callbacks_that_are_set_back_are_not_those_that_a_caller_adds_to(self, connection: Any) -> None:
+        before = holder.callbacks_of(connection)
+        holder.set_callbacks(connection, before)
+        await connection.add_listener("news", print)
+        connection.add_log_listener(print)
+        connection.add_query_logger(print)
+        assert before == Callbacks()
+        holder.set_callbacks(connection, before)
+        assert holder.callbacks_of(connection) == before
 
     @pins("_is_cancelling", "_wait_for_cancellation")
     async def test_a_cancelled_statement_is_busy_until_it_has_ended(self, connection: Any) -> None:
-        assert not holder.is_busy(connection)
+        assert (holder.is_cancelling(connection), holder.is_idle(connection)) == (False, True)
         await cancel_a_statement(connection)
-        assert holder.is_busy(connection)
+        assert (holder.is_cancelling(connection), holder.is_idle(connection)) == (True, False)
         async with asyncio.timeout(HANG):
             await holder.end_cancellation(connection)
-        assert not holder.is_busy(connection)
+        assert (holder.is_cancelling(connection), holder.is_idle(connection)) == (False, True)
         assert await connection.fetchval("SELECT 1") == 1
 
     @pins("_wait_for_cancellation")

@@ -63,13 +63,16 @@ WHOLE = ["StartupMessage", "SASLInitialResponse", "SASLResponse"]
 
 
 @NEGOTIATIONS
-async def test_after_the_login_asyncpgs_protocol_alone_reads_the_connection(
+async def test_after_the_login_the_session_alone_reads_the_connection_and_asyncpgs_protocol_what_it_passes_on(
     postgres: LocalPostgres, negotiation: str
 ) -> None:
     async with connected(postgres, sslnegotiation=negotiation) as connection:
-        protocol = connection._transport.get_protocol()
-        assert protocol is connection._protocol
-        assert type(protocol).__module__.startswith("asyncpg.")
+        stream = connection._transport.get_protocol()
+        assert stream is connection._transport._stream
+        asyncpgs = connection._protocol._asyncpg
+        assert stream._protocol is asyncpgs
+        assert stream._pass_on == asyncpgs.data_received
+        assert type(asyncpgs).__module__.startswith("asyncpg.")
         assert await connection.fetchval("SELECT repeat('x', 1000000)") == "x" * 1_000_000
 
 

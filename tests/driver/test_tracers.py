@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import contextvars
 import io
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 import asyncpg
@@ -17,6 +18,7 @@ from support.tracers import OpenTelemetry, Sentry, Tracer
 
 import neon_async
 from neon_async._driver import holder
+from neon_async._driver.protocol import SessionProtocol
 from neon_async.testing import LocalPostgres
 
 pytestmark = pytest.mark.anyio
@@ -187,7 +189,7 @@ class TestWhatTheCallerDoes:
 
 @pytest.fixture
 def sent(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What the pool has sent for itself."""
+    """What the pool has sent for itself and waited for."""
     sent: list[str] = []
     send = holder.send
 
@@ -197,6 +199,20 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(holder, "send", noting)
     return sent
+
+
+@pytest.fixture
+def ahead(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The resets that the pool has sent ahead of the next statement."""
+    ahead: list[str] = []
+    send_reset_ahead = SessionProtocol.send_reset_ahead
+
+    def noting(protocol: SessionProtocol, sql: str, on_success: Callable[[], None]) -> None:
+        ahead.append(sql)
+        send_reset_ahead(protocol, sql, on_success)
+
+    monkeypatch.setattr(SessionProtocol, "send_reset_ahead", noting)
+    return ahead
 
 
 async def set_a_setting(connection: Any) -> list[str]:
@@ -232,7 +248,14 @@ class TestWhatThePoolDoes:
         ],
     )
     async def test_a_reset_a_rollback_and_a_ping_create_no_span(
-        self, tracer: Tracer, server: Any, sent: list[str], installed: str, leave: Any, rolls_back: bool
+        self,
+        tracer: Tracer,
+        server: Any,
+        sent: list[str],
+        ahead: list[str],
+        installed: str,
+        leave: Any,
+        rolls_back: bool,
     ) -> None:
         if installed == "before":
             tracer.install()
@@ -242,13 +265,15 @@ class TestWhatThePoolDoes:
             if installed == "after":
                 tracer.install()
             sent.clear()
+            ahead.clear()
             with tracer.recording() as recorded:
                 async with pool.acquire() as connection:
                     assert sent == ["SELECT 1"]
                     expected = await leave(connection)
                 await until_settled(pool)
                 assert ("ROLLBACK" in sent) is rolls_back
-                assert len(sent) > 1 or leave is leave_a_cancelled_statement
+                assert len(sent) + len(ahead) > 1 or leave is leave_a_cancelled_statement
+                assert len(ahead) == (leave is set_a_setting and "-pooler" not in server.host)
                 assert await pool.fetchval("SELECT 2") == 2
                 await until_settled(pool)
                 await pool.expire_connections()
@@ -273,12 +298,17 @@ class TestWhatThePoolDoes:
 class TestDials:
     async def test_a_dial_of_the_pool_is_no_part_of_the_trace_of_a_caller(self, tracer: Tracer, server: Any) -> None:
         """Callers share dials, and a dial may end long after the request of the caller that started it."""
+
+        async def reset(_: Any) -> None:
+            await asyncio.sleep(0.01)
+
         tracer.install()
-        async with make_pool(server) as pool:
+        async with make_pool(server, reset=reset) as pool:
             with tracer.recording() as recorded:
                 for _ in range(3):
                     await pool.fetchval("SELECT 1")  # acquires while the reset is under way, which starts a dial
             await until_settled(pool)
+            assert pool.stats().dials > 1
         assert recorded.statements == ["SELECT 1"] * 3
         assert {span.parent for span in recorded.spans} == {"request"}
 

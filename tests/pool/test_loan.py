@@ -19,6 +19,7 @@ from support.probes import (
     until,
 )
 
+from neon_async._driver import holder
 from neon_async._pool.loan import Facts, Need, need_of
 from neon_async.testing import LocalPostgres
 
@@ -29,21 +30,31 @@ NAME = "ep-cool-darkness-123456"
 
 
 def facts(**known: bool) -> Facts:
-    """Return the facts of a connection that was used, with asyncpg's own reset, except for what is `known`."""
-    used = Facts(closed=False, worn=False, own_reset=False, untouched=False, leftovers=False, has_reset_query=True)
+    """Return the facts of a connection that was used, with our own reset, except for what is `known`."""
+    used = Facts(
+        closed=False,
+        worn=False,
+        own_reset=False,
+        untouched=False,
+        leftovers=False,
+        has_reset_query=True,
+        ahead=True,
+    )
     return used._replace(**known)
 
 
 @pytest.mark.parametrize(
     ("known", "need"),
     [
-        pytest.param(facts(), Need.RESET, id="used"),
+        pytest.param(facts(), Need.RESET_AHEAD, id="used"),
+        pytest.param(facts(ahead=False), Need.RESET, id="used, with a reset query of the class's own"),
         pytest.param(facts(untouched=True, has_reset_query=False), Need.NOTHING, id="untouched"),
         pytest.param(facts(untouched=True), Need.NOTHING, id="untouched, with a reset query"),
         pytest.param(facts(has_reset_query=False), Need.NOTHING, id="used, without a reset query"),
         pytest.param(facts(leftovers=True), Need.RESET, id="leftovers"),
         pytest.param(facts(leftovers=True, has_reset_query=False), Need.RESET, id="leftovers, without a reset query"),
-        pytest.param(facts(own_reset=True, has_reset_query=False), Need.RESET, id="own reset"),
+        pytest.param(facts(own_reset=True), Need.RESET, id="own reset"),
+        pytest.param(facts(own_reset=True, has_reset_query=False), Need.RESET, id="own reset, without a reset query"),
         pytest.param(facts(own_reset=True, untouched=True), Need.RESET, id="own reset, untouched"),
         pytest.param(facts(worn=True), Need.CLOSE, id="worn"),
         pytest.param(facts(worn=True, untouched=True), Need.CLOSE, id="worn, untouched"),
@@ -63,12 +74,15 @@ def test_the_rules_hold_for_any_facts(known: Facts) -> None:
     assert (need is Need.FORGET) == known.closed
     # A worn one is closed, whatever else there is to do, and only a worn one.
     assert (need is Need.CLOSE) == (known.worn and not known.closed)
-    if need in (Need.NOTHING, Need.RESET):
-        # The caller's own reset runs always; what was left behind is always ended.
+    if need in (Need.NOTHING, Need.RESET_AHEAD, Need.RESET):
+        # The caller's own reset runs always; what was left behind is always ended. Neither can be done ahead.
         assert need is Need.RESET or not (known.own_reset or known.leftovers)
         # There is nothing to do where nothing was sent, or where there is nothing to send.
         assert need is Need.NOTHING or known.own_reset or known.leftovers or not known.untouched
         assert need is Need.NOTHING or known.own_reset or known.leftovers or known.has_reset_query
+        # A reset goes ahead where it may; only then is the connection free before the server has answered.
+        assert need is not Need.RESET_AHEAD or known.ahead
+        assert need is not Need.RESET or known.own_reset or known.leftovers or not known.ahead
 
 
 @given(st.builds(Facts, *[st.booleans()] * len(Facts._fields)))
@@ -94,6 +108,17 @@ class BrokenResetQuery(asyncpg.Connection):
 
     def get_reset_query(self) -> str:
         raise LookupError("the caller's own mistake")
+
+
+class OwnResetQuery(asyncpg.Connection):
+    """A connection whose reset query is the caller's own."""
+
+    def get_reset_query(self) -> str:
+        return "RESET ALL"
+
+
+class Subclass(asyncpg.Connection):
+    """A class of the caller's without a reset of its own."""
 
 
 class OwnReset(asyncpg.Connection):
@@ -125,6 +150,46 @@ async def a_log_listener_that_is_removed(connection: Any) -> None:
 
 async def a_listener(connection: Any) -> None:
     await connection.add_listener("news", lambda *_: None)
+
+
+async def a_listener_that_is_removed(connection: Any) -> None:
+    await connection.add_listener("news", listener := lambda *_: None)
+    await connection.remove_listener("news", listener)
+
+
+async def a_query_logger(connection: Any) -> None:
+    connection.add_query_logger(print)
+
+
+async def a_type_codec(connection: Any) -> None:
+    await connection.execute("DROP TYPE IF EXISTS mood; CREATE TYPE mood AS ENUM ('good')")
+    await connection.set_type_codec("mood", encoder=str, decoder=str)
+
+
+async def a_type_codec_of_which_the_server_does_not_know(connection: Any) -> None:
+    writes = holder.writes(connection._con)
+    await connection.set_type_codec("int8", schema="pg_catalog", encoder=str, decoder=str)
+    assert holder.writes(connection._con) == writes
+
+
+async def a_type_codec_that_is_reset(connection: Any) -> None:
+    await a_type_codec(connection)
+    await connection.reset_type_codec("mood")
+
+
+async def a_transaction_that_has_ended(connection: Any) -> None:
+    async with connection.transaction():
+        await connection.execute("SELECT 1")
+
+
+async def a_failed_query(connection: Any) -> None:
+    with pytest.raises(asyncpg.DivisionByZeroError):
+        await connection.execute("SELECT 1/0")
+
+
+async def a_query_that_is_under_way(connection: Any) -> None:
+    asyncio.ensure_future(connection.execute("SELECT pg_sleep(600)")).add_done_callback(lambda task: task.exception())
+    await asyncio.sleep(0.01)
 
 
 async def a_query(connection: Any) -> None:
@@ -175,20 +240,38 @@ def left(leave: Leave, need: Need, **options: Any) -> Any:
         left(nothing, Need.RESET, reset=own_reset),
         left(nothing, Need.RESET, connection_class=OwnReset),
         left(nothing, Need.NOTHING, max_queries=1),
-        left(a_log_listener, Need.RESET),
+        left(a_log_listener, Need.NOTHING),
+        left(a_log_listener, Need.NOTHING, connection_class=NoReset),
         left(a_log_listener_that_is_removed, Need.NOTHING),
-        left(a_query, Need.RESET),
+        left(a_query_logger, Need.NOTHING),
+        left(a_query, Need.RESET_AHEAD),
+        left(a_query, Need.RESET_AHEAD, connection_class=Subclass),
         left(a_query, Need.CLOSE, max_queries=1),
         left(a_query, Need.NOTHING, connection_class=NoReset),
+        left(a_query, Need.RESET, connection_class=OwnResetQuery),
         left(a_query, Need.RESET, connection_class=BrokenResetQuery),
+        left(a_query, Need.RESET, connection_class=OwnReset),
+        left(a_query, Need.RESET, reset=own_reset),
         left(a_query, Need.RESET, connection_class=NoReset, reset=own_reset),
         left(a_query, Need.CLOSE, connection_class=NoReset, max_queries=1),
-        left(an_open_transaction, Need.RESET, connection_class=NoReset),
-        left(a_started_transaction, Need.RESET, connection_class=NoReset),
-        left(a_transaction_that_asyncpg_believes_open, Need.RESET, connection_class=NoReset),
-        left(a_listener, Need.RESET, connection_class=NoReset),
-        left(a_log_listener, Need.RESET, connection_class=NoReset),
+        left(a_failed_query, Need.RESET_AHEAD),
+        left(a_query_that_is_under_way, Need.RESET),
+        left(a_query_that_is_being_cancelled, Need.RESET),
         left(a_query_that_is_being_cancelled, Need.RESET, connection_class=NoReset),
+        left(a_transaction_that_has_ended, Need.RESET_AHEAD),
+        left(an_open_transaction, Need.RESET),
+        left(an_open_transaction, Need.RESET, connection_class=NoReset),
+        left(a_started_transaction, Need.RESET),
+        left(a_started_transaction, Need.RESET, connection_class=NoReset),
+        left(a_transaction_that_asyncpg_believes_open, Need.RESET),
+        left(a_transaction_that_asyncpg_believes_open, Need.RESET, connection_class=NoReset),
+        left(a_listener, Need.RESET),
+        left(a_listener, Need.RESET, connection_class=NoReset),
+        left(a_listener_that_is_removed, Need.RESET_AHEAD),
+        left(a_type_codec, Need.RESET),
+        left(a_type_codec, Need.RESET, connection_class=NoReset),
+        left(a_type_codec_of_which_the_server_does_not_know, Need.RESET),
+        left(a_type_codec_that_is_reset, Need.RESET_AHEAD),
     ],
 )
 async def test_a_connection_needs_what_its_caller_left_to_do(

@@ -109,9 +109,30 @@ async def by_a_release_inside_the_block(watch: Watch) -> None:
         await watch.pool.release(connection)
 
 
-async def by_a_cancelled_release(watch: Watch) -> None:
+async def by_release_in_a_transaction(watch: Watch) -> None:
+    await watch.pool.release(await in_a_transaction(watch))
+
+
+async def by_two_releases_in_turn_in_a_transaction(watch: Watch) -> None:
+    connection = await in_a_transaction(watch)
+    await watch.pool.release(connection)
+    await watch.pool.release(connection)
+
+
+async def by_two_releases_at_once_in_a_transaction(watch: Watch) -> None:
+    connection = await in_a_transaction(watch)
+    await asyncio.gather(watch.pool.release(connection), watch.pool.release(connection))
+
+
+async def in_a_transaction(watch: Watch) -> Any:
+    """Return a connection that needs a reset in the background."""
     connection = await watch.acquire()
-    await connection.execute("SELECT 1")
+    await connection.execute("BEGIN")
+    return connection
+
+
+async def by_a_cancelled_release(watch: Watch) -> None:
+    connection = await in_a_transaction(watch)
     releasing = asyncio.ensure_future(watch.pool.release(connection))
     await asyncio.sleep(0)
     releasing.cancel()
@@ -234,6 +255,14 @@ async def by_the_termination_of_the_pool_inside_the_block(watch: Watch) -> None:
 
 async def by_the_termination_of_the_pool_during_the_reset(watch: Watch) -> None:
     async with a_block(watch) as connection:
+        await connection.execute("BEGIN")
+        watch.endpoint.freeze()
+    await asyncio.sleep(0.01)
+    watch.pool.terminate()
+
+
+async def by_the_termination_of_the_pool_before_a_reset_is_answered(watch: Watch) -> None:
+    async with a_block(watch) as connection:
         await connection.execute("SELECT 1")
         watch.endpoint.freeze()
     await asyncio.sleep(0.01)
@@ -247,6 +276,15 @@ async def by_release_after_it_expired(watch: Watch) -> None:
 
 
 async def by_the_server_during_the_reset(watch: Watch) -> None:
+    async with a_block(watch) as connection:
+        await connection.execute("BEGIN")
+        watch.endpoint.freeze()
+    await asyncio.sleep(0.01)
+    watch.endpoint.cut()
+    watch.endpoint.thaw()
+
+
+async def by_the_server_before_a_reset_is_answered(watch: Watch) -> None:
     async with a_block(watch) as connection:
         await connection.execute("SELECT 1")
         watch.endpoint.freeze()
@@ -280,15 +318,18 @@ async def by_release_with_a_listener(watch: Watch) -> None:
 Ending: TypeAlias = Callable[[Watch], Awaitable[None]]
 ENDINGS: list[tuple[Ending, str]] = [  # and the states of the slot from then on
     (by_release, "idle"),
-    (by_release_after_a_query, "resetting idle"),
-    (by_two_releases_in_turn, "resetting idle"),
-    (by_two_releases_at_once, "resetting idle"),
-    (by_a_release_inside_the_block, "resetting idle"),
+    (by_release_after_a_query, "idle"),
+    (by_two_releases_in_turn, "idle"),
+    (by_two_releases_at_once, "idle"),
+    (by_a_release_inside_the_block, "idle"),
+    (by_the_end_of_the_block, "idle"),
+    (by_an_exception, "idle"),
+    (by_a_server_error, "idle"),
+    (by_a_cancellation_outside_of_a_query, "idle"),
+    (by_release_in_a_transaction, "resetting idle"),
+    (by_two_releases_in_turn_in_a_transaction, "resetting idle"),
+    (by_two_releases_at_once_in_a_transaction, "resetting idle"),
     (by_a_cancelled_release, "resetting idle"),
-    (by_the_end_of_the_block, "resetting idle"),
-    (by_an_exception, "resetting idle"),
-    (by_a_server_error, "resetting idle"),
-    (by_a_cancellation_outside_of_a_query, "resetting idle"),
     (by_a_cancellation_of_a_query, "resetting idle"),
     (by_release_with_a_listener, "resetting idle"),
     (by_close, "vacant"),
@@ -304,8 +345,10 @@ ENDINGS: list[tuple[Ending, str]] = [  # and the states of the slot from then on
     (by_the_termination_of_the_pool, "vacant"),
     (by_the_termination_of_the_pool_inside_the_block, "vacant"),
     (by_the_termination_of_the_pool_during_the_reset, "resetting vacant"),
+    (by_the_termination_of_the_pool_before_a_reset_is_answered, "idle vacant"),
     (by_release_after_it_expired, "closing vacant"),
     (by_the_server_during_the_reset, "resetting vacant"),
+    (by_the_server_before_a_reset_is_answered, "idle vacant"),
     (by_the_server_during_the_close, "closing vacant"),
 ]
 
@@ -318,7 +361,7 @@ async def test_a_loan_ends_once_and_its_slot_is_offered_once_however_it_ends(
 ) -> None:
     async with watched(postgres, monkeypatch) as watch:
         await end(watch)
-        await until(lambda: watch.states and watch.states[-1] in ("idle", "vacant"))
+        await until(lambda: watch.states and watch.states[-1] == states.split()[-1])
         await asyncio.sleep(0.01)  # time for a second offer
         assert (" ".join(watch.states), watch.offers) == (states, 1)
         [slot] = watch.pool._supply.slots
@@ -382,19 +425,26 @@ async def test_a_loan_whose_setup_ends_badly_offers_its_slot_once_without_the_co
         assert_balanced(watch.pool)
 
 
-@pytest.mark.parametrize("used", [False, True], ids=["untouched", "used"])
+@pytest.mark.parametrize(
+    ("query", "resetting"),
+    [
+        pytest.param(None, [], id="untouched"),
+        pytest.param("SELECT 1", [], id="used"),
+        pytest.param("BEGIN", ["resetting"], id="in a transaction"),
+    ],
+)
 async def test_the_slot_of_a_loan_goes_to_the_first_waiter(
-    postgres: LocalPostgres, monkeypatch: pytest.MonkeyPatch, used: bool
+    postgres: LocalPostgres, monkeypatch: pytest.MonkeyPatch, query: str | None, resetting: list[str]
 ) -> None:
     async with watched(postgres, monkeypatch) as watch:
         connection = await watch.acquire()
         waiting = [asyncio.ensure_future(watch.pool.acquire()) for _ in range(2)]
         await until(lambda: watch.pool.stats().waiting == 2)
-        if used:
-            await connection.execute("SELECT 1")
+        if query is not None:
+            await connection.execute(query)
         await watch.pool.release(connection)
         await asyncio.wait([waiting[0]])
-        assert watch.states == [*(["resetting"] if used else []), "reserved", "in_use"]
+        assert watch.states == [*resetting, "reserved", "in_use"]
         assert watch.offers == 1
         for one in waiting:
             await watch.pool.release(await one)

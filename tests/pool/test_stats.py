@@ -113,8 +113,8 @@ async def test_the_balances_of_the_docstring_hold_from_before_the_pool_opens_unt
             await second.fetchval("SELECT 1")
             await admin.execute("SELECT pg_terminate_backend($1)", await first.fetchval("SELECT pg_backend_pid()"))
             await until(lambda: look().in_use == 1)
-        look()
-        await until(lambda: look().idle == 1)
+        assert look().idle == 1
+        await until(lambda: look().resets == 1)
         ended = look()
         assert (ended.in_use, ended.vacant, ended.acquires, ended.releases, ended.dials) == (0, 2, 2, 2, 2)
         assert (ended.resets, ended.terminations, ended.wakes, ended.dial_failures) == (1, 1, 1, 0)
@@ -167,9 +167,11 @@ async def test_stats_count_what_has_happened(postgres: LocalPostgres) -> None:
             await connection.execute("SELECT pg_sleep(0.01)")
             with pytest.raises(neon_async.PoolTimeoutError):
                 await pool.acquire(timeout=0.01)
-        await until_settled(pool)
+        assert pool.stats().resets == 0, "the server has not answered"
+        await until(lambda: pool.stats().resets == 1)
         await pool.expire_connections()
         await pool.fetchval("SELECT 1")
+        await until(lambda: pool.stats().resets == 2)
         await until_settled(pool)
 
         now = pool.stats()
@@ -261,11 +263,23 @@ async def pausing_between_dials(pool: neon_async.Pool, endpoint: LocalEndpoint) 
 @contextlib.asynccontextmanager
 async def resetting(pool: neon_async.Pool, endpoint: LocalEndpoint) -> AsyncIterator[None]:
     async with pool.acquire() as connection:
-        await connection.execute("SET search_path TO pg_catalog")
+        await connection.execute("BEGIN")
         endpoint.freeze()
     assert pool.stats().resetting == 1
     yield
     endpoint.thaw()
+
+
+@contextlib.asynccontextmanager
+async def idle_with_a_reset_that_is_not_answered(pool: neon_async.Pool, endpoint: LocalEndpoint) -> AsyncIterator[None]:
+    async with pool.acquire() as connection:
+        await connection.execute("SET search_path TO pg_catalog")
+        endpoint.freeze()
+    stats = pool.stats()
+    assert (stats.idle, stats.resetting, stats.resets) == (1, 0, 0)
+    yield
+    endpoint.thaw()
+    await until(lambda: pool.stats().resets == 1)
 
 
 @contextlib.asynccontextmanager
@@ -297,6 +311,7 @@ def inside(pool: Any) -> tuple[Any, ...]:
             connecting,
             pausing_between_dials,
             resetting,
+            idle_with_a_reset_that_is_not_answered,
             closed,
         )
     ],

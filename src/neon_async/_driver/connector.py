@@ -7,6 +7,7 @@ pools or slots.
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import ssl
 from collections.abc import Coroutine
@@ -28,6 +29,7 @@ from .failures import Attempt, public_error
 from .holder import begin_session, session_of
 from .loop import LoopAdapter
 from .pooled import PooledConnection, is_pooled, tracked_settings
+from .protocol import SessionProtocol
 from .session import Healing, Session
 
 if TYPE_CHECKING:
@@ -200,7 +202,7 @@ class Connector:
         )
         if is_pooled(connection):
             session.initial_settings = tracked_settings(connection)
-        begin_session(connection, session)
+        begin_session(connection, session, functools.partial(SessionProtocol, host=session.host))
 
     def _class_for(self, base: type[Any]) -> type[Any]:
         endpoint = self.parameters.endpoint

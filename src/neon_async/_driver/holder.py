@@ -14,17 +14,19 @@ import contextlib
 import functools
 import logging
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import asyncpg
 from asyncpg.pool import PoolConnectionHolder, PoolConnectionProxy
 
 from .._errors import NeonAsyncError
-from .protocol import SessionProtocol
 from .session import Callbacks, Session
 
 if TYPE_CHECKING:
+    from .._wire.transport import SessionTransport
+    from .protocol import SessionProtocol
+
     _Connection: TypeAlias = asyncpg.Connection[asyncpg.Record]
     _Proxy: TypeAlias = PoolConnectionProxy[asyncpg.Record]
     _Pool: TypeAlias = asyncpg.Pool[asyncpg.Record]
@@ -136,15 +138,22 @@ def connection_of(resource: Any) -> Any:
     return resource._connection
 
 
-def begin_session(connection: Any, session: Session) -> None:
-    """Attach a session to a new connection, and have the connection use the running loop itself.
+def begin_session(
+    connection: Any, session: Session, make_protocol: Callable[[Any, SessionTransport], SessionProtocol]
+) -> None:
+    """Attach a session and a protocol to a new connection, and have the connection use the running loop itself.
 
     It was dialed through a loop adapter. From Python 3.14 on `asyncio.current_task(loop)` compares loops by identity,
     and asyncpg forgets a finished cancel request only when it finds the task by it.
+
+    Args:
+        connection: The connection.
+        session: Its session.
+        make_protocol: Makes the protocol from asyncpg's own and the transport of the session.
     """
     transport = connection._transport
     transport.session = session
-    connection._protocol = SessionProtocol(connection._protocol, transport, host=session.host)
+    connection._protocol = make_protocol(connection._protocol, transport)
     connection._loop = connection._stmt_cache._loop = asyncio.get_running_loop()
 
 
@@ -155,7 +164,12 @@ async def send(connection: Any, sql: str) -> None:
 
 def timeout_of(connection: Any, timeout: float | None) -> float | None:
     """Return the seconds that a call may take: its own `timeout`, or the connection's `command_timeout`."""
-    seconds: float | None = connection._protocol._get_timeout(timeout)
+    return timeout_by(connection._protocol, timeout)
+
+
+def timeout_by(protocol: Any, timeout: float | None) -> float | None:
+    """Return what `timeout_of()` does, by the protocol of the connection."""
+    seconds: float | None = protocol._get_timeout(timeout)
     return seconds
 
 
@@ -172,7 +186,12 @@ def queries_run(connection: Any) -> int:
 
 def is_cancelling(connection: Any) -> bool:
     """Return whether a cancelled statement has not ended yet."""
-    return bool(connection._protocol._is_cancelling())
+    return has_cancelled(connection._protocol)
+
+
+def has_cancelled(protocol: Any) -> bool:
+    """Return what `is_cancelling()` does, by the protocol of the connection."""
+    return bool(protocol._is_cancelling())
 
 
 def is_idle(connection: Any) -> bool:

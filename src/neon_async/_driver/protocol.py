@@ -20,6 +20,7 @@ import asyncpg
 
 from .._errors import ConnectionLostError, ServerError, server_error
 from .._wire.transport import SessionTransport
+from . import holder
 
 _T = TypeVar("_T")
 
@@ -84,7 +85,7 @@ class SessionProtocol:
             not self._running
             and self._transport.is_settled
             and self._asyncpg.is_connected()
-            and not self._asyncpg._is_cancelling()
+            and not holder.has_cancelled(self._asyncpg)
         )
 
     def is_in_transaction(self) -> bool:
@@ -197,7 +198,7 @@ class SessionProtocol:
     async def _wait_for_answers(self, timeout: float | None) -> float | None:
         """Wait until nothing is ahead of the next statement, and return the seconds that are left for it."""
         clock = asyncio.get_running_loop().time
-        seconds, began = self._asyncpg._get_timeout(timeout), clock()
+        seconds, began = holder.timeout_by(self._asyncpg, timeout), clock()
         async with asyncio.timeout(seconds):
             await self._transport.wait_for_answers()
         return None if seconds is None else seconds - (clock() - began)

@@ -10,6 +10,7 @@ import asyncpg
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.probes import assert_secret_free
 
 from neon_async import ConfigurationError, create_pool
 from neon_async._config.connection import ConnectKeywords
@@ -58,7 +59,7 @@ def test_an_option_is_kept_as_it_is_given(options: dict[str, Any]) -> None:
     assert {name: getattr(read, name) for name in options} == options
 
 
-@pytest.mark.parametrize(
+REFUSED = pytest.mark.parametrize(
     ("options", "message"),
     [
         pytest.param({"max_size": 0}, "max_size must be a whole number from 1 to 1,000,000,000, not 0.", id="max_size"),
@@ -122,9 +123,14 @@ def test_an_option_is_kept_as_it_is_given(options: dict[str, Any]) -> None:
             {"init": "SELECT 1"}, "init must be an async function that takes a connection, not 'SELECT 1'.", id="init"
         ),
         pytest.param({"setup": 1}, "setup must be", id="setup"),
+        pytest.param({"setup": "not a function"}, "not 'not a function'.", id="setup a string"),
         pytest.param({"reset": {}}, "reset must be", id="reset"),
+        pytest.param({"reset": "not a function"}, "not 'not a function'.", id="reset a string"),
     ],
 )
+
+
+@REFUSED
 def test_an_option_out_of_range_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigurationError) as caught:
         PoolOptions(**options)
@@ -176,6 +182,23 @@ def test_create_pool_takes_exactly_these_options() -> None:
     assert explicit == {name: DEFAULTS[name] for name in explicit}
 
 
+@pytest.mark.parametrize(
+    ("parameter", "default"),
+    [
+        ("acquire_timeout", 30.0),
+        ("release_timeout", 5.0),
+        ("max_waiting", None),
+        ("min_size", 0),
+        ("max_lifetime", 3600.0),
+        ("max_inactive_connection_lifetime", 240.0),
+        ("check_after_idle", 30.0),
+        ("leak_after", None),
+    ],
+)
+def test_the_signature_of_create_pool_shows_the_defaults(parameter: str, default: float | None) -> None:
+    assert inspect.signature(create_pool).parameters[parameter].default == default
+
+
 def test_keywords_are_split_into_options_and_parameters_of_the_connections() -> None:
     options, others = PoolOptions.split({"max_size": 3, "host": "db.example.com", "max_sise": 4, "init_size": None})
     assert options == PoolOptions(max_size=3)
@@ -204,7 +227,9 @@ def test_every_option_is_documented(name: str) -> None:
         assert "Default" in " ".join(entry)
 
 
-@pytest.mark.parametrize("options", [{"max_size": 0}, {"acquire_timeout": 0}, {"init": "SELECT 1"}], ids=str)
-def test_the_call_refuses_what_the_options_refuse(options: dict[str, Any]) -> None:
-    with pytest.raises(ConfigurationError, match=f"^{next(iter(options))} must be"):
-        create_pool("postgresql://alex:x@db.example.com/d", **options)
+@REFUSED
+def test_the_call_refuses_what_the_options_refuse(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"^{list(options)[-1]} must be") as caught:
+        create_pool("postgresql://alex:s3cret@db.example.com/d", **options)
+    assert message in str(caught.value)
+    assert_secret_free(caught.value, "s3cret")

@@ -1,4 +1,7 @@
-"""A short run of `chaos.py`; its docstring tells how to run it for a minute."""
+"""A short run of `support.chaos`, and a test of each fault that longer runs have found.
+
+The docstring of `support.chaos` shows how to run it for longer.
+"""
 
 from __future__ import annotations
 
@@ -23,10 +26,10 @@ ROOT = issue(subject="root", ca=True)
 
 async def test_chaos_loses_no_write_no_slot_and_no_task(postgres: LocalPostgres) -> None:
     seed = secrets.randbelow(1_000_000)
-    print(f"chaos seed {seed}")  # noqa: T201  pytest shows it when this fails
+    print(f"chaos seed {seed}")  # noqa: T201  pytest shows it when the test fails
     report = await chaos.run(postgres, seconds=6.0, seed=seed)
     assert not report.problems, str(report)
-    # It was chaos: there was something to acknowledge, to lose and to run again.
+    # The run was not idle: some writes were acknowledged, some were lost, and some were retried.
     assert report.fates["acknowledged"] > 0, str(report)
     assert report.fates["unknown"] > 0, str(report)
     assert report.stats is not None
@@ -34,17 +37,18 @@ async def test_chaos_loses_no_write_no_slot_and_no_task(postgres: LocalPostgres)
     assert report.stats.terminations > 0, str(report)
 
 
-# What chaos has found
+# ---------------------------------------------------------------------------------------------------------------------
+# Faults that chaos has found
 
 
-async def test_work_runs_again_that_was_told_of_the_end_of_its_connection_between_two_statements() -> None:
-    """asyncpg takes in the server's last words while nothing is under way, and then refuses everything.
+async def test_work_is_retried_if_its_connection_ends_between_two_statements() -> None:
+    """asyncpg reads the server's last message while no statement runs, and then refuses every statement.
 
-    The end of the stream comes a moment later, or, where the way is broken, not at all.
+    The end of the stream arrives a moment later or, if the network fails, never.
     """
     leaf = issue(ROOT)
     context = server_context(b"".join((leaf.key_pem, leaf.pem)))
-    last_words = error_response("terminating connection due to administrator command", code="57P01")
+    last_message = error_response("terminating connection due to administrator command", code="57P01")
 
     def serve(conversation: Conversation) -> None:
         first = impostor.connections == 1
@@ -54,7 +58,7 @@ async def test_work_runs_again_that_was_told_of_the_end_of_its_connection_betwee
         for tag, status in ((b"BEGIN", b"T"), (b"SELECT 1", b"T"), (b"COMMIT", b"I")):
             conversation.read_message()
             answer = message(b"C", tag + b"\0") + message(b"Z", status)
-            conversation.send(answer + last_words if first else answer)
+            conversation.send(answer + last_message if first else answer)
 
     async def work(connection: neon_async.Connection) -> str:
         return await connection.execute("SELECT 1")
@@ -66,8 +70,8 @@ async def test_work_runs_again_that_was_told_of_the_end_of_its_connection_betwee
         assert impostor.connections == 2
 
 
-async def test_a_connection_that_expires_on_its_way_to_a_waiter_is_not_handed_out(postgres: LocalPostgres) -> None:
-    """The one that replaces it is the pool's own, too: dialed behind, counted, and reset after use."""
+async def test_a_connection_that_expires_during_the_hand_over_is_not_lent(postgres: LocalPostgres) -> None:
+    """Its replacement is dialed in the background, counted, and reset after use."""
     async with (
         neon_async.create_pool(postgres.dsn, trust_anchor=postgres.trust_anchor, max_size=1) as pool,
         asyncio.timeout(HANG),
@@ -87,23 +91,23 @@ async def test_a_connection_that_expires_on_its_way_to_a_waiter_is_not_handed_ou
         assert (pool.stats().dials, pool.stats().resets) == (2, 1)
 
 
-async def test_a_release_tells_nothing_of_a_connection_that_ends_before_its_reset_has_begun(
+async def test_a_release_does_not_raise_if_the_connection_ends_before_its_reset_starts(
     postgres: LocalPostgres,
 ) -> None:
-    """The slot has served its next caller by then; the reset that comes too late leaves it alone."""
+    """The slot serves its next caller by then, and the late reset does not touch it."""
     async with (
         neon_async.create_pool(postgres.dsn, trust_anchor=postgres.trust_anchor, max_size=1) as pool,
         asyncio.timeout(HANG),
     ):
         connection: Any = await pool.acquire()
         await connection.execute("SET search_path TO pg_catalog")
-        behind = connection._con
+        lent = connection._con
         waiter = asyncio.ensure_future(pool.fetchval("SELECT 1"))
         await until(lambda: pool.stats().waiting == 1)
         releasing = asyncio.ensure_future(pool.release(connection))
         await asyncio.sleep(0)
         assert pool.stats().resetting == 1
-        behind.terminate()
-        await releasing  # as with asyncpg's pool
+        lent.terminate()
+        await releasing  # asyncpg's pool does not raise either
         assert await waiter == 1
         assert_balanced(pool)

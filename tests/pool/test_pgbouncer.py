@@ -1,7 +1,7 @@
-"""What the tests and the package take for granted of a pooled host, shown on a real PgBouncer.
+"""A real PgBouncer behaves as the package and its tests assume of a pooled host.
 
-First that `LocalPgBouncer` is what it claims, then the premises: what PgBouncer in transaction mode does to sessions,
-prepared statements and asyncpg. Most of it is asked with plain asyncpg, so that the package has no part in the answers.
+The first tests check `LocalPgBouncer` itself. The others check what PgBouncer in transaction mode does to sessions,
+prepared statements and asyncpg. Most of them use plain asyncpg, so that the package cannot influence the result.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 import asyncpg
 import pytest
-from support.pgbouncer import MINIMUM_VERSION, LocalPgBouncer
+from support.pgbouncer import MINIMUM_VERSION, LocalPgBouncer, installed_version
 from support.probes import HANG, nothing_is_left, until
 
 import neon_async
@@ -32,7 +32,7 @@ Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
 
 @contextlib.asynccontextmanager
 async def session(server: LocalPgBouncer | LocalPostgres, **keywords: Any) -> AsyncIterator[Connection]:
-    """A connection of plain asyncpg, verified by the name localhost."""
+    """Yield a connection of plain asyncpg, verified against the name localhost."""
     url = urlsplit(server.dsn)
     context = ssl.create_default_context(cadata=server.trust_anchor.decode())
     connection = await asyncpg.connect(
@@ -53,7 +53,7 @@ async def session(server: LocalPgBouncer | LocalPostgres, **keywords: Any) -> As
 
 @contextlib.asynccontextmanager
 async def occupied(bouncer: LocalPgBouncer) -> AsyncIterator[Connection]:
-    """Another client in a transaction, on the server connection that was used last: PgBouncer hands out that first."""
+    """Yield another client in a transaction on the server connection used last, which PgBouncer assigns first."""
     async with session(bouncer) as other, other.transaction():
         await other.execute("SELECT 1")
         yield other
@@ -66,7 +66,7 @@ async def backend(connection: Connection) -> int:
 
 
 async def eventually(condition: Callable[[], Awaitable[object]]) -> None:
-    """Wait until what `condition` asks holds."""
+    """Wait until `condition` returns something true."""
     async with asyncio.timeout(HANG):
         while not await condition():
             await asyncio.sleep(0.001)
@@ -74,7 +74,7 @@ async def eventually(condition: Callable[[], Awaitable[object]]) -> None:
 
 @pytest.fixture
 async def pooler(pgbouncer_installed: None, postgres: LocalPostgres) -> AsyncIterator[LocalPgBouncer]:
-    """A PgBouncer of one test's own, with new server connections."""
+    """A PgBouncer for one test, with new server connections."""
     async with LocalPgBouncer(postgres) as bouncer:
         yield bouncer
 
@@ -95,17 +95,17 @@ async def table(direct: Connection) -> AsyncIterator[str]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The fixture is what it claims
+# LocalPgBouncer
 
 
-async def test_it_is_new_enough_to_keep_prepared_statements(pgbouncer: LocalPgBouncer) -> None:
+async def test_its_version_supports_prepared_statements(pgbouncer: LocalPgBouncer) -> None:
     [row] = await pgbouncer.admin("SHOW VERSION")
     name, version = row["version"].split()
     assert name == "PgBouncer"
     assert tuple(map(int, version.split("."))) >= MINIMUM_VERSION
 
 
-async def test_neon_async_connects_to_the_pooled_host_with_everything_verified(pgbouncer: LocalPgBouncer) -> None:
+async def test_neon_async_connects_to_the_pooled_host_with_full_verification(pgbouncer: LocalPgBouncer) -> None:
     connection = await neon_async.connect(pgbouncer.dsn, trust_anchor=pgbouncer.trust_anchor)
     try:
         assert await connection.fetchval("SELECT 41 + $1::int", 1) == 42
@@ -114,16 +114,18 @@ async def test_neon_async_connects_to_the_pooled_host_with_everything_verified(p
         await connection.close()
     assert report.server_name == pgbouncer.host == "ep-cool-darkness-123456-pooler.us-east-2.aws.neon.tech"
     assert report.version == "TLSv1.3"
-    assert report.mechanism == "SCRAM-SHA-256"  # PgBouncer knows no channel binding
+    assert report.mechanism == "SCRAM-SHA-256"  # PgBouncer does not support channel binding
 
 
-async def test_its_certificate_is_not_the_server_s(pgbouncer: LocalPgBouncer, postgres: LocalPostgres) -> None:
+async def test_its_certificate_is_not_issued_by_the_authority_of_the_server(
+    pgbouncer: LocalPgBouncer, postgres: LocalPostgres
+) -> None:
     with pytest.raises(neon_async.CertificateError):
         await neon_async.connect(pgbouncer.dsn, trust_anchor=postgres.trust_anchor)
 
 
 async def test_a_wrong_password_is_refused(pgbouncer: LocalPgBouncer) -> None:
-    # In PgBouncer's own words. On Neon the proxy in front of it answers.
+    # This is PgBouncer's message. On Neon the proxy in front of PgBouncer answers.
     with pytest.raises(neon_async.InvalidPasswordError, match="SASL authentication failed"):
         await neon_async.connect(pgbouncer.dsn, trust_anchor=pgbouncer.trust_anchor, password="wrong")
 
@@ -135,13 +137,13 @@ async def test_plaintext_is_refused(pgbouncer: LocalPgBouncer) -> None:
             await asyncpg.connect(dsn, ssl=False, timeout=HANG)
 
 
-async def test_the_way_to_the_server_is_tls(pgbouncer: LocalPgBouncer) -> None:
+async def test_the_connection_to_the_server_uses_tls(pgbouncer: LocalPgBouncer) -> None:
     async with session(pgbouncer) as client:
         version = await client.fetchval("SELECT version FROM pg_stat_ssl WHERE pid = pg_backend_pid()")
     assert version == "TLSv1.3"
 
 
-async def test_two_transactions_of_one_client_can_land_on_two_server_connections(pgbouncer: LocalPgBouncer) -> None:
+async def test_two_transactions_of_one_client_can_run_on_two_server_connections(pgbouncer: LocalPgBouncer) -> None:
     async with session(pgbouncer) as client:
         first = await backend(client)
         async with occupied(pgbouncer) as other:
@@ -149,7 +151,7 @@ async def test_two_transactions_of_one_client_can_land_on_two_server_connections
             assert await backend(client) != first
 
 
-async def test_a_prepared_statement_goes_along_to_another_server_connection(pgbouncer: LocalPgBouncer) -> None:
+async def test_a_prepared_statement_works_on_another_server_connection(pgbouncer: LocalPgBouncer) -> None:
     async with session(pgbouncer) as client:
         statement = await client.prepare("SELECT pg_backend_pid() + $1::int")
         first = await statement.fetchval(0)
@@ -157,7 +159,9 @@ async def test_a_prepared_statement_goes_along_to_another_server_connection(pgbo
             assert await statement.fetchval(0) != first
 
 
-async def test_without_prepared_statements_the_same_fails(pgbouncer_installed: None, postgres: LocalPostgres) -> None:
+async def test_a_prepared_statement_fails_on_another_server_connection_if_support_is_off(
+    pgbouncer_installed: None, postgres: LocalPostgres
+) -> None:
     async with LocalPgBouncer(postgres, max_prepared_statements=0) as bouncer, session(bouncer) as client:
         statement = await client.prepare("SELECT pg_backend_pid() + $1::int")
         await statement.fetchval(0)
@@ -166,7 +170,7 @@ async def test_without_prepared_statements_the_same_fails(pgbouncer_installed: N
                 await statement.fetchval(0)
 
 
-async def test_the_pool_size_bounds_the_server_connections(pgbouncer_installed: None, postgres: LocalPostgres) -> None:
+async def test_the_pool_size_limits_the_server_connections(pgbouncer_installed: None, postgres: LocalPostgres) -> None:
     async with LocalPgBouncer(postgres, default_pool_size=1) as bouncer, session(bouncer) as client:
         async with occupied(bouncer) as other:
             query = asyncio.ensure_future(backend(client))
@@ -176,11 +180,11 @@ async def test_the_pool_size_bounds_the_server_connections(pgbouncer_installed: 
 
 
 async def is_waiting(bouncer: LocalPgBouncer) -> bool:
-    """Whether a client waits for a server connection."""
+    """Return whether a client waits for a server connection."""
     return any(row["cl_waiting"] for row in await bouncer.admin("SHOW POOLS"))
 
 
-async def test_reconnect_swaps_the_server_connections(pooler: LocalPgBouncer) -> None:
+async def test_reconnect_replaces_the_server_connections(pooler: LocalPgBouncer) -> None:
     async with session(pooler) as client:
         first = await backend(client)
         await pooler.admin("RECONNECT")
@@ -188,7 +192,7 @@ async def test_reconnect_swaps_the_server_connections(pooler: LocalPgBouncer) ->
 
 
 @pytest.mark.parametrize("end", [LocalPgBouncer.stop, LocalPgBouncer.kill], ids=["stop", "kill"])
-async def test_when_it_ends_clients_lose_the_connection_and_it_comes_back_on_the_same_port(
+async def test_clients_lose_their_connections_when_it_ends_and_it_restarts_on_the_same_port(
     pooler: LocalPgBouncer, end: Callable[[LocalPgBouncer], Awaitable[None]]
 ) -> None:
     async with session(pooler) as client:
@@ -202,7 +206,7 @@ async def test_when_it_ends_clients_lose_the_connection_and_it_comes_back_on_the
         assert await backend(client)
 
 
-async def test_it_leaves_neither_process_nor_folder(pgbouncer_installed: None, postgres: LocalPostgres) -> None:
+async def test_it_leaves_no_process_and_no_folder(pgbouncer_installed: None, postgres: LocalPostgres) -> None:
     async with LocalPgBouncer(postgres) as bouncer:
         pid = bouncer.pid
         assert pid is not None
@@ -248,7 +252,7 @@ def is_alive(pid: int) -> bool:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Premises: prepared statements after a migration
+# Prepared statements after a migration
 
 QUERY = "SELECT * FROM migrated"
 
@@ -265,15 +269,15 @@ async def test_after_ddl_a_prepared_statement_fails_on_every_connection(
         assert await row(first) == (1,)
         assert await row(second) == (1,)
         await direct.execute("ALTER TABLE migrated ADD COLUMN second int DEFAULT 2")
-        for client in [first, second, newcomer] * 3:  # asyncpg drops its own copy each time; it does not help
+        for client in [first, second, newcomer] * 3:  # asyncpg drops its own copy each time, without effect
             with pytest.raises(asyncpg.InvalidCachedStatementError) as failure:
                 await row(client)
-            # asyncpg has words of its own; the server's are kept beside them.
+            # asyncpg writes a message of its own and keeps the server's message in the details.
             assert failure.value.as_dict()["message"] == "cached plan must not change result type"
 
 
 @pytest.mark.parametrize("change", ["{} /* 2 */", "{} --2", "{} "], ids=["comment", "line-comment", "blank"])
-async def test_after_ddl_the_same_query_with_another_text_works_at_once(
+async def test_after_ddl_the_same_query_with_a_different_text_works_at_once(
     pooler: LocalPgBouncer, direct: Connection, table: str, change: str
 ) -> None:
     async with session(pooler) as client, session(pooler) as other:
@@ -285,14 +289,14 @@ async def test_after_ddl_the_same_query_with_another_text_works_at_once(
         assert await row(other, change.format(QUERY)) == (1, 2)
 
 
-async def test_after_ddl_what_a_client_has_described_is_wrong_for_ever_on_a_new_server_connection(
+async def test_after_ddl_the_description_a_client_has_stays_wrong_on_a_new_server_connection(
     pooler: LocalPgBouncer, direct: Connection, table: str
 ) -> None:
     async with session(pooler) as client, session(pooler) as newcomer:
         await row(client)
         await direct.execute("ALTER TABLE migrated ADD COLUMN second int DEFAULT 2")
         await pooler.admin("RECONNECT")
-        for _ in range(3):  # no plan is stale now, so nothing tells asyncpg to drop its copy
+        for _ in range(3):  # no plan is stale now, so asyncpg has no reason to drop its copy
             with pytest.raises(asyncpg.ProtocolError, match="different from what was described"):
                 await row(client)
         assert await row(newcomer) == (1, 2)
@@ -300,20 +304,18 @@ async def test_after_ddl_what_a_client_has_described_is_wrong_for_ever_on_a_new_
         assert await row(client) == (1, 2)
 
 
-async def test_after_a_change_of_type_a_new_server_connection_is_read_with_the_old_type(
+async def test_after_a_change_of_type_results_are_decoded_with_the_old_type(
     pooler: LocalPgBouncer, direct: Connection, table: str
 ) -> None:
-    """No error tells: the result has as many columns, and each as many bytes, as asyncpg was told before."""
+    """No error is raised, because the result has as many columns, each with as many bytes, as asyncpg expects."""
     async with session(pooler) as client:
         assert await client.fetchval(QUERY) == 1
         await direct.execute("ALTER TABLE migrated ALTER COLUMN first TYPE real")
         await pooler.admin("RECONNECT")
-        assert await client.fetchval(QUERY) == 0x3F800000  # 1.0 as an IEEE 754 single, taken for an integer
+        assert await client.fetchval(QUERY) == 0x3F800000  # 1.0 as an IEEE 754 single, decoded as an integer
 
 
-async def test_in_a_transaction_the_failure_of_a_cached_plan_aborts_it(
-    pooler: LocalPgBouncer, direct: Connection, table: str
-) -> None:
+async def test_a_stale_plan_aborts_the_transaction(pooler: LocalPgBouncer, direct: Connection, table: str) -> None:
     async with session(pooler) as client:
         await row(client)
         await direct.execute("ALTER TABLE migrated ADD COLUMN second int DEFAULT 2")
@@ -327,26 +329,26 @@ async def test_in_a_transaction_the_failure_of_a_cached_plan_aborts_it(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Premises: there is no session
+# Session state
 
 
-async def test_listen_hears_nothing(pooler: LocalPgBouncer, direct: Connection) -> None:
-    heard: list[object] = []
-    heard_directly: list[object] = []
+async def test_a_listener_receives_no_notification(pooler: LocalPgBouncer, direct: Connection) -> None:
+    received: list[object] = []
+    received_directly: list[object] = []
     async with session(pooler) as client:
-        await direct.add_listener("news", lambda *arguments: heard_directly.append(arguments[-1]))
-        await client.add_listener("news", lambda *arguments: heard.append(arguments[-1]))
+        await direct.add_listener("news", lambda *arguments: received_directly.append(arguments[-1]))
+        await client.add_listener("news", lambda *arguments: received.append(arguments[-1]))
         listening = await backend(client)
         await direct.execute("NOTIFY news, 'from afar'")
         async with occupied(pooler) as other:
             assert await backend(other) == listening
-            await until(lambda: heard_directly)
+            await until(lambda: received_directly)
             assert await backend(client) != listening
-    assert heard_directly == ["from afar"]
-    assert heard == []
+    assert received_directly == ["from afar"]
+    assert received == []
 
 
-async def test_a_setting_is_lost_to_its_client_and_leaks_to_another(pooler: LocalPgBouncer) -> None:
+async def test_a_setting_is_lost_for_its_client_and_leaks_to_another_client(pooler: LocalPgBouncer) -> None:
     async with session(pooler) as client:
         await client.execute("SET statement_timeout = '54321ms'")
         async with occupied(pooler) as other:
@@ -362,14 +364,14 @@ async def test_a_local_setting_ends_with_its_transaction(pooler: LocalPgBouncer)
         assert await client.fetchval("SHOW statement_timeout") == "0"
 
 
-async def test_an_advisory_lock_of_the_session_stays_with_the_server_connection(pooler: LocalPgBouncer) -> None:
+async def test_a_session_advisory_lock_stays_with_the_server_connection(pooler: LocalPgBouncer) -> None:
     async with session(pooler) as client:
         await client.execute("SELECT pg_advisory_lock(4711)")
         async with occupied(pooler):
             assert await client.fetchval("SELECT pg_advisory_unlock(4711)") is False
 
 
-# What PgBouncer follows, so that it goes with the client: its documentation, track_extra_parameters.
+# The settings that every version of PgBouncer tracks per client: its documentation, track_extra_parameters.
 TRACKED = {
     "application_name": "billing",
     "client_encoding": "LATIN1",
@@ -381,7 +383,7 @@ TRACKED = {
 
 
 @pytest.mark.parametrize("name", TRACKED)
-async def test_a_tracked_setting_goes_with_its_client(pooler: LocalPgBouncer, name: str) -> None:
+async def test_a_tracked_setting_follows_its_client(pooler: LocalPgBouncer, name: str) -> None:
     async with session(pooler) as client:
         await client.execute(f"SET {name} = '{TRACKED[name]}'")
         first = await backend(client)
@@ -391,7 +393,9 @@ async def test_a_tracked_setting_goes_with_its_client(pooler: LocalPgBouncer, na
             assert await client.fetchval(f"SHOW {name}") == TRACKED[name]
 
 
-@pytest.mark.parametrize("name", [name for name in TRACKED if name != "client_encoding"])  # asyncpg sends that itself
+@pytest.mark.parametrize(
+    "name", [name for name in TRACKED if name != "client_encoding"]
+)  # asyncpg sends this one itself
 async def test_a_tracked_server_setting_is_applied(pgbouncer: LocalPgBouncer, name: str) -> None:
     async with session(pgbouncer, server_settings={name: TRACKED[name]}) as client:
         assert await client.fetchval(f"SHOW {name}") == TRACKED[name]
@@ -402,26 +406,43 @@ async def test_a_tracked_server_setting_is_applied(pgbouncer: LocalPgBouncer, na
     [
         pytest.param({"statement_timeout": "1000"}, id="as-a-parameter"),
         pytest.param({"options": "-c statement_timeout=1000"}, id="in-options"),
-        pytest.param({"search_path": "other"}, id="search-path"),
+        pytest.param({"lock_timeout": "1000"}, id="another-parameter"),
         pytest.param({"jit": "off"}, id="jit"),
     ],
 )
-async def test_a_server_setting_that_is_not_tracked_is_refused(
+async def test_a_server_setting_that_no_version_tracks_is_refused(
     pgbouncer: LocalPgBouncer, settings: dict[str, str]
 ) -> None:
-    async with nothing_is_left():  # asyncpg does not wait for the end of a connection that came to nothing
+    await refused(pgbouncer, settings)
+
+
+async def test_search_path_as_a_server_setting_is_applied_since_1_26_and_refused_before(
+    pgbouncer: LocalPgBouncer,
+) -> None:
+    version = installed_version()
+    assert version is not None
+    if version < (1, 26):
+        await refused(pgbouncer, {"search_path": "other"})
+    else:
+        async with session(pgbouncer, server_settings={"search_path": "other"}) as client:
+            assert await client.fetchval("SHOW search_path") == "other"
+
+
+async def refused(pgbouncer: LocalPgBouncer, settings: dict[str, str]) -> None:
+    """Check that PgBouncer refuses a connection with these server settings."""
+    async with nothing_is_left():  # asyncpg does not wait until a connection that failed is closed
         with pytest.raises(asyncpg.ProtocolViolationError, match="unsupported startup parameter"):
             async with session(pgbouncer, server_settings=settings):
                 pass
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Premises: asyncpg's introspection of types
+# The type introspection of asyncpg
 
 
 @pytest.fixture
 async def mood(direct: Connection) -> AsyncIterator[str]:
-    """A type that asyncpg has to look up."""
+    """A value of a type that asyncpg must look up."""
     await direct.execute("CREATE TYPE mood AS (level int, since timestamptz)")
     yield "(1,2026-01-01)"
     await direct.execute("DROP TYPE mood")
@@ -430,7 +451,7 @@ async def mood(direct: Connection) -> AsyncIterator[str]:
 async def test_introspection_can_leave_jit_off_on_a_server_connection(
     pgbouncer_installed: None, postgres: LocalPostgres, direct: Connection, mood: str
 ) -> None:
-    """asyncpg turns jit off, looks the type up and turns jit on again: three statements, on any server connection."""
+    """asyncpg turns jit off, looks the type up and turns jit on: three statements, each on any server connection."""
     async with (
         LocalPgBouncer(postgres, default_pool_size=2) as bouncer,
         session(bouncer) as client,
@@ -439,17 +460,17 @@ async def test_introspection_can_leave_jit_off_on_a_server_connection(
         assert await client.fetchval("SHOW jit") == "on"
         lock = direct.transaction()
         await lock.start()
-        await direct.execute("LOCK TABLE pg_catalog.pg_range IN ACCESS EXCLUSIVE MODE")  # only the look-up reads this
+        await direct.execute("LOCK TABLE pg_catalog.pg_range IN ACCESS EXCLUSIVE MODE")  # only the look-up reads it
         query = asyncio.ensure_future(client.fetchval(f"SELECT '{mood}'::mood"))
         await eventually(lambda: direct.fetchval("SELECT count(*) FROM pg_locks WHERE NOT granted"))
         async with occupied(bouncer) as third:  # on the other server connection
             begin = asyncio.ensure_future(second.execute("BEGIN"))
             await eventually(lambda: is_waiting(bouncer))
             await lock.rollback()
-            await begin  # on the server connection that the look-up has just left
+            await begin  # on the server connection that the look-up has just released
             assert await second.fetchval("SHOW jit") == "off"
             assert await third.fetchval("SHOW jit") == "on"
-        await query  # jit was turned on where it was on
+        await query  # jit was turned on where it was on already
         assert await second.fetchval("SHOW jit") == "off"
         await second.execute("COMMIT")
 

@@ -1,4 +1,4 @@
-"""What happens to a connection that comes back: nothing its caller waits for, and nothing the next one could notice."""
+"""A released connection is reset: its caller does not wait for that, and the next caller finds a clean session."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ NEVER = 100 * HANG
 
 
 class HeldReset:
-    """A `reset=` that begins, and ends when it is told to."""
+    """A `reset=` that starts at once and ends when `go_on` is set."""
 
     def __init__(self) -> None:
-        self.begun = 0
+        self.started = 0
         self.go_on = asyncio.Event()
 
     async def __call__(self, connection: Any) -> None:
-        self.begun += 1
+        self.started += 1
         await self.go_on.wait()
 
 
@@ -51,25 +51,25 @@ async def reset() -> HeldReset:
 
 @pytest.fixture
 async def held_pool(postgres: LocalPostgres, reset: HeldReset) -> AsyncIterator[neon_async.Pool]:
-    """A pool of one connection, whose resets do not end until `reset.go_on` is set."""
+    """A pool of one connection whose resets do not end before `reset.go_on` is set."""
     async with make_pool(postgres, max_size=1, reset=reset, release_timeout=NEVER) as pool:
         yield pool
         reset.go_on.set()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Nobody waits for the reset but the next
+# The next caller waits for the reset
 
 
-async def test_leaving_the_block_returns_at_once_and_the_slot_is_passed_on_after_the_reset(
+async def test_leaving_the_block_returns_at_once_and_the_next_caller_waits_for_the_reset(
     held_pool: neon_async.Pool, reset: HeldReset
 ) -> None:
     async with asyncio.timeout(HANG):
         async with held_pool.acquire() as connection:
             pid = await connection.fetchval("SELECT pg_backend_pid()")
-        assert (reset.begun, held_pool.stats().resetting, held_pool.stats().idle) == (0, 1, 0)
+        assert (reset.started, held_pool.stats().resetting, held_pool.stats().idle) == (0, 1, 0)
         following = asyncio.ensure_future(held_pool.fetchval("SELECT pg_backend_pid()"))
-        await until(lambda: reset.begun)
+        await until(lambda: reset.started)
         await asyncio.sleep(0.01)
         assert held_pool.stats().waiting == 1
         assert not following.done()
@@ -79,10 +79,8 @@ async def test_leaving_the_block_returns_at_once_and_the_slot_is_passed_on_after
         assert held_pool.stats().resets == 2
 
 
-@pytest.mark.parametrize(
-    "error", [RuntimeError, asyncio.CancelledError], ids=["an error passes", "a cancellation passes"]
-)
-async def test_leaving_the_block_by_an_exception_returns_at_once(
+@pytest.mark.parametrize("error", [RuntimeError, asyncio.CancelledError], ids=["error", "cancellation"])
+async def test_leaving_the_block_with_an_exception_returns_at_once(
     held_pool: neon_async.Pool, error: type[BaseException]
 ) -> None:
     async def fail() -> None:
@@ -106,33 +104,33 @@ async def test_leaving_the_block_by_an_exception_returns_at_once(
         pytest.param(lambda pool: pool.fetchval("SELECT 1"), id="fetchval"),
         pytest.param(lambda pool: pool.fetchmany("SELECT $1::int", [(1,)]), id="fetchmany"),
         pytest.param(lambda pool: pool.copy_from_query("SELECT 1", output=io.BytesIO()), id="copy_from_query"),
-        pytest.param(lambda pool: pool.copy_from_table("made", output=io.BytesIO()), id="copy_from_table"),
-        pytest.param(lambda pool: pool.copy_to_table("made", source=io.BytesIO(b"1\n")), id="copy_to_table"),
-        pytest.param(lambda pool: pool.copy_records_to_table("made", records=[(1,)]), id="copy_records_to_table"),
+        pytest.param(lambda pool: pool.copy_from_table("items", output=io.BytesIO()), id="copy_from_table"),
+        pytest.param(lambda pool: pool.copy_to_table("items", source=io.BytesIO(b"1\n")), id="copy_to_table"),
+        pytest.param(lambda pool: pool.copy_records_to_table("items", records=[(1,)]), id="copy_records_to_table"),
     ],
 )
-async def test_the_calls_of_a_pool_return_before_the_reset(
+async def test_a_query_method_of_the_pool_returns_before_the_reset(
     postgres: LocalPostgres,
     held_pool: neon_async.Pool,
     reset: HeldReset,
     call: Callable[[neon_async.Pool], Awaitable[object]],
 ) -> None:
     async with connected(postgres) as admin, asyncio.timeout(HANG):
-        await admin.execute("CREATE TABLE made (id int)")
+        await admin.execute("CREATE TABLE items (id int)")
         try:
             await call(held_pool)
             assert held_pool.stats().resetting == 1
             reset.go_on.set()
             await until_settled(held_pool)
         finally:
-            await admin.execute("DROP TABLE made")
+            await admin.execute("DROP TABLE items")
 
 
 async def test_an_explicit_release_waits_for_the_reset(held_pool: neon_async.Pool, reset: HeldReset) -> None:
     connection = await held_pool.acquire()
     await connection.execute("SELECT 1")
     releasing = asyncio.ensure_future(held_pool.release(connection))
-    await until(lambda: reset.begun)
+    await until(lambda: reset.started)
     await asyncio.sleep(0.01)
     assert not releasing.done()
     reset.go_on.set()
@@ -142,11 +140,11 @@ async def test_an_explicit_release_waits_for_the_reset(held_pool: neon_async.Poo
     assert_balanced(held_pool)
 
 
-async def test_a_release_that_is_cancelled_goes_on_behind(held_pool: neon_async.Pool, reset: HeldReset) -> None:
+async def test_a_cancelled_release_continues_in_the_background(held_pool: neon_async.Pool, reset: HeldReset) -> None:
     connection = await held_pool.acquire()
     await connection.execute("SELECT 1")
     releasing = asyncio.ensure_future(held_pool.release(connection))
-    await until(lambda: reset.begun)
+    await until(lambda: reset.started)
     for _ in range(2):
         releasing.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -159,8 +157,10 @@ async def test_a_release_that_is_cancelled_goes_on_behind(held_pool: neon_async.
 
 @pytest.mark.parametrize("untouched", [True, False], ids=["untouched", "used"])
 @pytest.mark.parametrize("explicit", [True, False], ids=["release", "block"])
-async def test_a_released_proxy_is_dead_at_once(held_pool: neon_async.Pool, untouched: bool, explicit: bool) -> None:
-    """Also while the reset runs, and also the statements and transactions that were made with it."""
+async def test_a_released_connection_cannot_be_used(
+    held_pool: neon_async.Pool, untouched: bool, explicit: bool
+) -> None:
+    """Its statements, cursors and transactions cannot be used either, even while the reset still runs."""
     releasing = None
     context = held_pool.acquire()
     connection: Any = await context.__aenter__()
@@ -188,7 +188,7 @@ async def test_a_released_proxy_is_dead_at_once(held_pool: neon_async.Pool, unto
         releasing.cancel()
 
 
-async def test_what_was_released_is_left_alone(postgres: LocalPostgres) -> None:
+async def test_a_second_release_of_a_connection_does_nothing(postgres: LocalPostgres) -> None:
     async with make_pool(postgres, max_size=1) as pool:
         async with pool.acquire() as connection:
             await pool.release(connection)
@@ -200,13 +200,15 @@ async def test_what_was_released_is_left_alone(postgres: LocalPostgres) -> None:
         assert pool.stats().acquires == 2
 
 
-@pytest.mark.parametrize("whose", ["another pool's", "nobody's", "a number"])
-async def test_what_is_not_the_pools_is_refused(postgres: LocalPostgres, whose: str) -> None:
+@pytest.mark.parametrize("whose", ["another pool's", "no pool's", "a number"])
+async def test_the_release_of_a_connection_that_the_pool_did_not_lend_is_refused(
+    postgres: LocalPostgres, whose: str
+) -> None:
     async with make_pool(postgres) as pool, make_pool(postgres) as other, connected(postgres) as lone:
         async with other.acquire() as connection:
-            strange: Any = {"another pool's": connection, "nobody's": lone, "a number": 7}[whose]
+            foreign: Any = {"another pool's": connection, "no pool's": lone, "a number": 7}[whose]
             with pytest.raises(asyncpg.InterfaceError, match="not a member of this pool"):
-                await pool.release(strange)
+                await pool.release(foreign)
             assert await connection.fetchval("SELECT 1") == 1
         assert_balanced(pool)
 
@@ -220,24 +222,24 @@ async def test_an_acquire_and_release_without_a_query_send_nothing(postgres: Loc
             await until_settled(pool)
             return endpoint.client_bytes - before
 
-        await bytes_of_one_query()  # which prepares it
-        of_one = await bytes_of_one_query()
+        await bytes_of_one_query()  # prepares the statement
+        of_one_query = await bytes_of_one_query()
         before = endpoint.client_bytes
         for _ in range(3):
             async with pool.acquire():
                 pass
             await pool.release(await pool.acquire())
-        await bytes_of_one_query()  # what was sent before it has passed, too
-        assert endpoint.client_bytes - before == of_one
+        await bytes_of_one_query()  # bytes arrive in order: all earlier ones have been counted
+        assert endpoint.client_bytes - before == of_one_query
         assert pool.stats().resets == 3
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What the next caller finds: nothing
+# The next caller finds a clean session
 
 
 @pytest.mark.parametrize(
-    ("left", "seen", "fresh"),
+    ("statement", "query", "fresh"),
     [
         pytest.param("SET ROLE pg_monitor", "SELECT current_user::text", "neon", id="SET ROLE"),
         pytest.param(
@@ -266,22 +268,22 @@ async def test_an_acquire_and_release_without_a_query_send_nothing(postgres: Loc
         pytest.param("BEGIN; SAVEPOINT a; SELECT 1", "SELECT 1", 1, id="savepoint"),
     ],
 )
-async def test_what_a_caller_left_in_the_session_is_gone(
-    postgres: LocalPostgres, left: str, seen: str, fresh: object
+async def test_the_session_state_that_a_caller_leaves_is_reset(
+    postgres: LocalPostgres, statement: str, query: str, fresh: object
 ) -> None:
     async with make_pool(postgres, max_size=1) as pool:
         async with pool.acquire() as connection:
             pid = connection.get_server_pid()
-            await connection.execute(left)
-            if not left.startswith("BEGIN"):
-                assert await connection.fetchval(seen) != fresh, "this test would prove nothing"
+            await connection.execute(statement)
+            if not statement.startswith("BEGIN"):
+                assert await connection.fetchval(query) != fresh, "this test would prove nothing"
         async with pool.acquire() as connection:
             assert connection.get_server_pid() == pid
             assert not connection.is_in_transaction()
-            assert await connection.fetchval(seen) == fresh
+            assert await connection.fetchval(query) == fresh
 
 
-async def test_a_failed_transaction_that_was_left_open_is_over(postgres: LocalPostgres) -> None:
+async def test_a_failed_transaction_that_was_left_open_is_rolled_back(postgres: LocalPostgres) -> None:
     async with make_pool(postgres, max_size=1) as pool:
         async with pool.acquire() as connection:
             pid = connection.get_server_pid()
@@ -290,7 +292,7 @@ async def test_a_failed_transaction_that_was_left_open_is_over(postgres: LocalPo
         assert await pool.fetchval("SELECT pg_backend_pid()") == pid
 
 
-async def test_a_sequences_cache_is_gone(postgres: LocalPostgres) -> None:
+async def test_the_cached_values_of_a_sequence_are_reset(postgres: LocalPostgres) -> None:
     async with make_pool(postgres, max_size=1) as pool:
         await pool.execute("CREATE SEQUENCE tickets CACHE 10")
         try:
@@ -303,7 +305,7 @@ async def test_a_sequences_cache_is_gone(postgres: LocalPostgres) -> None:
             await pool.execute("DROP SEQUENCE tickets")
 
 
-async def test_prepared_statements_survive(postgres: LocalPostgres) -> None:
+async def test_prepared_statements_survive_the_reset(postgres: LocalPostgres) -> None:
     query = "SELECT name, prepare_time FROM pg_prepared_statements WHERE statement LIKE 'SELECT name, prepare_time%'"
     async with make_pool(postgres, max_size=1) as pool:
         first = await pool.fetch(query)
@@ -313,7 +315,9 @@ async def test_prepared_statements_survive(postgres: LocalPostgres) -> None:
         assert pool.stats().size == 1
 
 
-async def test_reset_replaces_ours_but_for_an_open_transaction(postgres: LocalPostgres) -> None:
+async def test_a_reset_function_replaces_the_default_reset_except_for_an_open_transaction(
+    postgres: LocalPostgres,
+) -> None:
     called = []
 
     async def reset(connection: Any) -> None:
@@ -330,32 +334,32 @@ async def test_reset_replaces_ours_but_for_an_open_transaction(postgres: LocalPo
     assert called == [(1, False)] * 4
 
 
-class KeepsItsSettings(asyncpg.Connection):
+class WithResetQuery(asyncpg.Connection):
     def get_reset_query(self) -> str:
-        return "SET my.tenant = 'nobody'"
+        return "SET my.tenant = 'none'"
 
 
-async def test_the_reset_query_of_the_callers_own_class_is_used(postgres: LocalPostgres) -> None:
-    async with make_pool(postgres, max_size=1, connection_class=KeepsItsSettings) as pool:
+async def test_the_reset_query_of_the_connection_class_is_used(postgres: LocalPostgres) -> None:
+    async with make_pool(postgres, max_size=1, connection_class=WithResetQuery) as pool:
         await pool.execute("SET my.tenant = '7'; SET my.other = '7'")
         query = "SELECT current_setting('my.tenant') || ' ' || current_setting('my.other')"
-        assert await pool.fetchval(query) == "nobody 7"
+        assert await pool.fetchval(query) == "none 7"
 
 
-async def test_who_leaves_a_listener_is_warned_and_the_next_hears_nothing(postgres: LocalPostgres) -> None:
-    heard: list[object] = []
+async def test_a_caller_that_leaves_a_listener_is_warned_and_the_listener_is_removed(postgres: LocalPostgres) -> None:
+    received: list[object] = []
     async with make_pool(postgres, max_size=1) as pool:
         connection = await pool.acquire()
-        await connection.add_listener("news", lambda *args: heard.append(args))
+        await connection.add_listener("news", lambda *args: received.append(args))
         with pytest.warns(asyncpg.InterfaceWarning, match="listener"):
             await pool.release(connection)
         await pool.execute("NOTIFY news")
         assert await pool.fetchval("SELECT 1") == 1
         await until_settled(pool)
-    assert heard == []
+    assert received == []
 
 
-async def test_a_warning_made_an_error_costs_no_slot(postgres: LocalPostgres) -> None:
+async def test_a_warning_that_is_raised_as_an_error_loses_no_slot(postgres: LocalPostgres) -> None:
     async with make_pool(postgres, max_size=1) as pool:
         with pytest.raises(asyncpg.InterfaceWarning):
             async with pool.acquire() as connection:
@@ -364,10 +368,10 @@ async def test_a_warning_made_an_error_costs_no_slot(postgres: LocalPostgres) ->
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What comes back in a bad state
+# Connections that are released in a bad state
 
 
-async def test_a_query_that_was_cancelled_leaves_its_connection_to_the_next(postgres: LocalPostgres) -> None:
+async def test_a_connection_stays_open_after_a_cancelled_query(postgres: LocalPostgres) -> None:
     async with make_pool(postgres, max_size=1) as pool, asyncio.timeout(HANG):
         pid = await pool.fetchval("SELECT pg_backend_pid()")
         for _ in range(3):
@@ -378,7 +382,7 @@ async def test_a_query_that_was_cancelled_leaves_its_connection_to_the_next(post
         assert (pool.stats().dials, pool.stats().terminations) == (1, 0)
 
 
-async def test_a_connection_that_ends_in_its_callers_hands_leaves_a_vacant_slot(postgres: LocalPostgres) -> None:
+async def test_a_connection_that_ends_while_in_use_leaves_a_vacant_slot(postgres: LocalPostgres) -> None:
     async with make_pool(postgres, max_size=2) as pool, connected(postgres) as admin:
         async with pool.acquire() as connection:
             pid = await connection.fetchval("SELECT pg_backend_pid()")
@@ -402,12 +406,12 @@ async def test_a_connection_that_its_caller_closes_leaves_a_vacant_slot(postgres
         await assert_whole(pool)
 
 
-async def test_the_slot_of_a_connection_that_ended_goes_to_the_next_in_line(postgres: LocalPostgres) -> None:
+async def test_the_slot_of_a_connection_that_has_ended_serves_the_next_waiter(postgres: LocalPostgres) -> None:
     async with make_pool(postgres, max_size=1) as pool, asyncio.timeout(HANG):
         connection = await pool.acquire()
         waiting = asyncio.ensure_future(pool.fetchval("SELECT 1"))
         await until(lambda: pool.stats().waiting)
-        connection.terminate()  # and it is never released
+        connection.terminate()  # it is never released
         assert await waiting == 1
 
 
@@ -415,7 +419,7 @@ async def broken(connection: Any) -> None:
     raise RuntimeError("the reset is broken")
 
 
-async def test_a_failing_reset_costs_the_connection_and_tells_who_waits_for_it(
+async def test_a_failing_reset_terminates_the_connection_and_an_explicit_release_raises(
     postgres: LocalPostgres, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "neon_async")
@@ -431,15 +435,15 @@ async def test_a_failing_reset_costs_the_connection_and_tells_who_waits_for_it(
         assert pool.stats().vacant == 1
         await until_gone(admin, name)
 
-        assert await pool.fetchval("SELECT 1") == 1  # nobody waits
+        assert await pool.fetchval("SELECT 1") == 1  # no caller waits for this reset
         await until_settled(pool)
         assert (pool.stats().vacant, pool.stats().terminations, pool.stats().resets) == (1, 2, 0)
         await until_gone(admin, name)
     assert sum("could not be reset" in record.message for record in caplog.records) == 2
-    assert "the reset is broken" not in caplog.text  # whatever it says, it is the caller's
+    assert "the reset is broken" not in caplog.text  # the caller's message may contain secrets
 
 
-async def test_a_reset_without_end_ends_at_release_timeout(postgres: LocalPostgres) -> None:
+async def test_a_reset_that_hangs_is_stopped_at_release_timeout(postgres: LocalPostgres) -> None:
     async def reset(connection: Any) -> None:
         await asyncio.Event().wait()
 
@@ -462,7 +466,7 @@ async def test_a_connection_is_replaced_after_max_queries(postgres: LocalPostgre
             await asyncio.sleep(0.001)
 
 
-async def test_a_connection_that_expired_while_it_was_out_is_replaced(postgres: LocalPostgres) -> None:
+async def test_a_connection_that_expired_while_in_use_is_replaced(postgres: LocalPostgres) -> None:
     async with make_pool(postgres, max_size=2) as pool:
         for explicit in (True, False):
             connection = await pool.acquire()
@@ -479,10 +483,10 @@ async def test_a_connection_that_expired_while_it_was_out_is_replaced(postgres: 
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is late does not reach the next caller
+# Late calls do not affect the next caller
 
 
-async def test_a_call_that_was_not_begun_when_its_connection_went_back_does_not_run(postgres: LocalPostgres) -> None:
+async def test_a_call_that_has_not_started_before_the_release_does_not_run(postgres: LocalPostgres) -> None:
     async with make_pool(postgres, max_size=1) as pool, asyncio.timeout(HANG):
         await pool.fetchval("SELECT 1")
         async with pool.acquire() as connection:
@@ -493,13 +497,13 @@ async def test_a_call_that_was_not_begun_when_its_connection_went_back_does_not_
             assert await connection.fetchval("SELECT current_setting('app.tenant', true)") is None
 
 
-async def test_a_setup_whose_connection_has_ended_does_not_end_the_next_callers(postgres: LocalPostgres) -> None:
+async def test_a_setup_whose_connection_has_ended_does_not_affect_the_next_caller(postgres: LocalPostgres) -> None:
     pids: list[int] = []
 
     async def setup(connection: Any) -> None:
         pids.append(await connection.fetchval("SELECT pg_backend_pid()"))
         if len(pids) == 1:
-            await asyncio.Event().wait()  # something else than the database
+            await asyncio.Event().wait()  # waits for something other than the database
 
     async with (
         connected(postgres) as admin,
@@ -516,14 +520,14 @@ async def test_a_setup_whose_connection_has_ended_does_not_end_the_next_callers(
             assert await connection.fetchval("SELECT 1") == 1
 
 
-async def test_a_reset_whose_connection_has_ended_does_not_end_the_next_callers_loan(postgres: LocalPostgres) -> None:
+async def test_a_reset_whose_connection_has_ended_does_not_affect_the_next_loan(postgres: LocalPostgres) -> None:
     resets: list[int] = []
     go_on = asyncio.Event()
 
     async def reset(connection: Any) -> None:
         resets.append(connection.get_server_pid())
         if len(resets) == 1:
-            await go_on.wait()  # something else than the database
+            await go_on.wait()  # waits for something other than the database
 
     async with (
         connected(postgres) as admin,
@@ -535,14 +539,14 @@ async def test_a_reset_whose_connection_has_ended_does_not_end_the_next_callers_
         await admin.execute("SELECT pg_terminate_backend($1)", resets[0])
         async with pool.acquire() as connection, connection.transaction():
             go_on.set()
-            await asyncio.sleep(0.05)  # time for the late reset to do harm
+            await asyncio.sleep(0.05)  # enough time for the late reset to do damage
             assert await connection.fetchval("SELECT 1") == 1
             assert pool.stats().in_use == 1
         await until_settled(pool)
         assert len(resets) == 2
 
 
-async def test_a_reset_of_the_callers_own_runs_also_where_nothing_was_sent(postgres: LocalPostgres) -> None:
+async def test_a_reset_function_runs_even_if_nothing_was_sent(postgres: LocalPostgres) -> None:
     resets: list[object] = []
 
     async def reset(connection: Any) -> None:
@@ -559,7 +563,7 @@ if sys.version_info >= (3, 12):
     async def test_an_eager_task_factory_changes_nothing(postgres: LocalPostgres) -> None:
         loop = asyncio.get_running_loop()
         if not isinstance(loop, asyncio.BaseEventLoop):
-            return  # uvloop's own tasks are not those of the factory
+            return  # uvloop creates its own tasks without the factory
         loop.set_task_factory(asyncio.eager_task_factory)
         try:
             async with make_pool(postgres, max_size=1) as pool, asyncio.timeout(HANG):

@@ -1,1 +1,4 @@
-"""What the tests share."""
+"""Helpers that the tests share.
+
+Helpers import `neon_async` and each other, and never a test.
+"""

@@ -1,9 +1,9 @@
-"""Chaos: workers keep a ledger through one pool while its server, the way to it and their own tasks are disturbed.
+"""Chaos: workers write to a ledger through one pool while faults hit the server, the network and the workers' tasks.
 
-Afterwards the ledger tells whether every acknowledged write is there once and no other one twice, and the pool whether
-it has lost a slot. Everything random comes from one seed. Run it by hand, for longer than the tests do:
+Afterwards an audit checks that the ledger contains every acknowledged write once and no write twice, and that the pool
+has lost no slot. All random choices come from one seed. To run it for longer than the tests do:
 
-    PYTHONPATH=src python tests/chaos.py --seconds 60 --seed 7
+    PYTHONPATH=tests python -m support.chaos --seconds 60 --seed 7
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ MAX_SIZE = 10
 ACCOUNTS = 20
 OPENING_BALANCE = 1000
 
-# Short enough for each of them to be met in a short run, by faults that last for up to 0.5 s.
+# Short, so that faults of up to 0.5 s exceed each of them in a short run.
 DEADLINES = {
     "acquire_timeout": 1.0,
     "release_timeout": 0.3,
@@ -49,16 +49,16 @@ DEADLINES = {
 
 
 class Fate(enum.Enum):
-    """What a worker was told of a write."""
+    """What a worker knows about a write."""
 
     ACKNOWLEDGED = "acknowledged"
     UNKNOWN = "unknown"
-    REFUSED = "refused"  # told that it was not kept
+    REFUSED = "refused"  # known not to be committed
 
 
 @dataclass
 class Report:
-    """What came of one run. `problems` is empty where everything held."""
+    """The result of one run. `problems` is empty if every check passed."""
 
     seed: int
     seconds: float
@@ -70,14 +70,14 @@ class Report:
     recovery: float = 0.0
 
     def __str__(self) -> str:
-        def told(counter: collections.Counter[str]) -> str:
+        def listed(counter: collections.Counter[str]) -> str:
             return ", ".join(f"{count} {name}" for name, count in counter.most_common()) or "none"
 
         lines = [
             f"chaos for {self.seconds:g} s, seed {self.seed}",
-            f"  writes: {told(self.fates)}",
-            f"  faults: {told(self.faults)}",
-            f"  errors met by workers: {told(self.failures)}",
+            f"  writes: {listed(self.fates)}",
+            f"  faults: {listed(self.faults)}",
+            f"  errors raised to workers: {listed(self.failures)}",
             f"  at full size again after {self.recovery:.2f} s",
             f"  {self.stats}",
             *(f"  PROBLEM: {problem}" for problem in self.problems),
@@ -86,38 +86,38 @@ class Report:
 
 
 class Chaos:
-    """One run. `server` must not be used by anybody else who counts sessions or is slow to be disturbed."""
+    """One run of chaos against `server`, which no other test may use at the same time."""
 
     def __init__(self, server: LocalPostgres, endpoint: LocalEndpoint, *, seconds: float, seed: int) -> None:
         self.report = Report(seed, seconds)
         self._server = server
         self._endpoint = endpoint
         self._seconds = seconds
-        # One for the workers and one for the faults: how many writes there are depends on the machine.
-        self._work_chance, self._fault_chance = random.Random(seed), random.Random(seed + 1)
+        # The number of writes depends on the machine, so the faults have a random generator of their own.
+        self._work_random, self._fault_random = random.Random(seed), random.Random(seed + 1)
         self._name = f"chaos {secrets.token_hex(4)}"
         self._ledger, self._accounts = f"ledger_{secrets.token_hex(4)}", f"accounts_{secrets.token_hex(4)}"
         self._numbers = itertools.count(1)
         self._fates: dict[int, Fate] = {}
-        self._ways: dict[int, str] = {}
+        self._methods: dict[int, str] = {}
         self._writes: set[asyncio.Task[None]] = set()
-        self._condemned: set[asyncio.Task[None]] = set()
+        self._cancelled: set[asyncio.Task[None]] = set()
         self._observer: Any
         self._pool: neon_async.Pool
 
     async def run(self) -> Report:
-        """Disturb, calm down, and audit."""
+        """Run workers and faults, wait for recovery, and audit the result."""
         loop = asyncio.get_running_loop()
         loop.set_exception_handler(self._note_loop_error)
         self._observer = await neon_async.connect(self._server.dsn, trust_anchor=self._server.trust_anchor)
         try:
-            await self._lay_out()
+            await self._create_tables()
             sockets, tasks = open_sockets(), asyncio.all_tasks()
             async with self._open() as self._pool:
                 await self._disturb()
                 await self._recover()
                 self.report.stats = self._pool.stats()
-            await self._audit_what_is_left(sockets, tasks)
+            await self._audit_leaks(sockets, tasks)
             await self._audit_ledger()
         finally:
             loop.set_exception_handler(None)
@@ -125,9 +125,9 @@ class Chaos:
             await self._observer.close()
         return self.report
 
-    async def _lay_out(self) -> None:
+    async def _create_tables(self) -> None:
         await self._observer.execute(
-            f"CREATE TABLE {self._ledger} (number int);"  # nothing is unique, so that what was written twice is seen
+            f"CREATE TABLE {self._ledger} (number int);"  # not unique, so that a write can appear twice
             f"CREATE TABLE {self._accounts} (id int PRIMARY KEY, balance int);"
             f"INSERT INTO {self._accounts} SELECT id, {OPENING_BALANCE} FROM generate_series(1, {ACCOUNTS}) AS id"
         )
@@ -144,24 +144,24 @@ class Chaos:
 
     def _note_loop_error(self, _: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         message, error = context["message"], context.get("exception")
-        # asyncpg says so, with its stack, of each transaction that a cancelled caller leaves open.
+        # asyncpg reports each transaction that a cancelled caller leaves open.
         left_open = "Resetting connection with an active transaction" in message
-        # asyncpg 0.31 keeps what a cancel request failed with for the next query, and there may be none.
+        # asyncpg 0.31 keeps the error of a failed cancel request for the next query, and there may be none.
         cancel_failed = message == "Future exception was never retrieved" and isinstance(error, ConnectionError)
         if not left_open and not cancel_failed:
-            self.report.problems.append(f"the event loop was told: {message} {error!r}")
+            self.report.problems.append(f"the event loop reported: {message} {error!r}")
 
     # -----------------------------------------------------------------------------------------------------------------
     # Workers
 
     async def _disturb(self) -> None:
-        """Let workers and faults run side by side, and end with neither."""
+        """Run workers and faults side by side until the time is over, then wait for the workers."""
         end = time.monotonic() + self._seconds
         workers = [asyncio.ensure_future(self._work(end)) for _ in range(WORKERS)]
         faults = self._faults()
         try:
             while time.monotonic() < end:
-                await asyncio.sleep(self._fault_chance.uniform(0.02, 0.3))
+                await asyncio.sleep(self._fault_random.uniform(0.02, 0.3))
                 fault = next(faults)
                 self.report.faults[fault.__name__.strip("_").replace("_", " ")] += 1
                 await fault()
@@ -170,13 +170,13 @@ class Chaos:
             self._endpoint.accept()
             self._endpoint.thaw()
         _, stuck = await asyncio.wait(workers, timeout=HANG)
-        for one in stuck:
-            self.report.problems.append(f"a worker is stuck: {one!r} {one.get_stack()}")
-            one.cancel()
+        for worker in stuck:
+            self.report.problems.append(f"a worker is stuck: {worker!r} {worker.get_stack()}")
+            worker.cancel()
         await asyncio.gather(*workers)
 
     async def _work(self, end: float) -> None:
-        ways = [
+        methods = [
             self._by_execute,
             self._in_a_block,
             self._by_hand,
@@ -186,34 +186,34 @@ class Chaos:
         ]
         while time.monotonic() < end:
             number = next(self._numbers)
-            way = self._work_chance.choice(ways)
-            task = asyncio.ensure_future(self._write(way, number))
+            method = self._work_random.choice(methods)
+            task = asyncio.ensure_future(self._write(method, number))
             self._writes.add(task)
             await asyncio.wait([task])
             self._writes.discard(task)
-            self._judge(task, way.__name__, number)
+            self._judge(task, method.__name__, number)
 
-    async def _write(self, way: Callable[[int], Awaitable[None]], number: int) -> None:
-        limit = self._work_chance.choice([None, None, None, None, None, 0.02, 0.2, 0.5])
+    async def _write(self, method: Callable[[int], Awaitable[None]], number: int) -> None:
+        limit = self._work_random.choice([None, None, None, None, None, 0.02, 0.2, 0.5])
         async with asyncio.timeout(limit):
-            await way(number)
+            await method(number)
 
-    def _judge(self, task: asyncio.Task[None], way: str, number: int) -> None:
-        """Note what the writer of `number` knows of it, and whether what it was told is what it may be told."""
-        self._ways[number] = way
+    def _judge(self, task: asyncio.Task[None], method: str, number: int) -> None:
+        """Record the fate of the write `number`, and a problem if its outcome is not an expected one."""
+        self._methods[number] = method
         if task.cancelled():
             self._fates[number] = Fate.UNKNOWN
-            if task not in self._condemned:
-                self.report.problems.append(f"{way} was cancelled by nobody")
+            if task not in self._cancelled:
+                self.report.problems.append(f"{method} was cancelled, but not by a fault")
         elif (error := task.exception()) is None:
             self._fates[number] = Fate.ACKNOWLEDGED
         else:
-            self._fates[number] = _fate(way, error)
+            self._fates[number] = _fate(method, error)
             self.report.failures[type(error).__name__] += 1
-            if not _is_expected(way, error):
+            if not _is_expected(method, error):
                 place = traceback.extract_tb(error.__traceback__)[-1]
-                self.report.problems.append(f"{way} met {error!r} at {place.filename}:{place.lineno}")
-        self._condemned.discard(task)
+                self.report.problems.append(f"{method} raised {error!r} at {place.filename}:{place.lineno}")
+        self._cancelled.discard(task)
         self.report.fates[self._fates[number].value] += 1
 
     @property
@@ -248,9 +248,9 @@ class Chaos:
         await self._pool.run_transaction(work)
 
     async def _by_transfer(self, number: int) -> None:
-        """Move money between two accounts, which conflicts with others who do."""
-        debtor, creditor = self._work_chance.sample(range(1, ACCOUNTS + 1), 2)
-        amount = self._work_chance.randint(1, 50)
+        """Move money between two accounts, in conflict with other workers that do the same."""
+        debtor, creditor = self._work_random.sample(range(1, ACCOUNTS + 1), 2)
+        amount = self._work_random.randint(1, 50)
         read = f"SELECT balance FROM {self._accounts} WHERE id = $1"
         write = f"UPDATE {self._accounts} SET balance = $2 WHERE id = $1"
 
@@ -266,7 +266,7 @@ class Chaos:
     # Faults
 
     def _faults(self) -> Iterator[Callable[[], Awaitable[None]]]:
-        """Yield what to do next: each fault once, and then what chance says."""
+        """Yield the faults: first each of them once, then random ones by weight."""
         weights = {
             self._cancel_some: 8,
             self._cancel_twice: 4,
@@ -280,28 +280,28 @@ class Chaos:
             self._expire: 1,
         }
         faults = list(weights)
-        yield from self._fault_chance.sample(faults, len(faults))
+        yield from self._fault_random.sample(faults, len(faults))
         while True:
-            yield from self._fault_chance.choices(faults, list(weights.values()))
+            yield from self._fault_random.choices(faults, list(weights.values()))
 
     async def _cancel_some(self) -> None:
         for task in self._victims():
-            self._condemned.add(task)
+            self._cancelled.add(task)
             task.cancel()
 
     async def _cancel_twice(self) -> None:
         victims = self._victims()
         for task in victims:
-            self._condemned.add(task)
+            self._cancelled.add(task)
             task.cancel()
-        for _ in range(self._fault_chance.randint(0, 5)):
+        for _ in range(self._fault_random.randint(0, 5)):
             await asyncio.sleep(0)
         for task in victims:
             task.cancel()
 
     def _victims(self) -> list[asyncio.Task[None]]:
         alive = [task for task in self._writes if not task.done()]
-        return self._fault_chance.sample(alive, min(len(alive), self._fault_chance.randint(1, 16)))
+        return self._fault_random.sample(alive, min(len(alive), self._fault_random.randint(1, 16)))
 
     async def _kill_a_backend(self) -> None:
         await self._kill("LIMIT 1")
@@ -323,22 +323,22 @@ class Chaos:
 
     async def _freeze(self) -> None:
         self._endpoint.freeze()
-        await asyncio.sleep(self._fault_chance.uniform(0.01, 0.4))
+        await asyncio.sleep(self._fault_random.uniform(0.01, 0.4))
         self._endpoint.thaw()
 
     async def _freeze_and_cancel(self) -> None:
         self._endpoint.freeze()
-        await asyncio.sleep(self._fault_chance.uniform(0.0, 0.1))
+        await asyncio.sleep(self._fault_random.uniform(0.0, 0.1))
         await self._cancel_twice()
-        await asyncio.sleep(self._fault_chance.uniform(0.0, 0.4))
-        harm = self._fault_chance.choice([self._endpoint.thaw, self._endpoint.cut, self._endpoint.suspend])
-        harm()
+        await asyncio.sleep(self._fault_random.uniform(0.0, 0.4))
+        end = self._fault_random.choice([self._endpoint.thaw, self._endpoint.cut, self._endpoint.suspend])
+        end()
         self._endpoint.thaw()
 
     async def _refuse(self) -> None:
         self._endpoint.refuse()
         self._endpoint.cut()
-        await asyncio.sleep(self._fault_chance.uniform(0.01, 0.4))
+        await asyncio.sleep(self._fault_random.uniform(0.01, 0.4))
         self._endpoint.accept()
 
     async def _expire(self) -> None:
@@ -354,7 +354,7 @@ class Chaos:
             self.report.problems.append(f"stats() do not balance: {error}")
 
     async def _recover(self) -> None:
-        """See the pool at its full size again, soon after the last fault, with nothing under way any more."""
+        """Check that the pool recovers after the last fault: full size, and nothing left to do."""
         began = time.monotonic()
         try:
             await assert_whole(self._pool)
@@ -363,8 +363,8 @@ class Chaos:
         self.report.recovery = time.monotonic() - began
         self._check_balance()
 
-    async def _audit_what_is_left(self, sockets: set[Any], tasks: set[asyncio.Task[Any]]) -> None:
-        """See no task, no socket and no session of the pool's any more."""
+    async def _audit_leaks(self, sockets: set[Any], tasks: set[asyncio.Task[Any]]) -> None:
+        """Check that no task, no socket and no session of the pool is left."""
         count = "SELECT count(*) FROM pg_stat_activity WHERE application_name = $1"
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(HANG):
@@ -387,54 +387,54 @@ class Chaos:
         self._check_balance()
 
     async def _audit_ledger(self) -> None:
-        """Compare what the server has with what the workers were told."""
+        """Compare the ledger on the server with what the workers know."""
         rows = await self._observer.fetch(f"SELECT number, count(*) FROM {self._ledger} GROUP BY number")
-        kept = {row["number"]: row["count"] for row in rows}
-        may_be_kept = {Fate.ACKNOWLEDGED: {1}, Fate.UNKNOWN: {0, 1}, Fate.REFUSED: {0}}
+        committed = {row["number"]: row["count"] for row in rows}
+        expected = {Fate.ACKNOWLEDGED: {1}, Fate.UNKNOWN: {0, 1}, Fate.REFUSED: {0}}
         for number, fate in self._fates.items():
-            if (times := kept.pop(number, 0)) not in may_be_kept[fate]:
-                way = self._ways[number]
-                self.report.problems.append(f"write {number}, {way}, is {fate.value} and kept {times} times")
-        if kept:
-            self.report.problems.append(f"nobody wrote {kept}")
+            if (times := committed.pop(number, 0)) not in expected[fate]:
+                method = self._methods[number]
+                self.report.problems.append(f"write {number}, {method}, is {fate.value} but committed {times} times")
+        if committed:
+            self.report.problems.append(f"no worker wrote {committed}")
         total = await self._observer.fetchval(f"SELECT sum(balance) FROM {self._accounts}")
         if total != ACCOUNTS * OPENING_BALANCE:
-            self.report.problems.append(f"{total} is in the accounts, not {ACCOUNTS * OPENING_BALANCE}")
+            self.report.problems.append(f"the accounts contain {total}, not {ACCOUNTS * OPENING_BALANCE}")
 
 
 _RETRIED = ("_by_run_transaction", "_by_transfer")
-# What acquire() raises: nothing was sent.
+# acquire() raises these: nothing was sent.
 _NOT_ACQUIRED = (
     neon_async.PoolTimeoutError,
     neon_async.PoolBusyError,
     neon_async.ConnectError,
     neon_async.ConnectTimeoutError,
 )
-# What run_transaction() raises where something may be kept.
-_LEAVES_OPEN = (neon_async.CommitUnknownError, TimeoutError)
+# run_transaction() raises these if the work may have been committed.
+_MAY_BE_COMMITTED = (neon_async.CommitUnknownError, TimeoutError)
 
 
-def _fate(way: str, error: BaseException) -> Fate:
-    """Return what a writer knows who was told `error`."""
-    if way in _RETRIED and not isinstance(error, _LEAVES_OPEN):
+def _fate(method: str, error: BaseException) -> Fate:
+    """Return what a worker knows about a write that raised `error`."""
+    if method in _RETRIED and not isinstance(error, _MAY_BE_COMMITTED):
         return Fate.REFUSED
-    # An explicit release, too, may be late.
-    never_began = isinstance(error, _NOT_ACQUIRED) and way != "_by_hand"
-    return Fate.REFUSED if never_began else Fate.UNKNOWN
+    # With an explicit release the error may come from the release, after the write.
+    never_started = isinstance(error, _NOT_ACQUIRED) and method != "_by_hand"
+    return Fate.REFUSED if never_started else Fate.UNKNOWN
 
 
-def _is_expected(way: str, error: BaseException) -> bool:
-    """Whether `error` tells of a fault that was made: a lost connection, a deadline, a conflict."""
-    if isinstance(error, asyncpg.InterfaceError):  # asyncpg's word for a misuse, too
+def _is_expected(method: str, error: BaseException) -> bool:
+    """Return whether a fault explains `error`: a lost connection, a deadline or a conflict."""
+    if isinstance(error, asyncpg.InterfaceError):  # asyncpg raises it for misuse, too
         return any(text in str(error) for text in ("connection is closed", "released back to the pool"))
     if isinstance(error, asyncpg.InternalClientError):
-        # asyncpg's word for a connection that was told of its end while it was idle, and has not been closed yet.
-        return way not in _RETRIED and "another operation (2) is in progress" in str(error)
+        # asyncpg raises it on a connection that received the server's last message while idle and is not closed yet.
+        return method not in _RETRIED and "another operation (2) is in progress" in str(error)
     return isinstance(
         error,
         (
             *_NOT_ACQUIRED,
-            *_LEAVES_OPEN,
+            *_MAY_BE_COMMITTED,
             ConnectionError,
             asyncpg.PostgresConnectionError,
             asyncpg.AdminShutdownError,
@@ -446,7 +446,7 @@ def _is_expected(way: str, error: BaseException) -> bool:
 
 
 async def run(server: LocalPostgres, *, seconds: float, seed: int) -> Report:
-    """Run chaos against `server` for so many seconds, and return what came of it."""
+    """Run chaos against `server` for `seconds`, and return the report."""
     async with LocalEndpoint(server, wake_time=0.1) as endpoint:
         return await Chaos(server, endpoint, seconds=seconds, seed=seed).run()
 
@@ -460,10 +460,10 @@ async def _main(arguments: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Run chaos against a pool, and audit the ledger.")
-    parser.add_argument("--seconds", type=float, default=60.0, help="how long to disturb; default 60")
-    parser.add_argument("--seed", type=int, default=secrets.randbelow(1_000_000), help="default: a random one")
-    parser.add_argument("--uvloop", action="store_true", help="run on uvloop rather than asyncio's loop")
+    parser = argparse.ArgumentParser(description="Run chaos against a pool and audit the result.")
+    parser.add_argument("--seconds", type=float, default=60.0, help="duration; default: 60")
+    parser.add_argument("--seed", type=int, default=secrets.randbelow(1_000_000), help="default: random")
+    parser.add_argument("--uvloop", action="store_true", help="run on uvloop instead of asyncio's loop")
     options = parser.parse_args()
     factory = uvloop.new_event_loop if options.uvloop else None
     with asyncio.Runner(loop_factory=factory) as runner:

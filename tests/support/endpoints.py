@@ -16,6 +16,7 @@ from support.probes import HANG, until
 
 NEVER = 100 * HANG
 SSL_REQUEST = struct.pack("!ii", 8, 80877103)  # a server answers S and then waits for TLS
+DECODE_ERROR = bytes.fromhex("15 0303 0002 02 32")  # a TLS record with one alert
 
 
 class Client:
@@ -32,6 +33,13 @@ class Client:
         """Return the next bytes, or no bytes at the end of the stream."""
         async with asyncio.timeout(HANG):
             return await asyncio.get_running_loop().sock_recv(self.sock, 65536)
+
+    async def receive_all(self) -> bytes:
+        """Return all bytes up to the end of the stream."""
+        received = b""
+        while data := await self.receive():
+            received += data
+        return received
 
     async def ask(self) -> bytes:
         """Send an SSLRequest and return the answer."""
@@ -68,6 +76,15 @@ async def session(server: LocalEndpoint | LocalPostgres) -> AsyncIterator[Any]:
             yield connection
         finally:
             connection.terminate()
+
+
+async def reply_to_eof(postgres: LocalPostgres) -> bytes:
+    """Return what the server sends if the stream ends where it expects a TLS handshake, before it closes.
+
+    PostgreSQL 18 sends an alert: fatal, decode_error (RFC 8446, section 6). Earlier versions send nothing.
+    """
+    async with session(postgres) as connection:
+        return DECODE_ERROR if connection.get_server_version().major >= 18 else b""
 
 
 @dataclass(frozen=True)

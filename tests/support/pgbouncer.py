@@ -1,6 +1,6 @@
-"""`LocalPgBouncer`: a real PgBouncer in front of a `LocalPostgres`, as Neon's pooled host stands in front of a compute.
+"""`LocalPgBouncer`: a real PgBouncer in front of a `LocalPostgres`, like Neon's pooled host in front of a compute.
 
-It must not know the package under test: only `LocalPostgres` and how its certificates are made.
+It uses `LocalPostgres` and its certificates, and nothing else of the package under test.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from neon_async.testing._certificates import issue_certificates
 
 __all__ = ("MINIMUM_VERSION", "LocalPgBouncer", "installed_version")
 
-MINIMUM_VERSION = (1, 21)  # the first that keeps prepared statements in transaction mode
-_PATIENCE = 20.0  # Seconds for a start.
-_TICK = 0.002  # Seconds between two looks at the log.
+MINIMUM_VERSION = (1, 21)  # the first with prepared statements in transaction mode
+_PATIENCE = 20.0  # Seconds in which PgBouncer must start.
+_TICK = 0.002  # Seconds between two reads of the log.
 
-# What owns process and folder: a shell that lives as long as its standard input is open, so that both go, too, when the
-# tests are killed. `start` starts PgBouncer; any other line is the name of a signal to end it with.
+# A shell owns the process and the folder, and lives as long as its standard input is open: both are removed even when
+# the tests are killed. The line `start` starts PgBouncer; any other line is the name of a signal that ends it.
 _OWNER = """
 cd "$FOLDER" || exit
 while read -r command; do
@@ -53,29 +53,30 @@ rm -rf "$FOLDER"
 
 
 def installed_version() -> tuple[int, int] | None:
-    """Return the version of the `pgbouncer` on PATH, such as (1, 24), and None where there is none."""
+    """Return the version of the `pgbouncer` on PATH, such as (1, 24), or None if there is none."""
     try:
-        said = subprocess.run(["pgbouncer", "--version"], capture_output=True, text=True, check=False).stdout
+        output = subprocess.run(["pgbouncer", "--version"], capture_output=True, text=True, check=False).stdout
     except OSError:
         return None
-    match = re.match(r"PgBouncer (\d+)\.(\d+)", said)
+    match = re.match(r"PgBouncer (\d+)\.(\d+)", output)
     return match and (int(match[1]), int(match[2]))
 
 
 class LocalPgBouncer:
-    """A PgBouncer in transaction mode on a free port of 127.0.0.1, which exists as long as the `async with` block does.
+    """A PgBouncer in transaction mode on a free port of 127.0.0.1, which runs inside one `async with` block.
 
-    Clients come in over TLS 1.3 only and log in with SCRAM-SHA-256, as the user of `server` and with the SCRAM secret
-    that the server has of it; PgBouncer knows no channel binding. The certificate names the pooled host of the server's
-    endpoint and `localhost`, and is issued by an authority made for this one PgBouncer. The way to the server is TLS,
-    too, verified against the server's trust anchor. Under root PgBouncer runs as the user `nobody`. Process and folder
-    go when the block is left, and also when this process is killed. One object is one PgBouncer: it is entered once.
+    Clients connect over TLS 1.3 only and log in with SCRAM-SHA-256, as the user of `server` and with the SCRAM secret
+    that the server stores for this user. PgBouncer does not support channel binding. The certificate names the pooled
+    host of the server's endpoint and `localhost`; its authority is created for this PgBouncer alone. The connections to
+    the server use TLS, too, verified against the server's trust anchor. If the tests run as root, PgBouncer runs as the
+    user `nobody`. Process and folder are removed at the end of the block, and when this process is killed. An object
+    can be entered only once.
 
-    Parameters:
-        server: a running server, which it connects to.
-        max_prepared_statements: how many PgBouncer keeps on each server connection; 0 turns this off.
-        default_pool_size: how many server connections there can be for each pair of user and database.
-        settings: names and values for the section `[pgbouncer]` of its configuration. They win over all others.
+    Args:
+        server: The running server that PgBouncer connects to.
+        max_prepared_statements: How many statements PgBouncer keeps on each server connection. 0 turns this off.
+        default_pool_size: The limit of server connections for each pair of user and database.
+        settings: Names and values for the section `[pgbouncer]` of the configuration. They override all others.
     """
 
     def __init__(
@@ -96,7 +97,7 @@ class LocalPgBouncer:
             **(settings or {}),
         }
         self.folder = Path()
-        self.pid: int | None = None  # None while it is stopped
+        self.pid: int | None = None  # None while PgBouncer is stopped
         self._owner: subprocess.Popen[str] | None = None
         self._port_holder = socket.socket()
 
@@ -105,10 +106,10 @@ class LocalPgBouncer:
 
     @property
     def dsn(self) -> str:
-        """The connection string. It verifies only together with `trust_anchor`.
+        """The connection string. Its host can be verified only with `trust_anchor`.
 
-        It names `sslnegotiation=postgres`: up to 1.24 PgBouncer takes the opening of direct TLS for the beginning of a
-        long message, and waits for the rest. Neon has its proxy in front, which knows direct TLS.
+        It contains `sslnegotiation=postgres`: up to version 1.24 PgBouncer reads the first bytes of direct TLS as the
+        start of a long message and waits for the rest. On Neon the proxy in front of PgBouncer supports direct TLS.
         """
         url = urlsplit(self._server.dsn)
         credentials, _, _ = url.netloc.rpartition("@")
@@ -117,14 +118,14 @@ class LocalPgBouncer:
 
     @property
     def log(self) -> str:
-        """What PgBouncer has logged so far."""
+        """The log of PgBouncer so far."""
         return (self.folder / "log").read_text()
 
     async def __aenter__(self) -> Self:
-        """Start PgBouncer: a tenth of a second.
+        """Start PgBouncer, which takes a tenth of a second.
 
         Raises:
-            RuntimeError: it does not start. Its own words follow.
+            RuntimeError: PgBouncer does not start. The message contains its log.
         """
         try:
             await anyio.to_thread.run_sync(self._set_up)
@@ -140,29 +141,30 @@ class LocalPgBouncer:
         await self._close()
 
     async def start(self) -> None:
-        """Start PgBouncer again after `stop()` or `kill()`, on the same port. Returns when it takes connections."""
+        """Start PgBouncer again on the same port after `stop()` or `kill()`. Return when it accepts connections."""
         await anyio.to_thread.run_sync(self._start)
 
     async def stop(self) -> None:
-        """End PgBouncer at once, by the signal it has for that. Returns when it has ended."""
-        await anyio.to_thread.run_sync(self._tell, "QUIT")
+        """End PgBouncer at once with SIGQUIT, its signal for that. Return when it has ended."""
+        await anyio.to_thread.run_sync(self._send, "QUIT")
 
     async def kill(self) -> None:
-        """End PgBouncer with SIGKILL. Returns when it has ended."""
-        await anyio.to_thread.run_sync(self._tell, "KILL")
+        """End PgBouncer with SIGKILL. Return when it has ended."""
+        await anyio.to_thread.run_sync(self._send, "KILL")
 
     async def admin(self, command: str) -> list[DictRow]:
         """Run a command on PgBouncer's admin console and return its rows.
 
-        `RECONNECT` replaces each server connection as soon as it is free; `SHOW POOLS`, `SHOW SERVERS` and
-        `SHOW CLIENTS` tell what there is; `PAUSE`, `RESUME`, `KILL neondb` and more stand in PgBouncer's documentation.
+        `RECONNECT` replaces each server connection when no client uses it. `SHOW POOLS`, `SHOW SERVERS` and
+        `SHOW CLIENTS` list what exists. PgBouncer's documentation describes `PAUSE`, `RESUME`, `KILL neondb` and more.
         """
         return await anyio.to_thread.run_sync(self._admin, command)
 
-    # All below blocks and runs in a thread.
+    # The functions below block and run in a thread.
 
     def _set_up(self) -> None:
-        # A port that is bound and does not listen stays ours while PgBouncer is stopped. It can still listen on it.
+        # This socket is bound and does not listen: it reserves the port while PgBouncer is stopped, and PgBouncer can
+        # still listen on it.
         self._port_holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self._port_holder.bind(("127.0.0.1", 0))
         self.port = self._port_holder.getsockname()[1]
@@ -175,7 +177,7 @@ class LocalPgBouncer:
             stdout=subprocess.PIPE,
             text=True,
             env={"PATH": os.environ["PATH"], "FOLDER": str(self.folder)},
-            start_new_session=True,  # a Ctrl-C at the terminal is for the tests
+            start_new_session=True,  # Ctrl-C at the terminal must reach the tests only
         )
         certificates = issue_certificates(self.host, "localhost")
         self.trust_anchor = certificates.trust_anchor.encode()
@@ -194,7 +196,7 @@ class LocalPgBouncer:
             shutil.chown(path, "nobody")
 
     def _scram_secret(self) -> str:
-        """Return what the server keeps of the password. With the password itself the salt would be new each time."""
+        """Return the SCRAM secret that the server stores: a plain password would get a new salt at each start."""
         with psycopg.connect(
             self._server.dsn, sslmode="verify-full", sslrootcert=str(self.folder / "server-ca.crt")
         ) as connection:
@@ -217,7 +219,7 @@ class LocalPgBouncer:
             "server_tls_sslmode": "verify-ca",
             "server_tls_ca_file": "server-ca.crt",
             "max_client_conn": "1000",
-            "ignore_startup_parameters": "extra_float_digits",  # as Neon has it (compute/etc/pgbouncer.ini)
+            "ignore_startup_parameters": "extra_float_digits",  # as on Neon (compute/etc/pgbouncer.ini)
             **self._settings,
         }
         lines = [f"{name} = {value}" for name, value in settings.items()]
@@ -226,14 +228,14 @@ class LocalPgBouncer:
 
     def _start(self) -> None:
         (self.folder / "log").write_text("")
-        self._tell("start")
+        self._send("start")
         deadline = time.monotonic() + _PATIENCE
         while "process up" not in self.log:
             if "FATAL" in self.log or time.monotonic() > deadline:
                 raise RuntimeError(f"PgBouncer does not start. {self.log}")
             time.sleep(_TICK)
 
-    def _tell(self, command: str) -> None:
+    def _send(self, command: str) -> None:
         assert self._owner is not None
         assert self._owner.stdin is not None
         assert self._owner.stdout is not None
@@ -241,7 +243,7 @@ class LocalPgBouncer:
         self._owner.stdin.flush()
         answer = self._owner.stdout.readline().strip()
         if not answer.startswith("pid:"):
-            raise RuntimeError("the shell that owned PgBouncer has ended")
+            raise RuntimeError("the shell that owns PgBouncer has ended")
         self.pid = int(answer.removeprefix("pid:") or 0) or None
 
     def _admin(self, command: str) -> list[DictRow]:
@@ -250,7 +252,7 @@ class LocalPgBouncer:
             sslmode="verify-full",
             sslrootcert=str(self.folder / "client-ca.crt"),
             autocommit=True,
-            cursor_factory=psycopg.ClientCursor,  # the console knows the simple query protocol only
+            cursor_factory=psycopg.ClientCursor,  # the console supports the simple query protocol only
             row_factory=dict_row,
         ) as console:
             cursor = console.execute(command.encode())

@@ -1,6 +1,6 @@
-"""What the tests of the core watch with: conditions, open sockets, secrets in tracebacks, and relays on the way.
+"""Probes for tests: waits, open sockets, secrets in tracebacks, a TCP relay, and the balance of a pool.
 
-No knowledge of the package's insides: sockets and frames are looked at from the outside.
+They observe the package from outside and use only its public names.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from typing import Any, Self, TypeAlias
 import neon_async
 from neon_async.testing import LocalEndpoint, LocalPostgres
 
-HANG = 20.0  # Seconds after which something that should have happened counts as never happening.
+HANG = 20.0  # Seconds after which a wait in a test fails.
 
 
 async def until(condition: Callable[[], object]) -> None:
-    """Wait until `condition` holds."""
+    """Wait until `condition` returns something true."""
     async with asyncio.timeout(HANG):
         while not condition():
             await asyncio.sleep(0.001)
 
 
 def open_sockets() -> set[tuple[int, int]]:
-    """Return number and inode of every file descriptor of this process that is a socket."""
+    """Return the number and the inode of every open socket of this process."""
     found = set()
     for path in Path("/dev/fd").iterdir():
         with contextlib.suppress(OSError):
@@ -51,21 +51,21 @@ async def nothing_is_left() -> AsyncIterator[None]:
 
 
 def chain_of(error: BaseException) -> list[BaseException]:
-    """Return `error` and everything that hangs on it: causes, contexts, members of groups."""
+    """Return `error` with all its causes, contexts and members of groups."""
     found: list[BaseException] = []
-    waiting: list[BaseException | None] = [error]
-    while waiting:
-        one = waiting.pop()
+    to_visit: list[BaseException | None] = [error]
+    while to_visit:
+        one = to_visit.pop()
         if one is not None and all(one is not other for other in found):
             found.append(one)
-            waiting += [one.__cause__, one.__context__, *getattr(one, "exceptions", ())]
+            to_visit += [one.__cause__, one.__context__, *getattr(one, "exceptions", ())]
     return found
 
 
 def assert_secret_free(error: BaseException, *secrets: str) -> None:
-    """Check that nothing an error tracker records of `error` holds a secret: texts, and the locals of the frames.
+    """Check that no secret is in what an error tracker records of `error`: its texts and the locals of its frames.
 
-    Frames of the tests are left out: what a caller's own variables hold is the caller's.
+    Frames of the tests are left out: a caller's own variables may contain its secrets.
     """
     tests = str(Path(__file__).parents[1])
     for one in chain_of(error):
@@ -77,21 +77,24 @@ def assert_secret_free(error: BaseException, *secrets: str) -> None:
                 places += [(f"{place}, {name}", repr(value)) for name, value in frame.f_locals.items()]
         for secret in secrets:
             leaks = [place for place, text in places if secret in text]
-            assert not leaks, f"the secret stands in {leaks}"
+            assert not leaks, f"the secret is in {leaks}"
 
 
 @dataclass
 class Passage:
-    """One connection through a relay: what the client has sent so far, and whether it is over."""
+    """One connection through a relay: the bytes that the client has sent so far, and whether it has ended."""
 
     sent: bytearray = field(default_factory=bytearray)
     over: bool = False
 
 
 class Relay:
-    """A TCP relay in front of a real server, which keeps what clients send.
+    """A TCP relay in front of a real server that records what clients send.
 
-    `refuse`: called with the first bytes of each connection; where it is true, the connection is closed without a word.
+    Args:
+        port: The port of the server on 127.0.0.1.
+        refuse: Called with the first bytes of each connection. If it returns true, the relay closes the connection
+            without an answer.
     """
 
     def __init__(self, port: int, *, refuse: Callable[[bytes], bool] = lambda _: False) -> None:
@@ -103,7 +106,7 @@ class Relay:
         self._tasks: set[asyncio.Task[None]] = set()
 
     def dsn(self, dsn: str) -> str:
-        """Return `dsn` with the port of this relay in place of the server's."""
+        """Return `dsn` with the port of the server replaced by the port of this relay."""
         return dsn.replace(f":{self._target}/", f":{self.port}/")
 
     async def __aenter__(self) -> Self:
@@ -175,7 +178,7 @@ class Relay:
 
 @contextlib.contextmanager
 def black_hole() -> Iterator[int]:
-    """A port of 127.0.0.1 that answers no SYN: its queue of connections nobody accepts is full."""
+    """Yield a port of 127.0.0.1 that answers no SYN, because its accept queue is full."""
     with contextlib.ExitStack() as stack:
         listener = stack.enter_context(socket.socket())
         listener.bind(("127.0.0.1", 0))
@@ -191,11 +194,11 @@ def black_hole() -> Iterator[int]:
 
 
 def resolve_to(monkeypatch: Any, *addresses: tuple[str, int]) -> list[str]:
-    """Let every name resolve to `addresses` on the running loop, in this order. Returns the names asked for."""
+    """Resolve every name to `addresses`, in this order, on the running loop. Return the list of resolved names."""
     asked: list[str] = []
 
     async def getaddrinfo(host: str, port: int, **_: object) -> list[Any]:
-        if re.fullmatch(r"[0-9.]+", host):  # uvloop asks for addresses, too
+        if re.fullmatch(r"[0-9.]+", host):  # uvloop resolves addresses, too
             return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (host, port))]
         asked.append(host)
         return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", address) for address in addresses]
@@ -205,16 +208,16 @@ def resolve_to(monkeypatch: Any, *addresses: tuple[str, int]) -> list[str]:
 
 
 def assert_balanced(pool: Any) -> None:
-    """Check that the pool's `stats()` add up: each slot in one place, each dial and each loan accounted for."""
+    """Check that `stats()` balance: each slot is in one state, and each dial and each loan is accounted for."""
     stats = pool.stats()
-    places = (stats.in_use, stats.idle, stats.checking, stats.resetting, stats.connecting, stats.vacant)
-    assert sum(places) == stats.max_size, stats
+    states = (stats.in_use, stats.idle, stats.checking, stats.resetting, stats.connecting, stats.vacant)
+    assert sum(states) == stats.max_size, stats
     assert stats.dials == stats.dial_failures + stats.terminations + stats.size, stats
     assert stats.acquires == stats.releases + stats.in_use, stats
 
 
 async def assert_whole(pool: Any) -> None:
-    """Check that no slot is lost: the pool hands out all its connections at once, each works, and it adds up."""
+    """Check that no slot is lost: the pool lends all its connections at once, each works, and `stats()` balance."""
     async with asyncio.timeout(HANG):
         connections = await asyncio.gather(*(pool.acquire(timeout=HANG) for _ in range(pool.get_max_size())))
         backends = {await connection.fetchval("SELECT pg_backend_pid()") for connection in connections}
@@ -230,13 +233,13 @@ Server: TypeAlias = LocalPostgres | LocalEndpoint
 
 
 def make_pool(server: Server, **keywords: Any) -> neon_async.Pool:
-    """Return a pool of connections to `server`, not open yet."""
+    """Return a pool of connections to `server` that is not open yet."""
     return neon_async.create_pool(server.dsn, trust_anchor=server.trust_anchor, **keywords)
 
 
 @contextlib.asynccontextmanager
 async def connected(server: Server, **keywords: Any) -> AsyncIterator[Any]:
-    """One connection, besides those of any pool."""
+    """Yield a connection outside any pool, and close it afterwards."""
     connection = await neon_async.connect(server.dsn, trust_anchor=server.trust_anchor, **keywords)
     try:
         yield connection
@@ -245,25 +248,25 @@ async def connected(server: Server, **keywords: Any) -> AsyncIterator[Any]:
 
 
 async def sessions(admin: Any, name: str) -> int:
-    """Return how many sessions with this application name the server knows."""
+    """Return the number of sessions with this application name on the server."""
     count: int = await admin.fetchval("SELECT count(*) FROM pg_stat_activity WHERE application_name = $1", name)
     return count
 
 
 async def until_gone(admin: Any, name: str) -> None:
-    """Wait until the server knows no session with this application name."""
+    """Wait until the server has no session with this application name."""
     async with asyncio.timeout(HANG):
         while await sessions(admin, name):
             await asyncio.sleep(0.001)
 
 
 def password_of(server: Server) -> str:
-    """Return the password of the one role."""
+    """Return the password in the DSN of `server`."""
     return server.dsn.split(":")[2].partition("@")[0]
 
 
 async def until_settled(pool: neon_async.Pool) -> None:
-    """Wait until the pool does nothing behind its callers, and check its books."""
+    """Wait until the pool does nothing in the background and has no waiters, then check that `stats()` balance."""
 
     def settled() -> bool:
         now = pool.stats()

@@ -4,8 +4,6 @@ A keyword wins over the DSN, and the DSN over the environment, as in libpq and a
 is judged, by its row in the table of keywords. It must not know what the parameters are used for, nor read a file.
 """
 
-from __future__ import annotations
-
 import os
 import urllib.parse
 from collections.abc import Mapping
@@ -21,7 +19,7 @@ from .readers import Given
 from .startup import check_startup_size, startup_settings
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ConnectionParameters:
     """What one connection needs to know, checked.
 

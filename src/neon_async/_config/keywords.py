@@ -7,7 +7,7 @@ from these rows. This module is data: it must not know how sources are merged, n
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from .password import PasswordReader
 from .readers import (
@@ -29,8 +29,7 @@ from .readers import (
 from .startup import ServerSettings
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Keyword:
+class Keyword(NamedTuple):
     """One keyword.
 
     Attributes:

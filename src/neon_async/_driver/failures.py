@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 import ssl
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import asyncpg
 
@@ -15,8 +15,7 @@ from .._wire.tls import NOT_TLS_REASONS, certificate_error, openssl_reason
 from .._wire.trust import TrustAnchor
 
 
-@dataclass(frozen=True, slots=True)
-class Attempt:
+class Attempt(NamedTuple):
     """One attempt to connect, at the moment when it failed.
 
     Attributes:
@@ -64,8 +63,7 @@ def public_error(error: Exception, attempt: Attempt) -> Exception:
     return error
 
 
-@dataclass(frozen=True, slots=True)
-class _Step:
+class _Step(NamedTuple):
     """A step of a dial: what it is doing, and what has not happened when the deadline expires meanwhile."""
 
     activity: str

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
 
 from .._neon.endpoint import Endpoint, short_name
 from .._wire.tls import TLSReport
@@ -58,7 +57,6 @@ class Healing:
         return True
 
 
-@dataclass(slots=True, eq=False, kw_only=True)
 class Session:
     """One session with the server, from its login to its end.
 
@@ -75,14 +73,25 @@ class Session:
             until something is executed.
     """
 
-    host: str
-    endpoint: Endpoint | None
-    healing: Healing
-    report: TLSReport
-    cancel: Callable[[int, int], Awaitable[None]]
-    on_closed: Callable[[], None] | None = None
-    initial_settings: dict[str, str] = field(default_factory=dict)
-    holds_server: bool = False
+    __slots__ = ("cancel", "endpoint", "healing", "holds_server", "host", "initial_settings", "on_closed", "report")
+
+    def __init__(
+        self,
+        *,
+        host: str,
+        endpoint: Endpoint | None,
+        healing: Healing,
+        report: TLSReport,
+        cancel: Callable[[int, int], Awaitable[None]],
+    ) -> None:
+        self.host = host
+        self.endpoint = endpoint
+        self.healing = healing
+        self.report = report
+        self.cancel = cancel
+        self.on_closed: Callable[[], None] | None = None
+        self.initial_settings: dict[str, str] = {}
+        self.holds_server = False
 
     @property
     def name(self) -> str:

@@ -7,7 +7,7 @@ neondatabase/neon). PostgreSQL and PgBouncer use the SQLSTATEs of PostgreSQL's A
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from .._errors import (
     AuthenticationError,
@@ -25,8 +25,7 @@ from .._errors import (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class ServerVerdict:
+class ServerVerdict(NamedTuple):
     """The meaning of a server's error.
 
     Attributes:

@@ -3,8 +3,6 @@
 It knows names and numbers only.
 """
 
-from __future__ import annotations
-
 import time
 from dataclasses import dataclass
 from typing import Any

@@ -13,8 +13,7 @@ import socket
 import ssl
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Generic, TypeAlias, TypeVar
+from typing import Generic, NamedTuple, TypeAlias, TypeVar
 
 from .._config.connection import ConnectionParameters
 from .._errors import ConnectError, TLSError
@@ -35,8 +34,7 @@ _P = TypeVar("_P", bound=asyncio.Protocol)
 StepCallback: TypeAlias = Callable[[str], None]
 
 
-@dataclass(frozen=True, slots=True)
-class Channel(Generic[_P]):
+class Channel(NamedTuple, Generic[_P]):
     """A verified TLS channel to a server, on which nothing has been sent.
 
     Attributes:

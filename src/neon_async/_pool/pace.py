@@ -13,9 +13,9 @@ from collections.abc import Callable
 from .._errors import NeonAsyncError
 from .._timing import backoff
 
-# Pauses after failures that may pass: full jitter, as in "Exponential Backoff And Jitter" (AWS Architecture Blog, 2015).
-# Neon advises 1 to 16 s for clients that start in step. A pool has one attempt under way at a time and may begin lower,
-# because a wake takes a few hundred milliseconds.
+# Pauses after failures that may pass: full jitter, as in "Exponential Backoff And Jitter" (AWS Architecture Blog,
+# 2015). Neon advises 1 to 16 s for clients that start in step. A pool has one attempt under way at a time and may begin
+# lower, because a wake takes a few hundred milliseconds.
 _BACKOFF_BASE = 0.25
 _BACKOFF_CAP = 4.0
 # No random pause is shorter than this: it alone limits the connects per second.
@@ -66,7 +66,7 @@ class Pace:
         return max(0.0, self._not_before - now)
 
     def refusal(self, now: float) -> Exception | None:
-        """Return the failure for which the breaker is open at `now`, or None: no attempt can succeed until it closes."""
+        """Return the failure for which the breaker is open at `now`, or None: no attempt can succeed now."""
         return self._refusal if now < self._not_before else None
 
     def succeeded(self) -> None:

@@ -26,9 +26,10 @@ SECONDS_OF = {  # the field with the seconds of each count of PoolStats
 class PoolStats:
     """A pool at one moment: its slots, and what has happened since it was created, each as a count and total seconds.
 
-    Every slot is in one state: `in_use + idle + checking + resetting + connecting + vacant == max_size`. Every dial that
-    has ended failed or made a connection, and that is open or has ended: `dials == dial_failures + terminations + size`.
-    Every connection that was lent is in use or was released: `acquires == releases + in_use`.
+    Every slot is in one state: `in_use + idle + checking + resetting + connecting + vacant == max_size`. Every dial
+    that has ended failed or made a connection, which is open or has ended:
+    `dials == dial_failures + terminations + size`. Every connection that was lent is in use or was released:
+    `acquires == releases + in_use`.
     """
 
     max_size: int
@@ -80,7 +81,7 @@ class PoolStats:
     termination_seconds: float
     """For how long they were open."""
     heals: int
-    """How often the prepared statements of a pooled host were renewed after "cached plan must not change result type"."""
+    """How often the prepared statements were renewed after "cached plan must not change result type" (pooled hosts)."""
     heal_seconds: float
     retries: int
     """Further attempts of `run_transaction()`."""

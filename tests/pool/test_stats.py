@@ -9,7 +9,7 @@ import dataclasses
 import itertools
 import re
 from collections.abc import AsyncIterator, Callable
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, get_type_hints
 
 import pytest
 from support.probes import HANG, assert_balanced, connected, make_pool, password_of, until, until_settled

@@ -47,9 +47,9 @@ def test_a_snapshot_is_made_by_names_only() -> None:
 
 
 def test_every_count_has_its_seconds() -> None:
-    seconds = {name for name, kind in FIELDS.items() if kind == "float"}
+    seconds = {name for name, kind in FIELDS.items() if kind is float}
     assert seconds == set(SECONDS_OF.values()) == {name for name in FIELDS if name.endswith("_seconds")}
-    assert {FIELDS[name] for name in SECONDS_OF} == {"int"}
+    assert {FIELDS[name] for name in SECONDS_OF} == {int}
     assert len(set(SECONDS_OF.values())) == len(SECONDS_OF)
 
 

@@ -4,8 +4,6 @@ Everything that needs to know something about a keyword reads it here; the docum
 from these rows. This module is data: it must not know how sources are merged, nor what the values are used for.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import NamedTuple
 

@@ -21,7 +21,7 @@ _LIFETIME = {"reader": Seconds(zero="never")}
 _CALLBACK = {"reader": AsyncFunction()}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class PoolOptions:
     """The options of a pool, checked. `create_pool()` takes the same ones, by the same names.
 

@@ -125,8 +125,8 @@ class Scene:
 async def known_report_of_uvloop() -> AsyncIterator[None]:
     """Let pass one report of uvloop to the event loop's exception handler, which says nothing of us.
 
-    uvloop 0.22 and 0.23 write the end of a TLS handshake to a transport that they have just closed, when the task that
-    waits for the handshake is cancelled in the iteration in which the server's last bytes arrive. They report
+    uvloop 0.23 writes the end of a TLS handshake to a transport that it has just closed, when the task that
+    waits for the handshake is cancelled in the iteration in which the server's last bytes arrive. It reports
     "the handler is closed", and the connection is closed as it should be.
     """
     loop = asyncio.get_running_loop()

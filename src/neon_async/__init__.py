@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect as _inspect
-
 from ._config.dsn import harden_dsn
 from ._driver.connection import Connection
 from ._driver.connector import connect, connection_tls_report
@@ -89,12 +87,8 @@ __all__ = (
 def _publish(name: str) -> None:
     """Let a public class or function name this package as its module, in tracebacks, reprs and pickles."""
     public = globals()[name]
-    if not getattr(public, "__module__", "").startswith(f"{__name__}."):
-        return
-    if isinstance(public, type):
-        # typing.get_type_hints() evaluates annotations in the namespace of `__module__`: they are evaluated before.
-        public.__annotations__ = _inspect.get_annotations(public, eval_str=True)
-    public.__module__ = __name__
+    if getattr(public, "__module__", "").startswith(f"{__name__}."):
+        public.__module__ = __name__
 
 
 for _name in __all__:

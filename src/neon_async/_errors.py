@@ -4,8 +4,6 @@ Everything that neon-async raises derives from `NeonAsyncError`. The second pare
 catch already: a builtin, or asyncpg's own class. This module does not know what raises these errors.
 """
 
-from __future__ import annotations
-
 import functools
 import ssl
 from collections.abc import Callable

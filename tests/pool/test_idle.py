@@ -447,4 +447,4 @@ async def test_after_a_clock_jump_dead_connections_are_replaced(
         assert pool.stats().terminations == 3
         endpoint.thaw()
         assert await caller not in pids
-    assert sum("clock has leapt" in record.message for record in caplog.records) == 1
+    assert sum("the clock jumped" in record.message for record in caplog.records) == 1

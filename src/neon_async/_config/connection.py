@@ -4,12 +4,10 @@ A keyword wins over the DSN, and the DSN over the environment, as in libpq and a
 is judged, by its row in the table of keywords. It must not know what the parameters are used for, nor read a file.
 """
 
-from __future__ import annotations
-
 import os
 import urllib.parse
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import NoReturn, TypedDict, cast
 
 from .._errors import ConfigurationError, InsecureConfigurationError
@@ -21,7 +19,7 @@ from .readers import Given
 from .startup import check_startup_size, startup_settings
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
 class ConnectionParameters:
     """What one connection needs to know, checked.
 
@@ -39,7 +37,7 @@ class ConnectionParameters:
     port: int
     user: str
     database: str
-    password: Password = field(repr=False)
+    password: Password
     connect_timeout: float
     keepalives: bool
     keepalives_idle: int
@@ -51,14 +49,17 @@ class ConnectionParameters:
     sslcrl: str | None
     sslcert: str | None
     sslkey: str | None
-    sslpassword: str | None = field(repr=False)
-    trust_anchor: str | bytes | os.PathLike[str] | None = field(repr=False)
+    sslpassword: str | None
+    trust_anchor: str | bytes | os.PathLike[str] | None
     channel_binding: str
     startup_settings: Mapping[str, str]
     command_timeout: float | None
     statement_cache_size: int
     max_cached_statement_lifetime: int
     max_cacheable_statement_size: int
+
+    def __repr__(self) -> str:
+        return f"<ConnectionParameters {self.redacted_dsn}>"
 
     @property
     def redacted_dsn(self) -> str:

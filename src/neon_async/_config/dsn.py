@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import urllib.parse
-from dataclasses import dataclass
+from typing import Final
 
 from .._errors import ConfigurationError, forget_arguments
 from .keywords import BY_DSN_NAME, BY_NAME
@@ -45,17 +45,19 @@ def harden_dsn(dsn: str) -> str:
     return f"{head}?{'&'.join(items)}"
 
 
-@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class URL:
     """The parts of a connection URL as they are written, with their percent-encoding. Its `repr` shows none of them."""
 
-    scheme: str
-    user: str
-    password: str
-    host: str
-    port: str
-    path: str
-    query: str
+    __slots__ = ("host", "password", "path", "port", "query", "scheme", "user")
+
+    def __init__(self, scheme: str, user: str, password: str, host: str, port: str, path: str, query: str) -> None:
+        self.scheme: Final = scheme
+        self.user: Final = user
+        self.password: Final = password
+        self.host: Final = host
+        self.port: Final = port
+        self.path: Final = path
+        self.query: Final = query
 
 
 def split(dsn: object) -> URL:

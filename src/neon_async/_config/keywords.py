@@ -4,10 +4,8 @@ Everything that needs to know something about a keyword reads it here; the docum
 from these rows. This module is data: it must not know how sources are merged, nor what the values are used for.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from .password import PasswordReader
 from .readers import (
@@ -29,8 +27,7 @@ from .readers import (
 from .startup import SERVER_SETTINGS
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Keyword:
+class Keyword(NamedTuple):
     """One keyword.
 
     Attributes:

@@ -11,7 +11,6 @@ import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Final, Generic, NoReturn, TypeVar
 
 from .._errors import ConfigurationError, InsecureConfigurationError
@@ -25,7 +24,6 @@ LIMIT = 1_000_000_000
 INT32_MAX = 2_147_483_647
 
 
-@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Given:
     """One value together with its name and its source. Its `repr` does not show the value.
 
@@ -37,10 +35,13 @@ class Given:
         secret: Whether messages must not show the value.
     """
 
-    name: str
-    value: object
-    source: str | None = None
-    secret: bool = False
+    __slots__ = ("name", "secret", "source", "value")
+
+    def __init__(self, name: str, value: object, source: str | None = None, *, secret: bool = False) -> None:
+        self.name: Final = name
+        self.value: Final = value
+        self.source: Final = source
+        self.secret: Final = secret
 
     def __str__(self) -> str:
         return self.name if self.source is None else f"{self.name} ({self.source})"

@@ -105,7 +105,7 @@ class Settings(Reader[Mapping[str, str]]):
                 given.refuse("has a name that is empty, or a name or value with NUL or invalid UTF-8. Correct it.")
             if name.lower() in self.refused or name.startswith("_pq_."):
                 given.refuse(f"contains {name!r}, which {self.refused.get(name.lower(), _NOT_A_SETTING)}")
-            if not _SETTING_NAME.fullmatch(name):
+            if not re.fullmatch(_SETTING_NAME, name):
                 given.refuse(
                     f"contains {name[:60]!r}, which is not the name of a setting. Use letters, digits, '_' and '$', "
                     "joined by dots."
@@ -116,7 +116,7 @@ class Settings(Reader[Mapping[str, str]]):
 
 
 # PostgreSQL's valid_custom_variable_name(), src/backend/utils/misc/guc.c; '-' would be read as '_'.
-_SETTING_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_$]*(?:\.[A-Za-z_][A-Za-z0-9_$]*)*")
+_SETTING_NAME = r"[A-Za-z_][A-Za-z0-9_$]*(?:\.[A-Za-z_][A-Za-z0-9_$]*)*"
 
 _NOT_A_SETTING = "is a parameter of the connection, not a server setting. Pass it by itself."
 _NO_EFFECT = "has no effect when a session starts."
@@ -148,17 +148,17 @@ def _require_tracked(names: Iterable[str], source: str, host: str, endpoint: End
 
 # PostgreSQL's pg_split_opts() (src/backend/utils/init/postinit.c) ends a word at white space, unless a backslash
 # precedes it; Neon's proxy and PgBouncer read the same.
-_WORD = re.compile(r"(?:[^ \t\n\r\f\v\\]|\\.|\\\Z)+", re.DOTALL)
-_NEEDS_ESCAPE = re.compile(r"[ \t\n\r\f\v\\]")
+_WORD = r"(?s:[^ \t\n\r\f\v\\]|\\.|\\\Z)+"
+_NEEDS_ESCAPE = r"[ \t\n\r\f\v\\]"
 # What Neon's proxy takes for itself (proxy/src/auth/credentials.rs and proxy/src/proxy/mod.rs).
-_NEONS_OWN = re.compile(r"(?:endpoint|project)=|neon_\w+:.")
+_NEONS_OWN = r"(?:endpoint|project)=|neon_\w+:."
 _OTHER_SWITCH = "a switch other than -c"
 
 
 def _names_in(options: str) -> list[str]:
     """Return the names that `options` sets as `-c name=value`, `-cname=value` or `--name=value`, in lower case."""
     names = []
-    words = (word for word in _WORD.findall(options) if not _NEONS_OWN.match(word))
+    words = (word for word in re.findall(_WORD, options) if not re.match(_NEONS_OWN, word))
     for word in words:
         if word == "-c":
             assignment = next(words, "")
@@ -171,7 +171,7 @@ def _names_in(options: str) -> list[str]:
 
 
 def _escaped(value: str) -> str:
-    return _NEEDS_ESCAPE.sub(r"\\\g<0>", value)
+    return re.sub(_NEEDS_ESCAPE, r"\\\g<0>", value)
 
 
 _ROLE_IS_APART = "is set with role=. Pass it there."

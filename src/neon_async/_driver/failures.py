@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 import ssl
-from dataclasses import dataclass
+from typing import Final
 
 import asyncpg
 
@@ -15,7 +15,6 @@ from .._wire.tls import NOT_TLS_REASONS, certificate_error, openssl_reason
 from .._wire.trust import TrustAnchor
 
 
-@dataclass(frozen=True, slots=True)
 class Attempt:
     """One attempt to connect, at the moment when it failed.
 
@@ -26,10 +25,13 @@ class Attempt:
         expired: Whether `connect_timeout` had expired.
     """
 
-    parameters: ConnectionParameters
-    anchor: TrustAnchor
-    step: str
-    expired: bool
+    __slots__ = ("anchor", "expired", "parameters", "step")
+
+    def __init__(self, parameters: ConnectionParameters, anchor: TrustAnchor, step: str, expired: bool) -> None:
+        self.parameters: Final = parameters
+        self.anchor: Final = anchor
+        self.step: Final = step
+        self.expired: Final = expired
 
 
 def public_error(error: Exception, attempt: Attempt) -> Exception:
@@ -38,10 +40,10 @@ def public_error(error: Exception, attempt: Attempt) -> Exception:
     An error of the server that is not about connecting stays asyncpg's, and what a password function raises stays
     unchanged.
     """
-    host, step = attempt.parameters.host, _STEPS[attempt.step]
+    host, (activity, pending) = attempt.parameters.host, _STEPS[attempt.step]
     if attempt.expired:
         limit = f"connect_timeout={attempt.parameters.connect_timeout:g} s"
-        return ConnectTimeoutError(f"{host} was not ready within {limit}: {step.pending}.")
+        return ConnectTimeoutError(f"{host} was not ready within {limit}: {pending}.")
     if attempt.step == "password" or isinstance(error, NeonAsyncError):
         return error
     match error:
@@ -55,33 +57,26 @@ def public_error(error: Exception, attempt: Attempt) -> Exception:
         case asyncpg.PostgresError() if "sqlstate" in vars(error):  # from the server; asyncpg raises some itself
             return _server_error(error, host)
         case ConnectionError() | asyncpg.PostgresConnectionError():
-            return ConnectError(f"{host} closed the connection during {step.activity}. Try again; check the server.")
+            return ConnectError(f"{host} closed the connection during {activity}. Try again; check the server.")
         case OSError():
             reason = error.strerror or type(error).__name__
-            return ConnectError(f"Connecting to {host} failed during {step.activity} ({reason}). Try again.")
+            return ConnectError(f"Connecting to {host} failed during {activity} ({reason}). Try again.")
         case LookupError() | ValueError() if attempt.step == "authentication":
             return ProtocolError(f"{host} sent settings that asyncpg cannot read ({error}). Check options and server.")
     return error
 
 
-@dataclass(frozen=True, slots=True)
-class _Step:
-    """A step of a dial: what it is doing, and what has not happened when the deadline expires meanwhile."""
-
-    activity: str
-    pending: str
-
-
+# The steps of a dial: what each is doing, and what has not happened when the deadline expires meanwhile.
 _STEPS = {
-    "password": _Step("the password function", "the password function had not returned"),
-    "start": _Step("the start", "no attempt had begun"),
-    "dns": _Step("name resolution", "its name had not been resolved. Check this machine's DNS"),
-    "tcp": _Step("the TCP connect", "no address had accepted a connection. Check host, port and firewall"),
-    "tls": _Step(
+    "password": ("the password function", "the password function had not returned"),
+    "start": ("the start", "no attempt had begun"),
+    "dns": ("name resolution", "its name had not been resolved. Check this machine's DNS"),
+    "tcp": ("the TCP connect", "no address had accepted a connection. Check host, port and firewall"),
+    "tls": (
         "the TLS handshake",
         "the TLS handshake had not finished. Check that this is the port of a PostgreSQL server",
     ),
-    "authentication": _Step(
+    "authentication": (
         "authentication",
         "authentication had not finished. A suspended compute may need longer: try again",
     ),

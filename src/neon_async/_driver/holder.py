@@ -14,7 +14,7 @@ import contextlib
 import functools
 import logging
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import asyncpg
@@ -275,8 +275,9 @@ async def fetch(connection: Any, query: str, *args: object) -> list[Any]:
 class Proxy(_Proxy):
     """What a caller gets for one loan of a connection; after the loan it does nothing any more.
 
-    asyncpg's own checks that the loan goes on when a method is called. Here a coroutine checks it when it starts to
-    run, so that one that was created during the loan and awaited after it does not reach the next caller's session.
+    asyncpg's proxy checks that the loan has not ended when a method is called. This one checks it again when the
+    coroutine starts to run, so that one that was created during the loan and awaited after it does not reach the next
+    caller's session.
     """
 
     __slots__ = ()
@@ -291,83 +292,87 @@ class Proxy(_Proxy):
             )
         return connection
 
-    if not TYPE_CHECKING:  # asyncpg-stubs has the signatures
+    async def _call(self, method: Callable[..., Awaitable[Any]], args: Any, keywords: Any) -> Any:
+        self._lent(method.__name__)
+        return await method(*args, **keywords)
 
-        @functools.wraps(asyncpg.Connection.execute)
-        async def execute(self, *args, **keywords):
-            return await self._lent("execute").execute(*args, **keywords)
+    if not TYPE_CHECKING:  # asyncpg-stubs has the signatures; `wraps` also copies the mark of a coroutine function
 
-        @functools.wraps(asyncpg.Connection.executemany)
-        async def executemany(self, *args, **keywords):
-            return await self._lent("executemany").executemany(*args, **keywords)
+        @functools.wraps(PoolConnectionProxy.execute)
+        def execute(self, *args, **keywords):
+            return self._call(self._lent("execute").execute, args, keywords)
 
-        @functools.wraps(asyncpg.Connection.fetch)
-        async def fetch(self, *args, **keywords):
-            return await self._lent("fetch").fetch(*args, **keywords)
+        @functools.wraps(PoolConnectionProxy.executemany)
+        def executemany(self, *args, **keywords):
+            return self._call(self._lent("executemany").executemany, args, keywords)
 
-        @functools.wraps(asyncpg.Connection.fetchval)
-        async def fetchval(self, *args, **keywords):
-            return await self._lent("fetchval").fetchval(*args, **keywords)
+        @functools.wraps(PoolConnectionProxy.fetch)
+        def fetch(self, *args, **keywords):
+            return self._call(self._lent("fetch").fetch, args, keywords)
 
-        @functools.wraps(asyncpg.Connection.fetchrow)
-        async def fetchrow(self, *args, **keywords):
-            return await self._lent("fetchrow").fetchrow(*args, **keywords)
+        @functools.wraps(PoolConnectionProxy.fetchval)
+        def fetchval(self, *args, **keywords):
+            return self._call(self._lent("fetchval").fetchval, args, keywords)
 
-        @functools.wraps(asyncpg.Connection.fetchmany)
-        async def fetchmany(self, *args, **keywords):
-            return await self._lent("fetchmany").fetchmany(*args, **keywords)
+        @functools.wraps(PoolConnectionProxy.fetchrow)
+        def fetchrow(self, *args, **keywords):
+            return self._call(self._lent("fetchrow").fetchrow, args, keywords)
 
-        @functools.wraps(asyncpg.Connection.prepare)
-        async def prepare(self, *args, **keywords):
-            return await self._lent("prepare").prepare(*args, **keywords)
+        @functools.wraps(PoolConnectionProxy.fetchmany)
+        def fetchmany(self, *args, **keywords):
+            return self._call(self._lent("fetchmany").fetchmany, args, keywords)
 
-        @functools.wraps(asyncpg.Connection.copy_from_table)
-        async def copy_from_table(self, *args, **keywords):
-            return await self._lent("copy_from_table").copy_from_table(*args, **keywords)
+        @functools.wraps(PoolConnectionProxy.prepare)
+        def prepare(self, *args, **keywords):
+            return self._call(self._lent("prepare").prepare, args, keywords)
 
-        @functools.wraps(asyncpg.Connection.copy_from_query)
-        async def copy_from_query(self, *args, **keywords):
-            return await self._lent("copy_from_query").copy_from_query(*args, **keywords)
+        @functools.wraps(PoolConnectionProxy.copy_from_table)
+        def copy_from_table(self, *args, **keywords):
+            return self._call(self._lent("copy_from_table").copy_from_table, args, keywords)
 
-        @functools.wraps(asyncpg.Connection.copy_to_table)
-        async def copy_to_table(self, *args, **keywords):
-            return await self._lent("copy_to_table").copy_to_table(*args, **keywords)
+        @functools.wraps(PoolConnectionProxy.copy_from_query)
+        def copy_from_query(self, *args, **keywords):
+            return self._call(self._lent("copy_from_query").copy_from_query, args, keywords)
 
-        @functools.wraps(asyncpg.Connection.copy_records_to_table)
-        async def copy_records_to_table(self, *args, **keywords):
-            return await self._lent("copy_records_to_table").copy_records_to_table(*args, **keywords)
+        @functools.wraps(PoolConnectionProxy.copy_to_table)
+        def copy_to_table(self, *args, **keywords):
+            return self._call(self._lent("copy_to_table").copy_to_table, args, keywords)
 
-        @functools.wraps(asyncpg.Connection.add_listener)
-        async def add_listener(self, *args, **keywords):
-            return await self._lent("add_listener").add_listener(*args, **keywords)
+        @functools.wraps(PoolConnectionProxy.copy_records_to_table)
+        def copy_records_to_table(self, *args, **keywords):
+            return self._call(self._lent("copy_records_to_table").copy_records_to_table, args, keywords)
 
-        @functools.wraps(asyncpg.Connection.remove_listener)
-        async def remove_listener(self, *args, **keywords):
-            return await self._lent("remove_listener").remove_listener(*args, **keywords)
+        @functools.wraps(PoolConnectionProxy.add_listener)
+        def add_listener(self, *args, **keywords):
+            return self._call(self._lent("add_listener").add_listener, args, keywords)
 
-        @functools.wraps(asyncpg.Connection.set_type_codec)
-        async def set_type_codec(self, *args, **keywords):
-            return await self._lent("set_type_codec").set_type_codec(*args, **keywords)
+        @functools.wraps(PoolConnectionProxy.remove_listener)
+        def remove_listener(self, *args, **keywords):
+            return self._call(self._lent("remove_listener").remove_listener, args, keywords)
 
-        @functools.wraps(asyncpg.Connection.reset_type_codec)
-        async def reset_type_codec(self, *args, **keywords):
-            return await self._lent("reset_type_codec").reset_type_codec(*args, **keywords)
+        @functools.wraps(PoolConnectionProxy.set_type_codec)
+        def set_type_codec(self, *args, **keywords):
+            return self._call(self._lent("set_type_codec").set_type_codec, args, keywords)
 
-        @functools.wraps(asyncpg.Connection.set_builtin_type_codec)
-        async def set_builtin_type_codec(self, *args, **keywords):
-            return await self._lent("set_builtin_type_codec").set_builtin_type_codec(*args, **keywords)
+        @functools.wraps(PoolConnectionProxy.reset_type_codec)
+        def reset_type_codec(self, *args, **keywords):
+            return self._call(self._lent("reset_type_codec").reset_type_codec, args, keywords)
 
-        @functools.wraps(asyncpg.Connection.reload_schema_state)
-        async def reload_schema_state(self, *args, **keywords):
-            return await self._lent("reload_schema_state").reload_schema_state(*args, **keywords)
+        @functools.wraps(PoolConnectionProxy.set_builtin_type_codec)
+        def set_builtin_type_codec(self, *args, **keywords):
+            return self._call(self._lent("set_builtin_type_codec").set_builtin_type_codec, args, keywords)
 
-        @functools.wraps(asyncpg.Connection.reset)
-        async def reset(self, *args, **keywords):
-            return await self._lent("reset").reset(*args, **keywords)
+        @functools.wraps(PoolConnectionProxy.reload_schema_state)
+        def reload_schema_state(self, *args, **keywords):
+            return self._call(self._lent("reload_schema_state").reload_schema_state, args, keywords)
 
-        @functools.wraps(asyncpg.Connection.close)
-        async def close(self, *args, **keywords):
-            return await self._lent("close").close(*args, **keywords)
+        @functools.wraps(PoolConnectionProxy.reset)
+        def reset(self, *args, **keywords):
+            return self._call(self._lent("reset").reset, args, keywords)
+
+        @functools.wraps(PoolConnectionProxy.close)
+        def close(self, *args, **keywords):
+            return self._call(self._lent("close").close, args, keywords)
 
 
 class Holder(PoolConnectionHolder):

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from .._neon.endpoint import Endpoint, short_name
 from .._neon.sql import quote, quote_name
@@ -60,8 +59,10 @@ class Healing:
         return True
 
 
-@dataclass(frozen=True, slots=True)
-class Callbacks:
+_NOTHING: Mapping[Any, Any] = {}
+
+
+class Callbacks(NamedTuple):
     """The callbacks that are registered on a connection.
 
     Attributes:
@@ -70,7 +71,7 @@ class Callbacks:
         query_loggers: Of statements.
     """
 
-    listeners: Mapping[str, frozenset[Any]] = field(default_factory=dict)
+    listeners: Mapping[str, frozenset[Any]] = _NOTHING
     log_listeners: frozenset[Any] = frozenset()
     query_loggers: frozenset[Any] = frozenset()
 
@@ -87,8 +88,7 @@ RESET = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Codec:
+class Codec(NamedTuple):
     """A type codec of a connection.
 
     Attributes:
@@ -100,8 +100,7 @@ class Codec:
     options: Mapping[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
-class Snapshot:
+class Snapshot(NamedTuple):
     """What `init` set up.
 
     Attributes:
@@ -114,9 +113,9 @@ class Snapshot:
 
     role: str | None = None
     authorization: str | None = None
-    settings: Mapping[str, str] = field(default_factory=dict)
-    callbacks: Callbacks = field(default_factory=Callbacks)
-    codecs: Mapping[tuple[str, str], Codec] = field(default_factory=dict)
+    settings: Mapping[str, str] = _NOTHING
+    callbacks: Callbacks = Callbacks()
+    codecs: Mapping[tuple[str, str], Codec] = _NOTHING
 
     def reset_query(self) -> str:
         """Return the SQL that sets a session back to this."""
@@ -129,7 +128,6 @@ class Snapshot:
         return "; ".join([RESET, *restore])
 
 
-@dataclass(slots=True, eq=False, kw_only=True)
 class Session:
     """One session with the server, from its login to its end.
 
@@ -148,16 +146,38 @@ class Session:
             until something is executed.
     """
 
-    host: str
-    endpoint: Endpoint | None
-    healing: Healing
-    report: TLSReport
-    cancel: Callable[[int, int], Awaitable[None]]
-    on_closed: Callable[[], None] | None = None
-    snapshot: Snapshot = field(default_factory=Snapshot)
-    codecs: dict[tuple[str, str], Codec] = field(default_factory=dict)
-    initial_settings: dict[str, str] = field(default_factory=dict)
-    holds_server: bool = False
+    __slots__ = (
+        "cancel",
+        "codecs",
+        "endpoint",
+        "healing",
+        "holds_server",
+        "host",
+        "initial_settings",
+        "on_closed",
+        "report",
+        "snapshot",
+    )
+
+    def __init__(
+        self,
+        *,
+        host: str,
+        endpoint: Endpoint | None,
+        healing: Healing,
+        report: TLSReport,
+        cancel: Callable[[int, int], Awaitable[None]],
+    ) -> None:
+        self.host = host
+        self.endpoint = endpoint
+        self.healing = healing
+        self.report = report
+        self.cancel = cancel
+        self.on_closed: Callable[[], None] | None = None
+        self.snapshot = Snapshot()
+        self.codecs: dict[tuple[str, str], Codec] = {}
+        self.initial_settings: dict[str, str] = {}
+        self.holds_server = False
 
     @property
     def name(self) -> str:

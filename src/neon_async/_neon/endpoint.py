@@ -1,7 +1,5 @@
 """Read the name of an endpoint from a Neon host name."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 
@@ -27,7 +25,7 @@ class Endpoint:
 
 
 # The ID is a name and 6 or more digits, or 8 base-36 characters (Neon's documentation).
-_HOST = re.compile(
+_HOST = (
     r"(?P<id>ep-[a-z0-9]+-[a-z0-9]+-[a-z0-9]{6,})(?P<pooled>-pooler)?(?:\.c-[0-9]+)?"
     r"\.(?P<region>[a-z0-9-]+)\.(?P<provider>[a-z]+)\.neon\.tech"
 )
@@ -35,7 +33,7 @@ _HOST = re.compile(
 
 def parse_host(host: str) -> Endpoint | None:
     """Return the endpoint that `host` names, or None where `host` is not an endpoint of Neon's."""
-    match = _HOST.fullmatch(host)
+    match = re.fullmatch(_HOST, host)
     if match is None:
         return None
     return Endpoint(

@@ -7,7 +7,7 @@ neondatabase/neon). PostgreSQL and PgBouncer use the SQLSTATEs of PostgreSQL's A
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from typing import Final
 
 from .._errors import (
     AuthenticationError,
@@ -25,7 +25,6 @@ from .._errors import (
 )
 
 
-@dataclass(frozen=True, slots=True)
 class ServerVerdict:
     """The meaning of a server's error.
 
@@ -36,10 +35,19 @@ class ServerVerdict:
         sqlstates: The SQLSTATEs with this meaning, for messages whose text is unknown.
     """
 
-    error: type[NeonAsyncError]
-    advice: str
-    texts: tuple[str | re.Pattern[str], ...] = ()
-    sqlstates: tuple[str, ...] = ()
+    __slots__ = ("advice", "error", "sqlstates", "texts")
+
+    def __init__(
+        self,
+        error: type[NeonAsyncError],
+        advice: str,
+        texts: tuple[str | re.Pattern[str], ...] = (),
+        sqlstates: tuple[str, ...] = (),
+    ) -> None:
+        self.error: Final = error
+        self.advice: Final = advice
+        self.texts: Final = texts
+        self.sqlstates: Final = sqlstates
 
 
 def classify(sqlstate: str | None, message: str) -> ServerVerdict | None:

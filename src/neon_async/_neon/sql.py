@@ -11,11 +11,10 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 
-@dataclass(frozen=True, slots=True)
-class SessionFeature:
+class SessionFeature(NamedTuple):
     """A feature that needs a session of its own.
 
     Attributes:

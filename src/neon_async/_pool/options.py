@@ -3,8 +3,6 @@
 It must not know how a pool works. The parameters of a connection are another table (`_config.keywords`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeAlias, cast
@@ -23,7 +21,7 @@ _LIFETIME = {"reader": Seconds(zero="never")}
 _CALLBACK = {"reader": AsyncFunction()}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class PoolOptions:
     """The options of a pool, checked. `create_pool()` takes the same ones, by the same names.
 
@@ -91,7 +89,7 @@ class PoolOptions:
         Integer(self.min_size, self.max_size, maximum_is="max_size").check("init_size", self.opening_size)
 
     @classmethod
-    def split(cls, keywords: Mapping[str, object]) -> tuple[PoolOptions, ConnectKeywords]:
+    def split(cls, keywords: Mapping[str, object]) -> "tuple[PoolOptions, ConnectKeywords]":
         """Return the options in the keywords of `create_pool()`, and the keywords that are not options of the pool.
 
         Raises:

@@ -323,7 +323,7 @@ class Pool(PoolBase):
                 f"{self._describe()}; max_waiting={limit}. Try again later, or raise max_size or max_waiting."
             )
 
-    # What a caller is told who got no connection in time
+    # The error of a caller that got no connection in time
 
     def _timeout_error(self, what: str, advice: str = "") -> PoolTimeoutError:
         return PoolTimeoutError(f"{what}: {self._describe()}. {advice or self._advice()}")

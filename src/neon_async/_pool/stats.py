@@ -1,15 +1,13 @@
-"""What a pool has done so far, counted: the tallies it keeps, and the snapshot it hands out.
+"""The statistics of a pool: the tallies it keeps, and the snapshot that `Pool.stats()` returns.
 
-It knows names and numbers only.
+Knows names and numbers only.
 """
-
-from __future__ import annotations
 
 import time
 from dataclasses import dataclass
 from typing import Any
 
-SECONDS_OF = {  # of each count of PoolStats, the field that holds its seconds
+SECONDS_OF = {  # the field with the seconds of each count of PoolStats
     "acquires": "acquire_seconds",
     "releases": "release_seconds",
     "waits": "wait_seconds",
@@ -26,11 +24,12 @@ SECONDS_OF = {  # of each count of PoolStats, the field that holds its seconds
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PoolStats:
-    """A pool at one moment: its slots, and what has happened since it was opened, each as a count and total seconds.
+    """A pool at one moment: its slots, and what has happened since it was created, each as a count and total seconds.
 
-    Every slot is in one place: `in_use + idle + checking + resetting + connecting + vacant == max_size`. Every dial
-    that ended failed or made a connection, which is open or has ended: `dials == dial_failures + terminations + size`.
-    Every connection handed out is in use or came back: `acquires == releases + in_use`.
+    Every slot is in one state: `in_use + idle + checking + resetting + connecting + vacant == max_size`. Every dial
+    that has ended failed or made a connection, which is open or has ended:
+    `dials == dial_failures + terminations + size`. Every connection that was lent is in use or was released:
+    `acquires == releases + in_use`.
     """
 
     max_size: int
@@ -41,29 +40,29 @@ class PoolStats:
     """Connections that callers hold."""
     idle: int
     checking: int
-    """Idle connections being pinged before somebody gets them."""
+    """Idle connections that are being pinged before a caller gets them."""
     resetting: int
-    """Connections that came back and are being reset or closed."""
+    """Connections that are being reset or closed."""
     connecting: int
     """Dials under way."""
     vacant: int
     """Slots without a connection."""
     waiting: int
-    """Callers in line."""
+    """Callers that wait for a connection."""
 
     acquires: int
-    """Connections handed out."""
+    """Connections that were lent."""
     acquire_seconds: float
     """From the call to the connection."""
     releases: int
-    """Connections that came back, or ended in the hands of their caller."""
+    """Connections that were released, or ended while they were in use."""
     release_seconds: float
-    """For how long they had been out."""
+    """For how long they were in use."""
     waits: int
-    """Callers who joined the line."""
+    """Callers that had to wait."""
     wait_seconds: float
     timeouts: int
-    """Callers whose deadline passed in line, or while `setup` ran."""
+    """Callers whose deadline passed while they waited, or while `setup` ran."""
     timeout_seconds: float
     dials: int
     """Attempts to connect that have ended."""
@@ -71,27 +70,27 @@ class PoolStats:
     dial_failures: int
     dial_failure_seconds: float
     wakes: int
-    """First connections after there was none."""
+    """Connections that were made when there was none."""
     wake_seconds: float
     """From the first attempt to that connection."""
     resets: int
-    """Resets that ran to their end."""
+    """Resets that succeeded."""
     reset_seconds: float
     terminations: int
-    """Connections that ended, for whatever reason, on either side."""
+    """Connections that ended, closed by either side for whatever reason."""
     termination_seconds: float
-    """For how long they had been open."""
+    """For how long they were open."""
     heals: int
-    """Times that a pooled host's prepared statements were renewed after "cached plan must not change result type"."""
+    """How often the prepared statements were renewed after "cached plan must not change result type" (pooled hosts)."""
     heal_seconds: float
     retries: int
     """Further attempts of `run_transaction()`."""
     retry_seconds: float
-    """Of the attempts that came to nothing, with the pause after each."""
+    """The time of the attempts that failed, and of the pause after each."""
 
 
 class Tally:
-    """How often something has happened, and for how many seconds in all."""
+    """How often something has happened, and the total seconds."""
 
     __slots__ = ("count", "seconds")
 
@@ -103,18 +102,18 @@ class Tally:
         return f"<Tally: {self.count} in {self.seconds:.3f} s>"
 
     def add(self, seconds: float) -> None:
-        """Count one more."""
+        """Count one more that took `seconds`."""
         self.count += 1
         self.seconds += seconds
 
     def since(self, began: float) -> None:
-        """Count one more, which began at this time of the monotonic clock."""
+        """Count one more that began at `began`, a time of the monotonic clock."""
         self.count += 1
         self.seconds += time.monotonic() - began
 
 
 class Tallies:
-    """The tallies of one pool, by the names that `PoolStats` gives their counts."""
+    """The tallies of one pool, by the names of their counts in `PoolStats`."""
 
     __slots__ = tuple(SECONDS_OF)
 

@@ -43,7 +43,7 @@ _log = logging.getLogger("neon_async")
 _PING_TIMEOUT = 2.0
 # How far the wall clock may gain on the monotonic clock, or fall behind it, before this machine counts as having been
 # asleep: NTP slews both alike, and smaller steps are rare.
-_CLOCK_LEAP = 2.0
+_CLOCK_JUMP = 2.0
 # Lifetimes differ by up to this part, so that connections made together do not end together.
 _LIFETIME_JITTER = 0.1
 # What is cancelled ends within an iteration or two of the event loop.
@@ -94,7 +94,7 @@ class Supply:
 
     def take_idle(self, now: float) -> Slot | None:
         """Return the idle slot that was used last, if it needs no check; it stays where it is."""
-        self._notice_leap(now)
+        self._notice_jump(now)
         idle = self.slots.idle
         while idle:
             slot = idle[-1]
@@ -108,16 +108,16 @@ class Supply:
                 return slot
         return None
 
-    def _notice_leap(self, now: float) -> None:
+    def _notice_jump(self, now: float) -> None:
         """Check all idle connections before use after this machine was asleep.
 
         The wall clock goes on while a machine sleeps, the monotonic clock does not.
         """
         offset = time.time() - now
-        if abs(offset - self._clock_offset) > _CLOCK_LEAP:
+        if abs(offset - self._clock_offset) > _CLOCK_JUMP:
             for slot in self.slots.idle:
                 slot.heard_at = -math.inf
-            _log.info("%s: the clock has leapt; idle connections are checked before use", self.name)
+            _log.info("%s: the clock jumped; idle connections are checked before use", self.name)
         self._clock_offset = offset
 
     def is_worn(self, slot: Slot, now: float) -> bool:

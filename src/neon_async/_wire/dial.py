@@ -13,8 +13,7 @@ import socket
 import ssl
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Generic, TypeAlias, TypeVar
+from typing import Final, Generic, TypeAlias, TypeVar
 
 from .._config.connection import ConnectionParameters
 from .._errors import ConnectError, TLSError
@@ -35,7 +34,6 @@ _P = TypeVar("_P", bound=asyncio.Protocol)
 StepCallback: TypeAlias = Callable[[str], None]
 
 
-@dataclass(frozen=True, slots=True)
 class Channel(Generic[_P]):
     """A verified TLS channel to a server, on which nothing has been sent.
 
@@ -46,10 +44,13 @@ class Channel(Generic[_P]):
         report: The facts about the handshake.
     """
 
-    transport: asyncio.Transport
-    protocol: _P
-    certificate: bytes
-    report: TLSReport
+    __slots__ = ("certificate", "protocol", "report", "transport")
+
+    def __init__(self, transport: asyncio.Transport, protocol: _P, certificate: bytes, report: TLSReport) -> None:
+        self.transport: Final = transport
+        self.protocol: Final = protocol
+        self.certificate: Final = certificate
+        self.report: Final = report
 
 
 def ignore_step(step: str) -> None:

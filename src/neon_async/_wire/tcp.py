@@ -11,7 +11,7 @@ import os
 import socket
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from .._config.connection import ConnectionParameters
 from .._errors import ConnectError
@@ -20,8 +20,7 @@ from .._errors import ConnectError
 _ATTEMPT_DELAY = 0.25
 
 
-@dataclass(frozen=True, slots=True)
-class Address:
+class Address(NamedTuple):
     """A resolved address of a server, as `socket.getaddrinfo()` returns it."""
 
     family: socket.AddressFamily

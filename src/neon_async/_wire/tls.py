@@ -3,13 +3,11 @@
 This module decides how a server is verified. It must not know sockets, DSNs or pools.
 """
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import re
 import ssl
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from .._errors import CertificateError, ConfigurationError, InsecureConfigurationError
@@ -60,13 +58,15 @@ class TLSReport:
     mechanism: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
 class ClientCertificate:
     """A client certificate for servers that request one, by the paths of its PEM files (libpq's sslcert and sslkey)."""
 
-    certfile: str
-    keyfile: str | None
-    password: str = field(repr=False)
+    __slots__ = ("certfile", "keyfile", "password")
+
+    def __init__(self, certfile: str, keyfile: str | None, password: str) -> None:
+        self.certfile = certfile
+        self.keyfile = keyfile
+        self.password = password
 
 
 def create_ssl_context(*, trust_anchor: AnchorSource | None = None, crl: str | None = None) -> ssl.SSLContext:

@@ -14,9 +14,8 @@ import re
 import ssl
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from .._errors import ConfigurationError, InsecureConfigurationError
 
@@ -26,8 +25,7 @@ ISRG_ROOT_X1_SHA256 = "96bcec06264976f37460779acf28c5a7cfe8a3c0aae11a8ffcee05c0b
 AnchorSource: TypeAlias = str | bytes | os.PathLike[str]
 
 
-@dataclass(frozen=True, slots=True)
-class TrustAnchor:
+class TrustAnchor(NamedTuple):
     """The root certificate that every accepted chain ends at.
 
     Attributes:
@@ -40,14 +38,16 @@ class TrustAnchor:
     subject: str
     source: str
     sha256: str
-    der: bytes = field(repr=False)
+    der: bytes
+
+    def __repr__(self) -> str:
+        return f"<TrustAnchor {self}>"
 
     def __str__(self) -> str:
         return f"{self.subject}, from {self.source}"
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
+class Place(NamedTuple):
     """A store that may contain ISRG Root X1.
 
     Attributes:
@@ -217,7 +217,7 @@ def _windows_certificates() -> Iterator[bytes]:
 # ---------------------------------------------------------------------------------------------------------------------
 # PEM
 
-_CERTIFICATE = re.compile(rb"-----BEGIN CERTIFICATE-----[^-]+-----END CERTIFICATE-----")
+_CERTIFICATE = rb"-----BEGIN CERTIFICATE-----[^-]+-----END CERTIFICATE-----"
 
 
 def _read_pem(source: AnchorSource) -> tuple[bytes, str]:
@@ -239,7 +239,7 @@ def _read_pem(source: AnchorSource) -> tuple[bytes, str]:
 
 def _pem_to_der(pem: bytes) -> list[bytes]:
     ders = []
-    for block in _CERTIFICATE.findall(pem):
+    for block in re.findall(_CERTIFICATE, pem):
         try:
             ders.append(ssl.PEM_cert_to_DER_cert(block.decode("ascii")))
         except ValueError:  # broken base64, or not ASCII: not a certificate

@@ -11,7 +11,7 @@ from support.dsns import HOST, MINIMAL, POOLED
 
 from neon_async import ConfigurationError
 from neon_async._config.connection import parse
-from neon_async._config.startup import ServerSettings, startup_settings
+from neon_async._config.startup import SERVER_SETTINGS, startup_settings
 from neon_async._neon.endpoint import parse_host
 
 
@@ -106,12 +106,12 @@ def test_a_pooled_name_at_another_provider_is_not_a_pooled_host() -> None:
 
 @pytest.mark.parametrize("name", ["jit", "app.tenant", "_a.b$1", "Search_Path"])
 def test_the_name_of_a_setting_is_accepted(name: str) -> None:
-    assert ServerSettings().check("server_settings", {name: "x"}) == {name: "x"}
+    assert SERVER_SETTINGS.check("server_settings", {name: "x"}) == {name: "x"}
 
 
 def test_server_settings_are_copied() -> None:
     given_settings = {"jit": "off"}
-    read = ServerSettings().check("server_settings", given_settings)
+    read = SERVER_SETTINGS.check("server_settings", given_settings)
     given_settings["jit"] = "on"
     assert read == {"jit": "off"}
 
@@ -161,4 +161,4 @@ def test_no_options_break_the_parser(host: str, options: str) -> None:
 @given(st.dictionaries(st.text(st.sampled_from("aB1_.$-= \u00fc\0"), max_size=8), st.text(max_size=4), max_size=3))
 def test_server_settings_are_read_as_they_are_or_refused(settings: dict[str, str]) -> None:
     with contextlib.suppress(ConfigurationError):
-        assert ServerSettings().check("server_settings", settings) == settings
+        assert SERVER_SETTINGS.check("server_settings", settings) == settings

@@ -339,7 +339,9 @@ class Strict(asyncpg.Connection):
 
 
 class StrictByOurs(neon_async.Connection):
-    def transaction(self, *, isolation: Any = "serializable", readonly: bool = True, deferrable: bool = False) -> Any:
+    def transaction(
+        self, *, isolation: Any = "serializable", readonly: bool = True, deferrable: bool = False, **claims: Any
+    ) -> Any:
         return super().transaction(isolation=isolation, readonly=readonly, deferrable=deferrable)
 
 

@@ -495,12 +495,17 @@ class Pool(PoolBase):
             Exception: What `acquire()` raises, and what the server says of the role or of a setting; no statement of
                 the block has run then.
         """
-        async with self.acquire(timeout=timeout) as connection:
-            block = connection.transaction(
-                isolation=isolation, readonly=readonly, deferrable=deferrable, role=role, settings=settings
-            )
-            async with block:
-                yield connection
+        options = {
+            "isolation": isolation,
+            "readonly": readonly,
+            "deferrable": deferrable,
+            "role": role,
+            "settings": settings,
+        }
+        # Only what was given, so that a caller's class keeps its own defaults.
+        given: dict[str, Any] = {name: value for name, value in options.items() if value not in (None, False)}
+        async with self.acquire(timeout=timeout) as connection, connection.transaction(**given):
+            yield connection
 
     async def run_transaction(
         self,

@@ -10,7 +10,7 @@ import asyncio
 from typing import Any
 
 import pytest
-from support.probes import assert_whole, until
+from support.probes import ResetInBackground, assert_whole, until
 from support.scenes import BLOCKED_QUERY, Reach, Scene, cancel, cases, close, once_and_twice, play, start
 
 import neon_async
@@ -125,7 +125,7 @@ async def during_the_check_of_an_idle_connection(scene: Scene) -> asyncio.Task[A
 
 
 async def during_the_reset_after_another_caller(scene: Scene) -> asyncio.Task[Any]:
-    pool = await scene.open(max_size=1)
+    pool = await scene.open(max_size=1, connection_class=ResetInBackground)
     async with pool.acquire() as connection:
         await connection.execute("SET search_path TO pg_catalog")
         scene.endpoint.freeze()

@@ -10,7 +10,7 @@ import asyncio
 from typing import Any
 
 import pytest
-from support.probes import HANG, assert_whole, until
+from support.probes import HANG, ResetInBackground, assert_whole, until
 from support.scenes import (
     BLOCKED_QUERY,
     SILENCE,
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.anyio
 
 
 async def the_reset(scene: Scene) -> asyncio.Task[Any]:
-    pool = await scene.open(max_size=1)
+    pool = await scene.open(max_size=1, connection_class=ResetInBackground)
     connection = await pool.acquire()
     await connection.execute("SET search_path TO pg_catalog")
     scene.endpoint.freeze()
@@ -42,7 +42,7 @@ async def the_reset(scene: Scene) -> asyncio.Task[Any]:
 
 
 async def the_reset_before_its_first_step(scene: Scene) -> asyncio.Task[Any]:
-    pool = await scene.open(max_size=1)
+    pool = await scene.open(max_size=1, connection_class=ResetInBackground)
     connection = await pool.acquire()
     await connection.execute("SET search_path TO pg_catalog")
     scene.endpoint.freeze()
@@ -159,6 +159,56 @@ async def test_a_release_ends_and_loses_no_slot_when_the_event_loop_cancels_all_
         assert scene.stats.terminations == 1  # the next caller must not get a session that was not reset
         await scene.resume()
         await assert_whole(scene.pool)
+        await close(scene)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A reset that goes ahead: there is nothing to wait for, so nothing to cancel
+
+
+async def release_before_a_reset_ahead_is_answered(scene: Scene) -> neon_async.Pool:
+    pool = await scene.open(max_size=1)
+    connection = await pool.acquire()
+    await connection.execute("SET search_path TO pg_catalog")
+    scene.endpoint.freeze()
+    releasing = pool.release(connection)
+    with pytest.raises(StopIteration):
+        releasing.send(None)  # it ends in its first step
+    assert (scene.stats.idle, scene.stats.resets, scene.background) == (1, 0, [])
+    return pool
+
+
+async def test_a_release_whose_reset_goes_ahead_ends_in_its_first_step(postgres: LocalPostgres) -> None:
+    async with play(postgres) as scene:
+        pool = await release_before_a_reset_ahead_is_answered(scene)
+        await scene.resume()
+        assert await pool.fetchval("SHOW search_path") == '"$user", public'
+        await assert_whole(pool)
+        await close(scene)
+
+
+@pytest.mark.parametrize("end", ["close", "terminate", "terminate during close"])
+async def test_the_end_of_the_pool_needs_no_answer_to_a_reset_ahead(postgres: LocalPostgres, end: str) -> None:
+    async with play(postgres) as scene:
+        await release_before_a_reset_ahead_is_answered(scene)
+        await end_pool(scene, end)
+        assert scene.stats.vacant == 1
+        await scene.resume()
+
+
+@once_and_twice
+async def test_a_query_that_is_cancelled_before_a_reset_ahead_is_answered_loses_no_slot(
+    postgres: LocalPostgres, times: int
+) -> None:
+    async with play(postgres) as scene:
+        pool = await release_before_a_reset_ahead_is_answered(scene)
+        query = start(pool.execute("SELECT pg_sleep(600)"))
+        await until(lambda: scene.stats.in_use == 1)
+        await asyncio.sleep(0.01)
+        await cancel(query, times)
+        await scene.resume()
+        assert await pool.fetchval("SHOW search_path") == '"$user", public'
+        await assert_whole(pool)
         await close(scene)
 
 

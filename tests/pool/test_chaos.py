@@ -13,7 +13,7 @@ import pytest
 from support import chaos
 from support.certificates import issue
 from support.logins import PLAIN, honest_login
-from support.probes import HANG, assert_balanced, until
+from support.probes import HANG, ResetInBackground, assert_balanced, make_pool, until
 
 import neon_async
 from neon_async.testing import LocalPostgres
@@ -55,10 +55,42 @@ async def test_work_is_retried_if_its_connection_ends_between_two_statements() -
         conversation.accept_tls(context)
         conversation.read_startup()
         honest_login(impostor.password, offer=[PLAIN])(conversation)
-        for tag, status in ((b"BEGIN", b"T"), (b"SELECT 1", b"T"), (b"COMMIT", b"I")):
+        for tag, status in ((b"BEGIN", b"T"), (b"SELECT 1", b"T"), (b"SELECT 2", b"T"), (b"COMMIT", b"I")):
             conversation.read_message()
             answer = message(b"C", tag + b"\0") + message(b"Z", status)
-            conversation.send(answer + last_message if first else answer)
+            conversation.send(answer + last_message if first and tag == b"SELECT 1" else answer)
+
+    async def work(connection: neon_async.Connection) -> str:
+        await connection.execute("SELECT 1")
+        return await connection.execute("SELECT 2")
+
+    async with Impostor(serve) as impostor, asyncio.timeout(HANG):
+        async with neon_async.create_pool(impostor.dsn, trust_anchor=ROOT.pem) as pool:
+            assert await pool.run_transaction(work) == "SELECT 2"
+            pool.terminate()
+        assert impostor.connections == 2
+
+
+async def test_work_is_retried_if_its_connection_ends_with_the_answer_to_begin() -> None:
+    """Its first statement has been sent with BEGIN, and the server does not run it."""
+    leaf = issue(ROOT)
+    context = server_context(b"".join((leaf.key_pem, leaf.pem)))
+    last_message = error_response("terminating connection due to administrator command", code="57P01")
+
+    def serve(conversation: Conversation) -> None:
+        first = impostor.connections == 1
+        conversation.accept_tls(context)
+        conversation.read_startup()
+        honest_login(impostor.password, offer=[PLAIN])(conversation)
+        assert [conversation.read_message() for _ in range(2)] == [(b"Q", b"BEGIN\0"), (b"Q", b"SELECT 1\0")]
+        conversation.send(message(b"C", b"BEGIN\0") + message(b"Z", b"T"))
+        if first:
+            conversation.send(last_message)
+            conversation.hang_up()
+            return
+        conversation.send(message(b"C", b"SELECT 1\0") + message(b"Z", b"T"))
+        conversation.read_message()
+        conversation.send(message(b"C", b"COMMIT\0") + message(b"Z", b"I"))
 
     async def work(connection: neon_async.Connection) -> str:
         return await connection.execute("SELECT 1")
@@ -96,7 +128,7 @@ async def test_a_release_does_not_raise_if_the_connection_ends_before_its_reset_
 ) -> None:
     """The slot serves its next caller by then, and the late reset does not touch it."""
     async with (
-        neon_async.create_pool(postgres.dsn, trust_anchor=postgres.trust_anchor, max_size=1) as pool,
+        make_pool(postgres, max_size=1, connection_class=ResetInBackground) as pool,
         asyncio.timeout(HANG),
     ):
         connection: Any = await pool.acquire()

@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 import pytest
 from support.probes import (
     HANG,
+    ResetInBackground,
     assert_balanced,
     assert_secret_free,
     assert_whole,
@@ -67,7 +68,7 @@ async def while_checking(endpoint: LocalEndpoint) -> tuple[neon_async.Pool, Call
 
 
 async def while_resetting(endpoint: LocalEndpoint) -> tuple[neon_async.Pool, Callable[[], object]]:
-    pool = await make_pool(endpoint, max_size=1, release_timeout=NEVER)
+    pool = await make_pool(endpoint, max_size=1, release_timeout=NEVER, connection_class=ResetInBackground)
     async with pool.acquire() as connection:
         await connection.execute("SELECT 1")
         endpoint.freeze()
@@ -314,7 +315,8 @@ async def test_release_timeout_frees_the_slot_of_a_frozen_connection(endpoint: L
 
 @pytest.mark.parametrize("own", [True, False], ids=["timeout=", "release_timeout="])
 async def test_an_explicit_release_on_a_frozen_server_ends_in_time(endpoint: LocalEndpoint, own: bool) -> None:
-    pool = await make_pool(endpoint, max_size=1, release_timeout=NEVER if own else SOON)
+    limit = NEVER if own else SOON
+    pool = await make_pool(endpoint, max_size=1, release_timeout=limit, connection_class=ResetInBackground)
     connection = await pool.acquire()
     await connection.execute("SELECT 1")
     endpoint.freeze()
@@ -323,6 +325,23 @@ async def test_an_explicit_release_on_a_frozen_server_ends_in_time(endpoint: Loc
             await pool.release(connection, timeout=SOON if own else None)
     assert_secret_free(caught.value, password_of(endpoint))
     assert pool.stats().vacant == 1
+    endpoint.thaw()
+    await assert_whole(pool)
+    await pool.close()
+
+
+async def test_a_release_whose_reset_goes_ahead_needs_no_answer_and_the_next_query_ends_in_time(
+    endpoint: LocalEndpoint,
+) -> None:
+    pool = await make_pool(endpoint, max_size=1, release_timeout=NEVER)
+    connection = await pool.acquire()
+    await connection.execute("SELECT 1")
+    endpoint.freeze()
+    async with asyncio.timeout(HANG):
+        await pool.release(connection)
+        assert (pool.stats().idle, pool.stats().resets) == (1, 0)
+        with pytest.raises(TimeoutError):
+            await pool.fetchval("SELECT 1", timeout=SOON)
     endpoint.thaw()
     await assert_whole(pool)
     await pool.close()

@@ -83,7 +83,7 @@ async def test_opening_a_pool_makes_no_connection(endpoint: LocalEndpoint) -> No
 async def test_an_idle_pool_sends_nothing(endpoint: LocalEndpoint) -> None:
     async with make_pool(endpoint, init_size=3) as pool:
         await pool.fetchval("SELECT 1")
-        await until_settled(pool)
+        await until(lambda: pool.stats().resets == 1)
         connects, sent = endpoint.connects, endpoint.client_bytes
         await asyncio.sleep(0.3)
         assert (endpoint.connects, endpoint.client_bytes) == (connects, sent)

@@ -91,9 +91,10 @@ async def test_stats_count_events_and_their_seconds(postgres: LocalPostgres) -> 
             await connection.execute("SELECT pg_sleep(0.01)")
             with pytest.raises(neon_async.PoolTimeoutError):
                 await pool.acquire(timeout=0.01)
-        await until_settled(pool)
+        await until(lambda: pool.stats().resets == 1)
         await pool.expire_connections()
         await pool.fetchval("SELECT 1")
+        await until(lambda: pool.stats().resets == 2)
         await until_settled(pool)
 
         now = pool.stats()

@@ -229,6 +229,15 @@ async def assert_whole(pool: Any) -> None:
     assert (stats.in_use, stats.waiting, stats.idle + stats.vacant) == (0, 0, stats.max_size), stats
 
 
+class ResetInBackground(neon_async.Connection):
+    """A class with a reset query of its own, although it is ours: it is sent in the background, not ahead."""
+
+    __slots__ = ()
+
+    def get_reset_query(self) -> str:
+        return super().get_reset_query()
+
+
 Server: TypeAlias = LocalPostgres | LocalEndpoint
 
 

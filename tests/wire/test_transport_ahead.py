@@ -7,24 +7,26 @@ the session, in order, however the network cuts the stream and wherever it ends.
 from __future__ import annotations
 
 import asyncio
-import io
 import itertools
 import struct
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import asyncpg
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.probes import HANG, connected, until
+from support.probes import HANG, until
 
 import neon_async
 from neon_async._wire.transport import SessionTransport
-from neon_async.testing import LocalEndpoint, LocalPostgres
+from neon_async.testing import LocalPostgres
 
-# Statements whose answers contain every message that may come while they are read, and every status of a transaction.
+pytestmark = pytest.mark.anyio
+
+# Statements whose answers contain every message that may come while they are read, and every status of a transaction;
+# then some with the same answer, byte by byte, and one among them with another.
+SAME = "BEGIN; SELECT 'a row'; RESET ALL; COMMIT"
 AHEAD = (
     "SET application_name = 'sent ahead'; LISTEN news; NOTIFY news, 'from a statement sent ahead'",
     "DO $$ BEGIN RAISE NOTICE 'look here'; END $$; SELECT 'a row', 2 UNION SELECT 'another', 3; SELECT repeat('x', 99)",
@@ -32,9 +34,10 @@ AHEAD = (
     "BEGIN; SELECT 1/0; SELECT 'not run'",
     "ROLLBACK; BEGIN; NOTIFY news, 'second'; SELECT 1",
     "COMMIT",
+    *(SAME, SAME, SAME, f"NOTIFY news; {SAME}", SAME, SAME),
 )
 BEHIND = "SELECT 'what follows'; SET application_name = 'behind'"
-STATUSES = [b"I", b"I", b"I", b"E", b"T", b"I"]
+STATUSES = [b"I", b"I", b"I", b"E", b"T", *[b"I"] * 7]
 
 
 @dataclass(frozen=True)
@@ -82,11 +85,20 @@ class Below(asyncio.Transport):
     def __init__(self) -> None:
         super().__init__()
         self.protocol: Any = None
-        self.written = bytearray()
+        self.calls: list[object] = []
         self.aborted = False
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
-        self.written += data
+        self.calls.append(bytes(data))
+
+    def writelines(self, list_of_data: Iterable[bytes | bytearray | memoryview]) -> None:
+        self.calls.append(list(list_of_data))
+
+    def write_eof(self) -> None:
+        self.calls.append("eof")
+
+    def close(self) -> None:
+        self.calls.append("close")
 
     def abort(self) -> None:
         self.aborted = True
@@ -190,63 +202,105 @@ def assert_whole(session: Session, recording: Recording) -> None:
 # However the stream is cut
 
 
-def test_the_recording_contains_every_message_that_may_come(recording: Recording) -> None:
+async def test_the_recording_contains_every_message_that_may_come(recording: Recording) -> None:
     assert set(kinds(recording.data)) == set("SANTDCIZE")
     assert kinds(recording.expected).startswith("SANA") or kinds(recording.expected).startswith("ASNA")
     assert kinds(recording.expected).endswith("TDCCSZ")
 
 
-def test_the_server_s_bytes_can_be_cut_in_two_at_every_place(recording: Recording) -> None:
+async def test_the_server_s_bytes_can_be_cut_in_two_at_every_place(recording: Recording) -> None:
     for place in range(len(recording.data) + 1):
         session = Session()
         session.receive(*cut(recording.data, [place]))
         assert_whole(session, recording)
 
 
-def test_the_server_s_bytes_can_come_one_by_one(recording: Recording) -> None:
+async def test_the_server_s_bytes_can_come_one_by_one(recording: Recording) -> None:
     session = Session()
     session.receive(*(bytes([byte]) for byte in recording.data))
     assert_whole(session, recording)
 
 
-@given(data=st.data())
-def test_the_server_s_bytes_can_be_cut_at_random(recording: Recording, data: st.DataObject) -> None:
-    places = data.draw(st.sets(st.integers(1, len(recording.data) - 1), max_size=40))
+PLACES = st.sets(st.integers(1, 100_000), max_size=40)  # modulo the length of the recording
+
+
+@given(places=PLACES)
+async def test_the_server_s_bytes_can_be_cut_at_random(recording: Recording, places: set[int]) -> None:
     session = Session()
-    session.receive(*cut(recording.data, places))
+    session.receive(*cut(recording.data, {place % len(recording.data) for place in places}))
     assert_whole(session, recording)
 
 
-@given(data=st.data())
-def test_statements_can_be_sent_ahead_while_others_are_being_answered(
-    recording: Recording, data: st.DataObject
+@given(places=PLACES, eagerness=st.lists(st.integers(0, 3), min_size=41, max_size=41))
+async def test_statements_can_be_sent_ahead_while_others_are_being_answered(
+    recording: Recording, places: set[int], eagerness: list[int]
 ) -> None:
     """The first answers come before the last statements are sent."""
-    places = data.draw(st.sets(st.integers(1, len(recording.data) - 1), min_size=1, max_size=8))
-    chunks = cut(recording.data, places)
+    chunks = cut(recording.data, {place % len(recording.data) for place in places})
     session, sent = Session(count=1), 1
-    for chunk in chunks:
-        # The server cannot answer before it was asked: at the latest when its answer begins, the statement was sent.
-        needed = min(len(AHEAD), answered_by(recording, chunks, chunk) + 1)
-        sends = data.draw(st.integers(needed, len(AHEAD))) if needed > sent else sent
+    for number, chunk in enumerate(chunks):
+        # The server cannot answer before it was asked: when its answer begins, the statement has been sent.
+        answered = b"".join(chunks[: number + 1]).count(b"Z\0\0\0\5")
+        sends = min(len(AHEAD), max(sent, answered + 1) + eagerness[number])
         for _ in range(sends - sent):
             session.send("SELECT 1")
-        sent = max(sent, sends)
+        sent = sends
         session.receive(chunk)
     assert_whole(session, recording)
 
 
-def answered_by(recording: Recording, chunks: list[bytes], last: bytes) -> int:
-    """Return how many answers have ended, or begun, with the chunk `last`."""
-    seen = b"".join(chunks[: chunks.index(last) + 1])
-    return seen.count(b"Z\0\0\0\5")
+# ---------------------------------------------------------------------------------------------------------------------
+# What is written
+
+
+async def test_what_follows_soon_is_written_together_with_a_statement() -> None:
+    """The task that waited for a connection runs one iteration of the event loop after its release."""
+    session = Session(count=2)
+    await asyncio.sleep(0)
+    assert (session.below.calls, session.transport.writes) == ([], 2)
+    session.transport.write(memoryview(b"what follows"))
+    await asyncio.sleep(0.001)
+    session.transport.write(b"later")
+    together = query("SELECT 0") + query("SELECT 1") + b"what follows"
+    assert (session.below.calls, session.transport.writes) == ([together, b"later"], 4)
+
+
+async def test_a_statement_is_written_soon_where_nothing_follows() -> None:
+    session = Session(count=2)
+    for _ in range(3):
+        await asyncio.sleep(0)
+    assert session.below.calls == [query("SELECT 0") + query("SELECT 1")]
+    session.send("SELECT 2")
+    for _ in range(3):
+        await asyncio.sleep(0)
+    assert session.below.calls[1:] == [query("SELECT 2")]
+
+
+async def test_a_statement_is_written_before_whatever_follows() -> None:
+    calls: list[tuple[Callable[[SessionTransport], None], object]] = [
+        (lambda transport: transport.writelines([b"a", b"b"]), [b"a", b"b"]),
+        (lambda transport: transport.write_eof(), "eof"),
+        (lambda transport: transport.close(), "close"),
+    ]
+    for call, written in calls:
+        session = Session(count=1)
+        call(session.transport)
+        await asyncio.sleep(0.001)
+        assert session.below.calls == [query("SELECT 0"), written]
+
+
+async def test_nothing_is_written_to_a_transport_that_was_aborted() -> None:
+    session = Session(count=1)
+    session.transport.abort()
+    await asyncio.sleep(0.001)
+    assert session.below.calls == []
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # When a statement may be sent ahead
 
 
-def test_a_session_is_settled_when_the_latest_bytes_end_an_answer(recording: Recording) -> None:
+async def test_a_session_is_settled_when_the_latest_bytes_end_an_answer(recording: Recording) -> None:
     """Then the session's protocol has no message in part, and the server no transaction of a Parse without Sync."""
     session, ready = Session(count=0), b"Z\0\0\0\5I"
     assert not session.transport.is_settled
@@ -273,7 +327,6 @@ async def wait_until_ended(session: Session) -> asyncio.Task[None]:
     return waiting
 
 
-@pytest.mark.anyio
 async def test_the_end_of_the_connection_reaches_the_protocol_once_wherever_it_comes(recording: Recording) -> None:
     ends = list(itertools.accumulate(len(message) for message in messages(recording.data)))
     for place in range(len(recording.data) + 1):
@@ -296,7 +349,6 @@ async def test_the_end_of_the_connection_reaches_the_protocol_once_wherever_it_c
             assert len(recording.data) - place == len(recording.expected) - len(received)
 
 
-@pytest.mark.anyio
 async def test_waiting_ends_with_the_last_answer_and_can_be_cancelled(recording: Recording) -> None:
     session = Session()
     await Session(count=0).transport.wait_for_answers()  # nothing to wait for
@@ -313,7 +365,7 @@ async def test_waiting_ends_with_the_last_answer_and_can_be_cancelled(recording:
 
 
 @pytest.mark.parametrize("count", [0, 1])
-def test_the_end_of_the_stream_and_the_flow_of_writing_are_passed_on(count: int) -> None:
+async def test_the_end_of_the_stream_and_the_flow_of_writing_are_passed_on(count: int) -> None:
     session = Session(count)
     protocol = session.below.protocol
     assert protocol.eof_received() is True
@@ -326,19 +378,18 @@ def test_the_end_of_the_stream_and_the_flow_of_writing_are_passed_on(count: int)
 # What is no answer to a simple query
 
 
-@pytest.mark.parametrize("kind", [chr(code) for code in range(256) if chr(code) not in "SANTDCIEZ"])
-def test_a_message_that_is_no_answer_to_a_simple_query_ends_the_connection(kind: str) -> None:
-    session = Session(count=1)
-    message = struct.pack("!cI", kind.encode("latin-1"), 4)
-    session.receive(message + b"Z\0\0\0\5I")
-    assert session.below.aborted
-    assert session.answers == []
-    assert bytes(session.recorder.data) == b""
+async def test_a_message_that_is_no_answer_to_a_simple_query_ends_the_connection() -> None:
+    for code in set(range(256)) - set(b"SANTDCIEZ"):
+        session = Session(count=1)
+        session.receive(bytes([code]) + b"\0\0\0\4" + b"Z\0\0\0\5I")
+        assert session.below.aborted, code
+        assert session.answers == []
+        assert bytes(session.recorder.data) == b""
 
 
 @pytest.mark.parametrize("length", [0, 3])
 @pytest.mark.parametrize("kind", ["S", "C", "Z", "E"])
-def test_a_message_whose_length_is_impossible_ends_the_connection(kind: str, length: int) -> None:
+async def test_a_message_whose_length_is_impossible_ends_the_connection(kind: str, length: int) -> None:
     session = Session(count=1)
     session.receive(struct.pack("!cI", kind.encode(), length) + b"Z\0\0\0\5I")
     assert session.below.aborted
@@ -347,7 +398,7 @@ def test_a_message_whose_length_is_impossible_ends_the_connection(kind: str, len
 
 
 @pytest.mark.parametrize("more", [0, 1])
-def test_nothing_is_read_any_more_where_an_answer_led_to_the_end(recording: Recording, more: int) -> None:
+async def test_nothing_is_read_any_more_where_an_answer_led_to_the_end(recording: Recording, more: int) -> None:
     """Nothing behind a reset that failed may look like the answer to the next statement."""
     first = recording.data[: recording.data.index(b"Z\0\0\0\5") + 6]
     session = Session(count=0)
@@ -358,217 +409,3 @@ def test_nothing_is_read_any_more_where_an_answer_led_to_the_end(recording: Reco
     session.receive(recording.data)
     assert bytes(session.recorder.data) == without_answers(first, 1)
     assert session.answers == []
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# With asyncpg and a real server
-
-
-@dataclass
-class Live:
-    """One session of asyncpg's with a real server, through an endpoint that can be frozen and cut."""
-
-    connection: Any
-    endpoint: LocalEndpoint
-    answers: list[tuple[bytes, bytes | None]] = field(default_factory=list)
-
-    @property
-    def transport(self) -> SessionTransport:
-        return self.connection._transport  # type: ignore[no-any-return]
-
-    def send(self, sql: str) -> None:
-        self.transport.send_ahead(sql, lambda status, error: self.answers.append((status, error)))
-
-
-@pytest.fixture
-async def live(postgres: LocalPostgres) -> AsyncIterator[Live]:
-    async with LocalEndpoint(postgres) as endpoint, connected(endpoint) as connection, asyncio.timeout(HANG):
-        yield Live(connection, endpoint)
-        connection.terminate()
-
-
-@pytest.mark.anyio
-async def test_the_next_statement_is_written_at_once_and_gets_its_own_answer(live: Live) -> None:
-    assert await live.connection.fetchval("SELECT $1::int", 1) == 1
-    for number in range(5):
-        live.send(f"SELECT {number} FROM generate_series(1, 1000)")
-    writes = live.transport.writes
-    following = asyncio.ensure_future(live.connection.fetchval("SELECT $1::int", 2))
-    await asyncio.sleep(0)
-    assert (live.transport.unanswered, live.transport.writes - writes) == (5, 1)
-    assert await following == 2
-    assert live.answers == [(b"I", None)] * 5
-    assert live.transport.unanswered == 0
-    assert await live.connection.fetchval("SELECT 3") == 3
-
-
-@pytest.mark.anyio
-@pytest.mark.parametrize(
-    "call",
-    [
-        pytest.param(lambda connection: connection.execute("SELECT 1; SELECT 2"), id="simple query"),
-        pytest.param(lambda connection: connection.execute("SELECT $1::int", 1), id="statement with an argument"),
-        pytest.param(lambda connection: connection.executemany("SELECT $1::int", [(1,)] * 1000), id="executemany"),
-        pytest.param(lambda connection: connection.copy_from_query("SELECT 1", output=io.BytesIO()), id="COPY OUT"),
-        pytest.param(
-            lambda connection: connection.copy_records_to_table("pg_temp.made", records=[(1,)] * 1000), id="COPY IN"
-        ),
-        pytest.param(lambda connection: connection.prepare("SELECT 'never prepared before'"), id="prepare"),
-        pytest.param(lambda connection: connection.fetchval("SELECT 1/0"), id="error"),
-        pytest.param(lambda connection: connection.fetchval("SELECT 1/0 FROM not_there"), id="error of a prepare"),
-    ],
-)
-async def test_every_call_of_asyncpgs_can_follow(live: Live, call: Callable[[Any], Awaitable[Any]]) -> None:
-    await live.connection.execute("CREATE TEMP TABLE made (id int)")
-
-    async def outcome() -> str:
-        try:
-            return str(await call(live.connection))
-        except asyncpg.PostgresError as error:
-            return repr(error)
-
-    alone = await outcome()
-    for _ in range(3):
-        live.send("SELECT 'ahead'; SELECT 1/0")
-        live.send("SELECT 'ahead'; SELECT 2")
-        behind = await outcome()
-        assert behind == alone or "PreparedStatement" in alone
-    assert [status for status, _ in live.answers] == [b"I"] * 6
-
-
-@pytest.mark.anyio
-async def test_what_belongs_to_no_statement_reaches_asyncpg_from_within_an_answer(live: Live) -> None:
-    heard: list[object] = []
-    noted: list[object] = []
-    await live.connection.add_listener("news", lambda _, __, channel, payload: heard.append((channel, payload)))
-    live.connection.add_log_listener(lambda _, message: noted.append(message.message))
-    live.send("NOTIFY news, 'first'; SET application_name = 'from ahead'; SELECT pg_notify('news', 'second')")
-    live.send("DO $$ BEGIN RAISE NOTICE 'look'; END $$")
-    assert await live.connection.fetchval("SELECT 1") == 1
-    assert live.connection.get_settings().application_name == "from ahead"
-    await until(lambda: len(heard) == 2 and noted)
-    assert (heard, noted) == ([("news", "first"), ("news", "second")], ["look"])
-
-
-@pytest.mark.anyio
-async def test_no_notification_is_lost_or_doubled_among_statements_sent_ahead(live: Live) -> None:
-    """Another session notifies all the time, so that notifications stand before, within and behind the answers."""
-    heard: list[int] = []
-    await live.connection.add_listener("news", lambda _, __, ___, payload: heard.append(int(payload)))
-    async with connected(live.endpoint) as other:
-
-        async def notify() -> None:
-            for number in range(300):
-                await other.execute("SELECT pg_notify('news', $1)", str(number))
-
-        notifying = asyncio.ensure_future(notify())
-        while not notifying.done():
-            live.send("SELECT 1")
-            assert await live.connection.fetchval("SELECT 2") == 2
-        await notifying
-    await until(lambda: len(heard) == 300)
-    assert heard == list(range(300))
-
-
-@pytest.mark.anyio
-async def test_a_writer_waits_for_room_while_the_server_does_not_read(live: Live) -> None:
-    """`pause_writing()` and `resume_writing()` reach asyncpg, which has written to its limit."""
-    produced, size = 0, 400
-
-    def rows() -> Iterator[tuple[str]]:
-        nonlocal produced
-        for _ in range(size):
-            produced += 1
-            yield ("x" * 100_000,)
-
-    query = "INSERT INTO made VALUES ($1)"
-    await live.connection.execute("CREATE TEMP TABLE made (text text)")
-    await live.connection.executemany(query, [("a row",)])
-    live.endpoint.freeze()
-    live.send("SELECT 1")
-    inserting = asyncio.ensure_future(live.connection.executemany(query, rows()))
-    await asyncio.sleep(0.1)
-    held = produced
-    await asyncio.sleep(0.1)
-    assert 0 < produced == held < size, "asyncpg does not know that it has to wait"
-    live.endpoint.thaw()
-    await inserting
-    assert produced == size
-
-
-@pytest.mark.anyio
-async def test_a_reader_can_hold_up_the_server(live: Live) -> None:
-    """asyncpg pauses reading while the receiver of a COPY is busy."""
-    go_on, received = asyncio.Event(), 0
-
-    async def receive(data: bytes) -> None:
-        nonlocal received
-        received += len(data)
-        await go_on.wait()
-
-    live.send("SELECT 1")
-    copying = asyncio.ensure_future(
-        live.connection.copy_from_query("SELECT repeat('x', 99999) FROM generate_series(1, 200)", output=receive)
-    )
-    await until(lambda: received)
-    assert not live.transport.is_reading()
-    held = received
-    await asyncio.sleep(0.05)
-    assert received == held
-    go_on.set()
-    assert await copying == "COPY 200"
-    assert received == 200 * 100_000
-
-
-@pytest.mark.anyio
-@pytest.mark.parametrize("how", ["cut", "terminated", "closed", "aborted"])
-async def test_the_end_of_the_connection_reaches_asyncpg_once(live: Live, postgres: LocalPostgres, how: str) -> None:
-    ends: list[object] = []
-    live.connection.add_termination_listener(ends.append)
-    backend = live.connection.get_server_pid()
-    assert await live.connection.fetchval("SELECT 1") == 1
-    live.send("SELECT pg_sleep(100)")
-    waiting = asyncio.ensure_future(live.transport.wait_for_answers())
-    following = asyncio.ensure_future(live.connection.fetchval("SELECT 1"))
-    await asyncio.sleep(0.05)
-    match how:
-        case "cut":
-            live.endpoint.cut()
-        case "terminated":
-            async with connected(postgres) as admin:
-                await admin.execute("SELECT pg_terminate_backend($1)", backend)
-        case "closed":
-            live.connection.terminate()
-        case "aborted":
-            live.transport.abort()
-    with pytest.raises(asyncpg.ConnectionDoesNotExistError) as raised:
-        await following
-    if how == "terminated" and not asyncpg.__version__.startswith("0.31."):  # which drops a server's last words
-        assert "terminating connection due to administrator command" in str(raised.value)
-    await waiting
-    await until(lambda: ends)
-    await asyncio.sleep(0.01)
-    assert len(ends) == 1
-    assert live.connection.is_closed()
-    assert (live.answers, live.transport.unanswered) == ([], 0)
-
-
-@pytest.mark.anyio
-async def test_a_connection_is_closed_politely_while_answers_are_missing(live: Live) -> None:
-    live.endpoint.freeze()
-    live.send("SELECT 1")
-    closing = asyncio.ensure_future(live.connection.close())
-    await asyncio.sleep(0.01)
-    assert not closing.done()
-    live.endpoint.thaw()
-    await closing
-    assert live.answers == [(b"I", None)]
-
-
-@pytest.mark.anyio
-@pytest.mark.parametrize("copy", ["COPY (SELECT 1) TO STDOUT", "CREATE TEMP TABLE t (id int); COPY t FROM STDIN"])
-async def test_a_copy_sent_ahead_ends_the_connection(live: Live, copy: str) -> None:
-    live.send(copy)
-    with pytest.raises(asyncpg.ConnectionDoesNotExistError):
-        await live.connection.fetchval("SELECT 1")
-    assert live.answers == []

@@ -66,7 +66,7 @@ class Connection(ConnectionHooks):
 
     def get_reset_query(self) -> str:
         """Return the SQL that `reset()` sends: it cleans everything, and restores what the pool's `init` set up."""
-        return own_session(self).snapshot.reset_query()
+        return own_session(self).reset_query
 
     async def set_type_codec(self, typename: str, *, schema: str = "public", **options: Any) -> None:
         """Set an encoder and a decoder for a type, as asyncpg does. At the end of a loan that is undone."""

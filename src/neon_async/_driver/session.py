@@ -138,7 +138,8 @@ class Session:
         report: What the TLS handshake settled on.
         cancel: Sends a cancel request to the server of this session.
         on_closed: Called once, as soon as the connection is closed, by either side.
-        snapshot: What a reset restores.
+        snapshot: What a reset restores; see `remember()`.
+        reset_query: The SQL that restores it.
         codecs: The type codecs that are registered now, by schema and type.
         initial_settings: The settings that PgBouncer tracks, as they were after the login and after the pool's `init`.
         holds_server: Whether PgBouncer may reserve a server connection for this client although no transaction is
@@ -156,6 +157,7 @@ class Session:
         "initial_settings",
         "on_closed",
         "report",
+        "reset_query",
         "snapshot",
     )
 
@@ -174,10 +176,15 @@ class Session:
         self.report = report
         self.cancel = cancel
         self.on_closed: Callable[[], None] | None = None
-        self.snapshot = Snapshot()
+        self.remember(Snapshot())
         self.codecs: dict[tuple[str, str], Codec] = {}
         self.initial_settings: dict[str, str] = {}
         self.holds_server = False
+
+    def remember(self, snapshot: Snapshot) -> None:
+        """Have every reset restore `snapshot`."""
+        self.snapshot = snapshot
+        self.reset_query = snapshot.reset_query()
 
     @property
     def name(self) -> str:

@@ -434,9 +434,9 @@ class Supply:
         await init(connection)
         names, protocol.mentioned = protocol.mentioned, None
         if holder.writes(connection) != writes and not is_pooled(connection):
-            session.snapshot = await take_snapshot(connection, user=self.connector.parameters.user, names=names)
+            session.remember(await take_snapshot(connection, user=self.connector.parameters.user, names=names))
         else:  # nothing that only the server knows
-            session.snapshot = Snapshot(callbacks=holder.callbacks_of(connection), codecs=dict(session.codecs))
+            session.remember(Snapshot(callbacks=holder.callbacks_of(connection), codecs=dict(session.codecs)))
             if is_pooled(connection):
                 session.initial_settings = tracked_settings(connection)
 

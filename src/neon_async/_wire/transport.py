@@ -40,12 +40,13 @@ class SessionTransport(asyncio.Transport):
         session: What `_driver` keeps for the connection.
     """
 
-    __slots__ = ("_stream", "_transport", "session", "writes")
+    __slots__ = ("_held", "_stream", "_transport", "session", "writes")
 
     def __init__(self, transport: asyncio.Transport) -> None:
         # Not super().__init__(): get_extra_info() is the TLS transport's.
         self._transport = transport
         self._stream: _Stream | None = None
+        self._held = b""  # statements sent ahead that wait to be written together with what follows
         self.session: object = None
         self.writes = 0
 
@@ -86,14 +87,21 @@ class SessionTransport(asyncio.Transport):
         next statement at once; the server answers in order. Until the answer to `sql` has ended, the protocol receives
         only ParameterStatus, NotificationResponse and NoticeResponse, and afterwards everything that follows.
 
+        What is written within the next two iterations of the event loop, such as the statement of a task that waited
+        for the connection, is written together with `sql`: one system call, one TLS record and one packet.
+
         Args:
             sql: One or several statements, but no COPY.
             on_answer: Called when ReadyForQuery has come. Not called when the connection ends before.
         """
         assert self._stream is not None
         self._stream.waiting.append(on_answer)
+        self.writes += 1
+        if not self._held:
+            loop = asyncio.get_running_loop()
+            loop.call_soon(loop.call_soon, self._write_held)
         body = sql.encode() + b"\0"
-        self.write(struct.pack("!cI", b"Q", 4 + len(body)) + body)
+        self._held += _HEADER.pack(b"Q", 4 + len(body)) + body
 
     async def wait_for_answers(self) -> None:
         """Wait until every statement that was sent ahead has been answered, or the connection has ended."""
@@ -106,19 +114,29 @@ class SessionTransport(asyncio.Transport):
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
         self.writes += 1
+        if self._held:
+            data, self._held = self._held + data, b""
         self._transport.write(data)
 
     def writelines(self, list_of_data: Iterable[bytes | bytearray | memoryview]) -> None:
         self.writes += 1
+        self._write_held()
         self._transport.writelines(list_of_data)
 
+    def _write_held(self) -> None:
+        held, self._held = self._held, b""
+        if held and not self._transport.is_closing():
+            self._transport.write(held)
+
     def write_eof(self) -> None:
+        self._write_held()
         self._transport.write_eof()
 
     def can_write_eof(self) -> bool:
         return self._transport.can_write_eof()
 
     def close(self) -> None:
+        self._write_held()
         self._transport.close()
 
     def abort(self) -> None:
@@ -172,6 +190,9 @@ class _Stream(asyncio.Protocol):
         self._protocol = protocol
         self._pass_on = protocol.data_received
         self._buffer = b""
+        # The reset of a pool is the same again and again, and so is its answer.
+        self._usual = b""  # the latest answer without an error and without messages that belong to no statement
+        self._begin: int | None = 0  # of the answer at hand, or None where it is not such a one, or began before
         self._error: bytes | None = None
         self._ended = False  # the transport was aborted, and nothing that still comes counts
         self._waiters: list[asyncio.Future[None]] = []
@@ -198,27 +219,15 @@ class _Stream(asyncio.Protocol):
 
     def _read_answers(self, data: bytes) -> None:
         """Read `data`, which begins with a message, up to the end of the last answer that is expected."""
-        position, end = 0, len(data)
-        while self.waiting and end - position >= _HEADER_SIZE:
-            kind, length = _HEADER.unpack_from(data, position)
-            following = position + 1 + length
-            if length < _HEADER_SIZE - 1 or not (kind in _ASYNCHRONOUS or kind in _ANSWER):
-                self._transport.abort()  # no answer to a simple Query; what follows cannot be understood
-                self._ended = True
+        position = 0
+        while self.waiting:
+            following = self._read_usual_answer(data, position) or self._read_message(data, position)
+            if self._ended:
                 return
-            if following > end:
+            if not following:
                 break
-            if kind in _ASYNCHRONOUS:
-                self._pass_on(data[position:following])
-            elif kind == b"E":
-                self._error = data[position:following]
-            elif kind == b"Z":
-                self.tail = data[position:following]
-                self._end_one()
             position = following
-            if self._transport.is_closing():  # what the answer led to
-                self._ended = True
-                return
+        self._begin = 0 if self._begin == position else None
         self._buffer = data[position:]
         if not self.waiting:
             rest, self._buffer = self._buffer, b""
@@ -226,9 +235,45 @@ class _Stream(asyncio.Protocol):
             if rest:
                 self.data_received(rest)
 
-    def _end_one(self) -> None:
+    def _read_usual_answer(self, data: bytes, position: int) -> int:
+        """Return where the answer at `position` ends if it is, byte by byte, the same as the latest one; else 0."""
+        if position != self._begin or not self._usual or not data.startswith(self._usual, position):
+            return 0
+        following = position + len(self._usual)
+        self._end_answer(data, following)
+        return following
+
+    def _read_message(self, data: bytes, position: int) -> int:
+        """Read the message at `position`, and return where it ends, or 0 if not all of it has come."""
+        if len(data) - position < _HEADER_SIZE:
+            return 0
+        kind, length = _HEADER.unpack_from(data, position)
+        if length < _HEADER_SIZE - 1 or not (kind in _ASYNCHRONOUS or kind in _ANSWER):
+            self._transport.abort()  # no answer to a simple Query; what follows cannot be understood
+            self._ended = True
+            return 0
+        following: int = position + 1 + length
+        if following > len(data):
+            return 0
+        if kind == b"Z":
+            if self._begin is not None:
+                self._usual = data[self._begin : following]
+            self._end_answer(data, following)
+        elif kind in _ASYNCHRONOUS:
+            self._begin = None
+            self._pass_on(data[position:following])
+        elif kind == b"E":
+            self._begin = None
+            self._error = data[position:following]
+        return following
+
+    def _end_answer(self, data: bytes, following: int) -> None:
+        """Report the answer that ends in `data` at `following`."""
+        self._begin = following
+        self.tail = data[following - _READY_SIZE : following]
         error, self._error = self._error, None
         self.waiting.popleft()(self.tail[_HEADER_SIZE:], error and error[_HEADER_SIZE:])
+        self._ended = self._transport.is_closing()  # what the answer led to
 
     def _release(self) -> None:
         waiters, self._waiters = self._waiters, []

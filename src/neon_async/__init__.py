@@ -86,6 +86,8 @@ __all__ = (
 
 def _publish(name: str) -> None:
     """Let a public class or function name this package as its module, in tracebacks, reprs and pickles."""
+    # typing.get_type_hints() evaluates strings in the namespace of `__module__`, where they may mean nothing. So the
+    # modules of public classes with annotations do without `from __future__ import annotations`.
     public = globals()[name]
     if getattr(public, "__module__", "").startswith(f"{__name__}."):
         public.__module__ = __name__

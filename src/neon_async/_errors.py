@@ -4,6 +4,8 @@ Everything that neon-async raises derives from `NeonAsyncError`. The second pare
 catch already: a builtin, or asyncpg's own class. This module does not know what raises these errors.
 """
 
+# No `from __future__ import annotations`: see `_publish()` of the facade.
+
 import functools
 import ssl
 from collections.abc import Callable

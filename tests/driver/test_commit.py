@@ -131,6 +131,26 @@ class TestCancelled:
         assert len(bench.connections) == 1
         assert await bench.kept() == []
 
+    @pytest.mark.parametrize("fails", [False, True], ids=["in BEGIN", "in ROLLBACK"])
+    async def test_a_cancellation_while_the_server_is_silent_ends_the_call(self, bench: Bench, fails: bool) -> None:
+        async def work(connection: Any) -> None:
+            await bench.add(connection)
+            bench.endpoint.freeze()
+            raise LookupError
+
+        async with bench.acquire() as connection:
+            if not fails:
+                bench.endpoint.freeze()
+            run = asyncio.ensure_future(bench.run(work, acquire=lambda: contextlib.nullcontext(connection)))
+            await asyncio.wait({run}, timeout=0.1)
+            assert run.cancel(), "it waits for the server"
+            with pytest.raises(asyncio.CancelledError):
+                await run
+            assert connection.is_closed() is fails
+        bench.endpoint.thaw()
+        assert len(bench.connections) == 1
+        assert await bench.kept() == []
+
     async def test_a_cancelled_commit_is_raised_as_a_cancellation(self, bench: Bench) -> None:
         await bench.at_commit("PERFORM pg_sleep(60)")
         run = asyncio.ensure_future(bench.run(bench.add))

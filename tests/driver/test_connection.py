@@ -187,6 +187,19 @@ class TestOneClass:
 _INSERT = "INSERT INTO overridden VALUES ($1)"
 
 
+class MyStatement:
+    """A statement that asyncpg 0.31 can use when it copies records."""
+
+    def __init__(self, statement: Any) -> None:
+        self._statement = statement
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._statement, name)
+
+    def __getitem__(self, _: int) -> str:
+        return "mine"
+
+
 class Overriding(asyncpg.Connection):
     """Notes the calls, each with a keyword of its own, and returns what nothing else does."""
 
@@ -221,7 +234,7 @@ class Overriding(asyncpg.Connection):
 
     async def prepare(self, *args: Any, tag: str = "default", **keywords: Any) -> Any:
         self._note("prepare", tag)
-        return "mine", await super().prepare(*args, **keywords)
+        return MyStatement(await super().prepare(*args, **keywords))
 
     async def copy_from_table(self, *args: Any, tag: str = "default", **keywords: Any) -> Any:
         self._note("copy_from_table", tag)

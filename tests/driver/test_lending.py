@@ -299,12 +299,12 @@ class TestPoolBase:
                     await PoolAcquireContext(pool, 0.01)
             connection = await PoolAcquireContext(pool, None)
             assert await connection.fetchval("SELECT 2") == 2
-            await pool.release(connection)
             waiting = asyncio.ensure_future(hold(PoolAcquireContext(pool, None)))
-            await until(lambda: pool.stats().in_use)
+            await until(lambda: pool.stats().waiting)
             waiting.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await waiting
+            await pool.release(connection)
             assert await pool.fetchval("SELECT 3") == 3
 
 

@@ -4,6 +4,8 @@ A keyword wins over the DSN, and the DSN over the environment, as in libpq and a
 is judged, by its row in the table of keywords. It must not know what the parameters are used for, nor read a file.
 """
 
+# No `from __future__ import annotations`: the classes take longer to define when their annotations are strings.
+
 import os
 import urllib.parse
 from collections.abc import Mapping

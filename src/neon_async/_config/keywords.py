@@ -4,6 +4,8 @@ Everything that needs to know something about a keyword reads it here; the docum
 from these rows. This module is data: it must not know how sources are merged, nor what the values are used for.
 """
 
+# No `from __future__ import annotations`: the classes take longer to define when their annotations are strings.
+
 from collections.abc import Mapping
 from typing import NamedTuple
 

@@ -25,7 +25,6 @@ from .._wire.login import LoginCache, Secret
 from .._wire.tls import TLSReport
 from .._wire.trust import AnchorSource, TrustAnchor, find_isrg_root_x1, load_trust_anchor
 from .connection import Connection, combine
-from .failures import Attempt, public_error
 from .holder import begin_session, session_of
 from .loop import LoopAdapter
 from .pooled import PooledConnection, is_pooled, tracked_settings
@@ -106,6 +105,9 @@ def prepare(dsn: str | None, *, trust_anchor: AnchorSource | None = None, **keyw
     # scramp takes 50 ms to import: here, rather than with neon_async or, worse, on the event loop in the first dial.
     from .._wire import scram  # noqa: F401
 
+    # What only a failed dial needs, for the same reason.
+    from . import failures  # noqa: F401
+
     context_for(parameters, anchor)
     if parameters.endpoint is not None and parameters.endpoint.pooled:
         sql.prepare()
@@ -168,6 +170,8 @@ class Connector:
                 return await self._dial(password.reveal, begin, connection_class, record_class)
         except Exception as error:  # noqa: BLE001  translated below
             raw = error
+        from .failures import Attempt, public_error  # imported by `prepare()`
+
         failure = public_error(raw, Attempt(self.parameters, self.anchor, steps[-1], deadline.expired()))
         try:
             if failure is raw:

@@ -5,7 +5,7 @@ Data only. Knows no connection and sends nothing.
 
 from __future__ import annotations
 
-import secrets
+import os
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -54,7 +54,7 @@ class Healing:
         """
         if stale is not None and not stale.endswith(self.token):
             return False
-        self.token = f" /* neon-async {secrets.token_hex(4)} */"
+        self.token = f" /* neon-async {os.urandom(4).hex()} */"
         self.heals += 1
         return True
 

@@ -1,5 +1,7 @@
 """Read the name of an endpoint from a Neon host name."""
 
+# No `from __future__ import annotations`: see `_publish()` of the facade.
+
 import re
 from dataclasses import dataclass
 

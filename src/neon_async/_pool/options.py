@@ -3,6 +3,8 @@
 It must not know how a pool works. The parameters of a connection are another table (`_config.keywords`).
 """
 
+# No `from __future__ import annotations`: the classes take longer to define when their annotations are strings.
+
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeAlias, cast

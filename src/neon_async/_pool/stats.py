@@ -3,6 +3,8 @@
 Knows names and numbers only.
 """
 
+# No `from __future__ import annotations`: see `_publish()` of the facade.
+
 import time
 from dataclasses import dataclass
 from typing import Any

@@ -3,6 +3,8 @@
 This module decides how a server is verified. It must not know sockets, DSNs or pools.
 """
 
+# No `from __future__ import annotations`: see `_publish()` of the facade.
+
 import functools
 import hashlib
 import re

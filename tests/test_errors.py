@@ -47,6 +47,7 @@ TREE: list[Any] = [
         (neon_async.PoolTimeoutError, (TimeoutError, asyncio.TimeoutError), True),
         (neon_async.PoolBusyError, (RuntimeError,), True),
         (neon_async.PoolClosedError, (asyncpg.InterfaceError,), False),
+        (neon_async.ConnectionLostError, (asyncpg.ConnectionDoesNotExistError, ConnectionError), True),
         (neon_async.CommitUnknownError, (asyncpg.TransactionResolutionUnknownError,), False),
         (neon_async.TransactionAbortedError, (asyncpg.InFailedSQLTransactionError,), False),
     )
@@ -104,6 +105,13 @@ class TestEveryError:
             assert type(twin) is cls
             assert str(twin) == TEXT
             assert vars(twin)["detail"] == "a detail"
+
+
+@pytest.mark.parametrize("certain", [False, True])
+def test_a_pickled_error_says_whether_nothing_was_executed(certain: bool) -> None:
+    error = neon_async.ConnectionLostError(TEXT, nothing_executed=certain)
+    for twin in (pickle.loads(pickle.dumps(error)), copy.copy(error)):
+        assert twin.nothing_executed is certain
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ import uvloop
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 from support.probes import (
     HANG,
+    ResetInBackground,
     assert_balanced,
     connected,
     make_pool,
@@ -132,6 +133,14 @@ async def before_a_reset(pool: neon_async.Pool, remote: Remote) -> Tasks:
     return []
 
 
+async def before_the_answer_to_a_reset_ahead(pool: neon_async.Pool, remote: Remote) -> Tasks:
+    async with pool.acquire() as connection:
+        await connection.execute("SELECT 1")
+        remote.freeze()
+    assert (pool.stats().idle, pool.stats().resets) == (1, 0)
+    return []
+
+
 async def with_waiters(pool: neon_async.Pool, remote: Remote) -> Tasks:
     for _ in range(2):
         await pool.acquire()
@@ -179,6 +188,7 @@ SCENES = [
     in_a_query,
     in_a_reset,
     before_a_reset,
+    before_the_answer_to_a_reset_ahead,
     with_waiters,
     with_a_connection_handed_over,
     in_a_dial,
@@ -187,12 +197,18 @@ SCENES = [
 ]
 
 
+# The server is busy, or the network is frozen: it does not hear of the end of the connections.
+OUT_OF_REACH = (in_a_query, in_a_reset, before_the_answer_to_a_reset_ahead, in_a_dial)
+
+
 def each(scenes: Iterable[Scene]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("scene", [pytest.param(one, id=one.__name__.replace("_", " ")) for one in scenes])
 
 
 async def open_pool(remote: Remote, scene: Scene, **options: Any) -> tuple[neon_async.Pool, Tasks]:
     defaults: dict[str, Any] = {"max_size": 2, "leak_after": NEVER, "acquire_timeout": NEVER, "application_name": NAME}
+    if scene in (in_a_reset, before_a_reset):
+        defaults["connection_class"] = ResetInBackground
     pool = await make_pool(remote.endpoint, **defaults | options)
     async with asyncio.timeout(HANG):
         return pool, await scene(pool, remote)
@@ -226,7 +242,7 @@ def test_terminate_ends_the_connections_while_the_event_loop_is_stopped(
         pool, tasks = loop.run_until_complete(open_pool(remote, scene))
         pool.terminate()
         assert_ended(pool)
-        if scene not in (in_a_query, in_a_reset, in_a_dial):  # the server is busy, or the network is frozen
+        if scene not in OUT_OF_REACH:
             wait_for(lambda: remote.count_sessions() == 0)
         remote.recover()
 

@@ -50,8 +50,8 @@ async def enter(pool: neon_async.Pool) -> object:
         return connection
 
 
-async def close(pool: neon_async.Pool) -> object:
-    return await pool.close()
+async def close(pool: neon_async.Pool) -> None:
+    await pool.close()
 
 
 @loops

@@ -10,7 +10,7 @@ import logging
 import ssl
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -72,17 +72,42 @@ def verified_context(trust_anchor: bytes) -> ssl.SSLContext:
 
 
 @dataclass(frozen=True, slots=True)
+class Work:
+    """What runs in one transaction.
+
+    Attributes:
+        statements: How often `SELECT 1` runs, one after the other.
+        claims: Whether the transaction has `ROLE` and `SETTINGS`. Clients without parameters for them send one
+            statement more.
+        nested: Whether the statements run in a savepoint block.
+    """
+
+    statements: int = 1
+    claims: bool = False
+    nested: bool = False
+
+
+ROLE = "pg_monitor"
+SETTINGS = {"app.user": "4711", "app.tenant": "acme", "app.claims": '{"admin": false}'}
+_CLAIMS = ", ".join(
+    f"set_config('{name}', '{value}', true)" for name, value in {"role": ROLE, **SETTINGS}.items()
+)  # a role can be set like a setting, so that one statement sets all
+
+
+@dataclass(frozen=True, slots=True)
 class Client:
     """What is measured of a pool.
 
     Attributes:
         acquire: Return a context manager that acquires a connection and releases it.
         fetchval: Acquire a connection, run a query, release the connection, and return the first value.
+        transact: Acquire a connection, run work in a transaction, commit, and release the connection.
         size: Return how many connections are open.
     """
 
     acquire: Callable[[], AbstractAsyncContextManager[object]]
     fetchval: Callable[[str], Awaitable[object]]
+    transact: Callable[[Work], Awaitable[None]]
     size: Callable[[], int]
 
 
@@ -103,7 +128,17 @@ async def our_client(
     """Yield a client on our pool."""
     options = {} if deadline is None else {"acquire_timeout": deadline}
     async with create_pool(max_size=size, **options) as pool:
-        yield Client(pool.acquire, pool.fetchval, pool.get_size)
+
+        async def transact(work: Work) -> None:
+            claims: dict[str, Any] = {"role": ROLE, "settings": SETTINGS} if work.claims else {}
+            async with (
+                pool.transaction(**claims) as connection,
+                connection.transaction() if work.nested else nullcontext(),
+            ):
+                for _ in range(work.statements):
+                    await connection.fetchval("SELECT 1")
+
+        yield Client(pool.acquire, pool.fetchval, transact, pool.get_size)
 
 
 @asynccontextmanager
@@ -117,7 +152,15 @@ async def asyncpg_client(
             async with pool.acquire(timeout=deadline) as connection:
                 return await connection.fetchval(query)
 
-        yield Client(partial(pool.acquire, timeout=deadline), fetchval, pool.get_size)
+        async def transact(work: Work) -> None:
+            async with pool.acquire(timeout=deadline) as connection, connection.transaction():
+                if work.claims:
+                    await connection.fetchval(f"SELECT {_CLAIMS}")
+                async with connection.transaction() if work.nested else nullcontext():
+                    for _ in range(work.statements):
+                        await connection.fetchval("SELECT 1")
+
+        yield Client(partial(pool.acquire, timeout=deadline), fetchval, transact, pool.get_size)
 
 
 @asynccontextmanager
@@ -135,8 +178,18 @@ async def psycopg_client(
             row = await cursor.fetchone()
             return row and row[0]
 
+    async def transact(work: Work) -> None:
+        # The outermost block is the pool's own, unless every statement commits by itself.
+        async with pool.connection() as connection, connection.transaction() if autocommit else nullcontext():
+            if work.claims:
+                await connection.execute(f"SELECT {_CLAIMS}".encode())
+            async with connection.transaction() if work.nested else nullcontext():
+                for _ in range(work.statements):
+                    cursor = await connection.execute("SELECT 1")
+                    await cursor.fetchone()
+
     async with pool:
-        yield Client(pool.connection, fetchval, lambda: pool.get_stats()["pool_size"])
+        yield Client(pool.connection, fetchval, transact, lambda: pool.get_stats()["pool_size"])
 
 
 @asynccontextmanager
@@ -163,8 +216,16 @@ async def sqlalchemy_client(
         async with acquire() as connection:
             return await connection.scalar(text(query))
 
+    async def transact(work: Work) -> None:
+        async with acquire() as connection, connection.begin():
+            if work.claims:
+                await connection.execute(text(f"SELECT {_CLAIMS}".replace(":", "\\:")))
+            async with connection.begin_nested() if work.nested else nullcontext():
+                for _ in range(work.statements):
+                    await connection.scalar(text("SELECT 1"))
+
     try:
-        yield Client(acquire, fetchval, lambda: waiting.checkedin() + waiting.checkedout())  # type: ignore[attr-defined]
+        yield Client(acquire, fetchval, transact, lambda: waiting.checkedin() + waiting.checkedout())  # type: ignore[attr-defined]
     finally:
         await engine.dispose()
 

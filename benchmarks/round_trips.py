@@ -1,4 +1,4 @@
-"""Count the round trips of a connection and of a query: ours and the other clients' against one server in one run.
+"""Count the round trips of connections, queries and transactions: ours and the other clients' in one run.
 
     python -m pip install -e '.[dev]'
     python benchmarks/round_trips.py [--rounds 3] [--json FILE] [--svg FILE]
@@ -11,12 +11,13 @@ trips until the caller has its result, without the TCP handshake:
 - first dial: the first `acquire()` of a new pool; later dial: its second, while the first connection is in use;
 - warm query: `fetchval("SELECT 1")` of one pool, run before until every cache contains it;
 - in the background: what follows a warm query when the caller has its answer;
-- new query: `fetchval("SELECT 2")` of the same pool, for the first time.
+- new query: `fetchval("SELECT 2")` of the same pool, for the first time;
+- transaction: BEGIN, a warm `SELECT 1` and COMMIT; `transaction.py` counts more of them.
 
-A query includes the acquire and the release, with everything that a pool does by default. PostgreSQL 17 accepts only
-the curve P-256, and OpenSSL offers another one first. So the server asks every client for another ClientHello
-(HelloRetryRequest, RFC 8446, section 4.1.4): one more round trip, which a server that accepts X25519 does not need. The
-relay recognises it, and it has a column of its own.
+A query and a transaction include the acquire and the release, with everything that a pool does by default. PostgreSQL
+17 accepts only the curve P-256, and OpenSSL offers another one first. So the server asks every client for another
+ClientHello (HelloRetryRequest, RFC 8446, section 4.1.4): one more round trip, which a server that accepts X25519 does
+not need. The relay recognises it, and it has a column of its own.
 
 The numbers are the smallest of the rounds, because a machine that stalls can split a round trip in two and never joins
 two. Limits: a first dial of ours takes one round trip less, and a later dial two less, than those of asyncpg and libpq
@@ -32,7 +33,7 @@ from pathlib import Path
 
 from chart import Bar, Group, bar_chart
 from harness import Figure, Limit, Option, Report, Table, run
-from peers import ASYNCPG, ASYNCPG_DIRECT, OURS, PSYCOPG, PSYCOPG_DIRECT, SQLALCHEMY, OpenClient, clients_of
+from peers import ASYNCPG, ASYNCPG_DIRECT, OURS, PSYCOPG, PSYCOPG_DIRECT, SQLALCHEMY, OpenClient, Work, clients_of
 from relay import Relay
 
 from neon_async.testing import LocalPostgres
@@ -43,7 +44,8 @@ NAMES = (OURS, ASYNCPG, ASYNCPG_DIRECT, PSYCOPG, PSYCOPG_DIRECT, SQLALCHEMY)
 
 FIRST_DIAL, LATER_DIAL, RETRY = "first dial", "later dial", "of these, HRR"
 WARM_QUERY, IN_BACKGROUND, NEW_QUERY = "warm query", "in the background", "new query"
-FIGURES = (FIRST_DIAL, LATER_DIAL, RETRY, WARM_QUERY, IN_BACKGROUND, NEW_QUERY)
+TRANSACTION = "transaction"
+FIGURES = (FIRST_DIAL, LATER_DIAL, RETRY, WARM_QUERY, IN_BACKGROUND, NEW_QUERY, TRANSACTION)
 
 # How many round trips less than the other client a dial of ours takes.
 LEADS = {
@@ -89,6 +91,9 @@ async def round_trips_of(open_client: OpenClient, relay: Relay) -> dict[str, int
             await client.fetchval("SELECT 1")
         warm_query = await relay.count(client.fetchval("SELECT 1"))
         new_query = await relay.count(client.fetchval("SELECT 2"))
+        for _ in range(WARM_UP):
+            await client.transact(Work())
+        transaction = await relay.count(client.transact(Work()))
     return {
         FIRST_DIAL: first_dial.round_trips,
         LATER_DIAL: later_dial.round_trips,
@@ -96,6 +101,7 @@ async def round_trips_of(open_client: OpenClient, relay: Relay) -> dict[str, int
         WARM_QUERY: warm_query.round_trips,
         IN_BACKGROUND: warm_query.in_background,
         NEW_QUERY: new_query.round_trips,
+        TRANSACTION: transaction.round_trips,
     }
 
 
@@ -113,6 +119,7 @@ def draw(table: Table) -> str:
             Bar("first connect", without_retry(table, name, FIRST_DIAL), retry),
             Bar("later connects", without_retry(table, name, LATER_DIAL), retry),
             Bar("warm query", round(table.value(name, WARM_QUERY))),
+            Bar("transaction", round(table.value(name, TRANSACTION))),
         ]
         groups.append(Group(name, bars))
     return bar_chart(

@@ -173,6 +173,27 @@ class TestCancelRequests:
         assert isinstance(waiter, asyncio.Future)
         assert waiter.done()
 
+    @pins("_abort", "_protocol")
+    async def test_a_call_that_meets_the_end_of_its_connection_between_two_messages_says_so(
+        self, connection: Any
+    ) -> None:
+        """asyncpg's connection has no protocol any more then, and raises AttributeError."""
+        statement = await connection.prepare("SELECT 1")
+        protocol = connection._protocol
+        connection.terminate()
+        assert connection.is_closed()
+        assert connection._protocol is protocol
+        for call in (
+            protocol.query("SELECT 1", None),
+            protocol.prepare("", "SELECT 1", None, record_class=asyncpg.Record),
+        ):
+            with pytest.raises(asyncpg.InterfaceError, match="connection is closed"):
+                await call
+        with pytest.raises(asyncpg.InterfaceError, match="closed"):
+            await statement.fetch()
+        connection.terminate()
+        await connection.close()
+
     @pins("_aborted")
     async def test_a_terminated_connection_is_aborted(self, connection: Any) -> None:
         assert connection._aborted is False

@@ -1,17 +1,14 @@
-"""What a pool shows of itself: its repr, TLS report, stats and log records, none of them with a secret."""
+"""What a pool shows of itself: its repr, TLS report and log records, none of them with a secret."""
 
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import logging
-from typing import Any
 
 import pytest
 from support.certificates import issue
-from support.probes import HANG, assert_balanced, make_pool, password_of, until, until_settled
+from support.probes import HANG, make_pool, password_of, until, until_settled
 
-import neon_async
 from neon_async.testing import LocalEndpoint, LocalPostgres
 
 ROOT = issue(subject="root", ca=True)
@@ -45,107 +42,7 @@ async def test_tls_report_describes_the_latest_handshake(postgres: LocalPostgres
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Stats
-
-
-@pytest.mark.anyio
-async def test_stats_show_the_state_of_every_slot(postgres: LocalPostgres) -> None:
-    arrived, go_on = asyncio.Event(), asyncio.Event()
-
-    async def password() -> str:
-        if pool.stats().dials == 3:
-            arrived.set()
-            await go_on.wait()
-        return password_of(postgres)
-
-    async def reset(connection: Any) -> None:
-        await go_on.wait()
-
-    pool = make_pool(postgres, init_size=3, max_size=5, password=password, reset=reset)
-    async with pool, asyncio.timeout(HANG):
-        held = [await pool.acquire() for _ in range(2)]
-        await pool.execute("SELECT 1")
-        waiting = asyncio.ensure_future(pool.fetchval("SELECT 1"))
-        await arrived.wait()
-        now = pool.stats()
-        assert (now.in_use, now.idle, now.resetting, now.connecting, now.checking, now.vacant) == (2, 0, 1, 1, 0, 1)
-        assert (now.size, now.waiting, now.max_size, now.min_size) == (3, 1, 5, 0)
-        assert repr(pool) == f"<Pool {NAME}: 2 in use, 0 idle, 1 waiting>"
-        assert_balanced(pool)
-        go_on.set()
-        assert await waiting == 1
-        for connection in held:
-            await pool.release(connection)
-        await until_settled(pool)
-
-
-@pytest.mark.anyio
-async def test_stats_count_events_and_their_seconds(postgres: LocalPostgres) -> None:
-    async with make_pool(postgres, max_size=1) as pool:
-        fresh = pool.stats()
-        counters = [name.removesuffix("_seconds") for name in dir(fresh) if name.endswith("_seconds")]
-        assert len(counters) == 11
-        assert {getattr(fresh, name, None) for name in dir(fresh) if name.endswith("_seconds")} == {0.0}
-
-        async with pool.acquire() as connection:
-            await connection.execute("SELECT pg_sleep(0.01)")
-            with pytest.raises(neon_async.PoolTimeoutError):
-                await pool.acquire(timeout=0.01)
-        await until(lambda: pool.stats().resets == 1)
-        await pool.expire_connections()
-        await pool.fetchval("SELECT 1")
-        await until(lambda: pool.stats().resets == 2)
-        await until_settled(pool)
-
-        now = pool.stats()
-        counted = (now.acquires, now.releases, now.waits, now.timeouts, now.dials, now.dial_failures, now.wakes)
-        assert counted == (2, 2, 3, 1, 2, 0, 2)
-        assert (now.resets, now.terminations, now.heals, now.retries) == (2, 1, 0, 0)
-        for seconds in (
-            now.acquire_seconds,
-            now.release_seconds,
-            now.wait_seconds,
-            now.timeout_seconds,
-            now.dial_seconds,
-            now.wake_seconds,
-            now.reset_seconds,
-            now.termination_seconds,
-        ):
-            assert 0 < seconds < HANG
-        assert now.release_seconds >= 0.01
-        assert fresh.acquires == 0  # the earlier snapshot is unchanged
-
-
-def test_stats_cannot_be_changed() -> None:
-    stats = neon_async.create_pool(DSN, trust_anchor=ROOT.pem).stats()
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        stats.waiting = 7  # type: ignore[misc]
-    assert not hasattr(stats, "__dict__")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Log records
-
-
-@pytest.mark.anyio
-async def test_a_leaked_connection_is_logged_with_the_stack_that_acquired_it(
-    postgres: LocalPostgres, caplog: pytest.LogCaptureFixture
-) -> None:
-    async def forgetful() -> Any:
-        return await pool.acquire()
-
-    async with make_pool(postgres, leak_after=0.05) as pool:
-        async with pool.acquire():
-            pass  # released in time: not a leak
-        connection = await forgetful()
-        await until(lambda: caplog.records)
-        await asyncio.sleep(0.1)
-        await pool.release(connection)
-    [record] = [record for record in caplog.records if record.name == "neon_async"]
-    assert record.levelno == logging.WARNING
-    for part in (NAME, "0.05 s", "forgetful", "return await pool.acquire()", __file__):
-        assert part in record.getMessage()
-    assert password_of(postgres) not in record.getMessage()
 
 
 @pytest.mark.anyio

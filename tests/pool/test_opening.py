@@ -8,7 +8,6 @@ from collections.abc import Callable
 
 import asyncpg
 import pytest
-import uvloop
 from support.certificates import issue
 from support.probes import HANG, connected, make_pool, nothing_is_left, password_of, until, until_gone
 
@@ -52,31 +51,6 @@ async def test_a_second_task_cannot_open_a_pool_that_is_opening(postgres: LocalP
     assert await first is pool
     assert await pool.fetchval("SELECT 1") == 1
     await pool.close()
-
-
-@pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
-def test_pools_created_outside_of_an_event_loop_work_in_one_after_another(
-    postgres: LocalPostgres, new_loop: Callable[[], asyncio.AbstractEventLoop]
-) -> None:
-    async def use(pool: neon_async.Pool) -> int:
-        async with pool:
-            return sum(await asyncio.gather(*(pool.fetchval("SELECT 1") for _ in range(20))))
-
-    pools = [make_pool(postgres, init_size=2, max_size=4) for _ in range(2)]
-    for pool in pools:
-        with asyncio.Runner(loop_factory=new_loop) as runner:
-            assert runner.run(use(pool)) == 20
-
-
-def test_an_open_pool_cannot_be_used_in_another_event_loop(postgres: LocalPostgres) -> None:
-    pool = make_pool(postgres)
-    with asyncio.Runner() as first, asyncio.Runner() as second:
-        first.run(pool.__aenter__())
-        assert first.run(pool.fetchval("SELECT 1")) == 1
-        with pytest.raises(neon_async.UnsupportedEventLoopError, match="opened in another event loop"):
-            second.run(pool.fetchval("SELECT 1"))
-        assert first.run(pool.fetchval("SELECT 1")) == 1
-        first.run(pool.close())
 
 
 @pytest.mark.anyio

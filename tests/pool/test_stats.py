@@ -19,7 +19,7 @@ from neon_async._pool.stats import SECONDS_OF, Tallies, Tally
 from neon_async.testing import LocalEndpoint, LocalPostgres
 
 NAME = "ep-cool-darkness-123456"
-FIELDS = {name: kind.__name__ for name, kind in get_type_hints(neon_async.PoolStats).items()}
+FIELDS = get_type_hints(neon_async.PoolStats)
 # What the docstring promises of every snapshot.
 BALANCES = re.findall(r"`([^`]+==[^`]+)`", neon_async.PoolStats.__doc__ or "")
 

@@ -58,6 +58,15 @@ class ConnectionHooks(_Connection):
 
     __slots__ = ()
 
+    _protocol: Any
+
+    def _abort(self) -> None:
+        # asyncpg forgets its protocol here, and a call that comes back between two messages raises AttributeError. The
+        # aborted protocol refuses the next message because the connection is closed.
+        protocol = self._protocol
+        super()._abort()  # type: ignore[misc]
+        self._protocol = protocol
+
     def _cleanup(self) -> None:
         # asyncpg calls this for every end of a connection: close(), terminate(), and a connection that was lost.
         super()._cleanup()  # type: ignore[misc]
@@ -74,7 +83,7 @@ class ConnectionHooks(_Connection):
             waiter: Resolved when the request has been sent.
             cancel_waiter: Resolved by asyncpg when the cancelled statement has ended. asyncpg 0.31 does not pass it.
         """
-        session, protocol = session_of(self), self._protocol  # type: ignore[attr-defined]
+        session, protocol = session_of(self), self._protocol
         assert session is not None
         try:
             async with asyncio.timeout(self._config.command_timeout):  # type: ignore[attr-defined]

@@ -126,11 +126,12 @@ class Spy:
         self.sent: list[str] = []
         self.unanswered = 1
         self.answered = asyncio.Event()
+        self.connected = True
         self.is_settled, self.is_in_failed_transaction = True, False
         self.get_settings: Any = None
 
     def is_connected(self) -> bool:
-        return True
+        return self.connected
 
     def is_in_transaction(self) -> bool:
         return False
@@ -221,6 +222,18 @@ async def test_the_timeout_of_a_call_bounds_its_wait_for_an_answer() -> None:
     async with asyncio.timeout(HANG):
         with pytest.raises(TimeoutError):
             await protocol.query("ROLLBACK; SELECT 1", 0.01)
+    assert spy.sent == []
+
+
+async def test_nothing_of_a_text_was_executed_whose_connection_was_lost_while_it_waited() -> None:
+    spy, protocol = spied_on()
+    running = asyncio.ensure_future(protocol.query("ROLLBACK; SELECT 1", None))
+    await asyncio.sleep(0)
+    spy.connected = False
+    spy.answered.set()
+    with pytest.raises(neon_async.ConnectionLostError, match="lost before this call was sent") as raised:
+        await running
+    assert raised.value.nothing_executed
     assert spy.sent == []
 
 

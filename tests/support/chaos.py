@@ -4,6 +4,8 @@ Afterwards an audit checks that the ledger contains every acknowledged write onc
 has lost no slot. All random choices come from one seed. To run it for longer than the tests do:
 
     PYTHONPATH=tests python -m support.chaos --seconds 60 --seed 7
+
+With `--cuts` it cuts a connection after every number of bytes instead; see `cuts.py`.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ import uvloop
 import neon_async
 from neon_async._pool.stats import PoolStats
 from neon_async.testing import LocalEndpoint, LocalPostgres
+from support import cuts
 from support.probes import HANG, assert_balanced, assert_whole, open_sockets
 
 WORKERS = 64
@@ -452,9 +455,13 @@ async def run(server: LocalPostgres, *, seconds: float, seed: int) -> Report:
 
 
 async def _main(arguments: argparse.Namespace) -> int:
+    report: Report | cuts.Report
     sys.stdout.write(f"seed {arguments.seed}\n")
     async with LocalPostgres() as server:
-        report = await run(server, seconds=arguments.seconds, seed=arguments.seed)
+        if arguments.cuts:
+            report = await cuts.run(server)
+        else:
+            report = await run(server, seconds=arguments.seconds, seed=arguments.seed)
     sys.stdout.write(f"{report}\n")
     return 1 if report.problems else 0
 
@@ -463,6 +470,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Run chaos against a pool and audit the result.")
     parser.add_argument("--seconds", type=float, default=60.0, help="duration; default: 60")
     parser.add_argument("--seed", type=int, default=secrets.randbelow(1_000_000), help="default: random")
+    parser.add_argument("--cuts", action="store_true", help="cut a connection after every number of bytes instead")
     parser.add_argument("--uvloop", action="store_true", help="run on uvloop instead of asyncio's loop")
     options = parser.parse_args()
     factory = uvloop.new_event_loop if options.uvloop else None

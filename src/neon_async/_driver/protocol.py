@@ -154,6 +154,12 @@ class SessionProtocol:
             timeout = await self._wait_for_answers(timeout)
             if self._failure is not None:
                 raise self._take_failure()
+            if not self.is_connected() and self._reset_failure is None:
+                raise ConnectionLostError(
+                    f"The connection to {self._host} was lost before this call was sent. Nothing of it was executed: "
+                    "call again.",
+                    nothing_executed=True,
+                )
         result = self._asyncpg.query(query, timeout)
         return await self._run(result, rolls_back=isinstance(query, str) and query.startswith("ROLLBACK"))
 

@@ -150,7 +150,8 @@ class TestHealing:
             async with opened(connector) as one, opened(connector) as two:
                 await one.fetch(query)
                 await change(direct)
-                async with two.transaction():  # on the server connection that has the old plan
+                async with two.transaction():
+                    await two.execute("SELECT 1")  # on the server connection that has the old plan
                     with pytest.raises(asyncpg.exceptions.ProtocolError, match="number of columns"):
                         await one.fetch(query)
                     assert len(await one.fetch(query)) == 3

@@ -382,7 +382,7 @@ async def test_terminate_ends_the_connections_from_another_thread(remote: Remote
     async with nothing_is_left(), asyncio.timeout(HANG):
         pool, tasks = await open_pool(remote, scene)
         await asyncio.to_thread(pool.terminate)
-        await until(lambda: pool.stats().vacant == 2)
+        await until(lambda: pool.is_closing() and pool.stats().vacant == 2)
         assert_ended(pool)
         assert_all_refused(await asyncio.gather(*tasks, return_exceptions=True))
         await pool.close()

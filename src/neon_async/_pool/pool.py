@@ -354,7 +354,9 @@ class Pool(PoolBase):
     # Release
 
     async def release(self, connection: Any, *, timeout: float | None = None) -> None:
-        """Release a connection, and wait until it is reset. `async with pool.acquire()` does not wait.
+        """Release a connection. Where its reset runs in the background, wait for that.
+
+        A reset that is sent ahead of the next statement needs no wait, and `async with pool.acquire()` never waits.
 
         A connection that was released before is left alone. A task that is being cancelled does not wait. A release
         that is cancelled goes on in the background.

@@ -44,7 +44,7 @@ class PoolStats:
     checking: int
     """Idle connections that are being pinged before a caller gets them."""
     resetting: int
-    """Connections that are being reset or closed."""
+    """Connections that are being reset or closed in the background."""
     connecting: int
     """Dials under way."""
     vacant: int

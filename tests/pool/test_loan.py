@@ -162,8 +162,8 @@ async def a_query_logger(connection: Any) -> None:
 
 
 async def a_type_codec(connection: Any) -> None:
-    await connection.execute("DROP TYPE IF EXISTS mood; CREATE TYPE mood AS ENUM ('good')")
-    await connection.set_type_codec("mood", encoder=str, decoder=str)
+    await connection.execute("DROP TYPE IF EXISTS loan_mood; CREATE TYPE loan_mood AS ENUM ('good')")
+    await connection.set_type_codec("loan_mood", encoder=str, decoder=str)
 
 
 async def a_type_codec_of_which_the_server_does_not_know(connection: Any) -> None:
@@ -174,7 +174,7 @@ async def a_type_codec_of_which_the_server_does_not_know(connection: Any) -> Non
 
 async def a_type_codec_that_is_reset(connection: Any) -> None:
     await a_type_codec(connection)
-    await connection.reset_type_codec("mood")
+    await connection.reset_type_codec("loan_mood")
 
 
 async def a_transaction_that_has_ended(connection: Any) -> None:

@@ -573,7 +573,6 @@ if sys.version_info >= (3, 12):
                     assert not connection.is_in_transaction()
                     assert await connection.fetchval("SELECT current_user") == "neon"
                     assert not await connection.fetchval("SELECT current_setting('app.tenant', true)")
-                await until_settled(pool)
-                assert pool.stats().resets == 2
+                await until(lambda: pool.stats().resets == 2)
         finally:
             loop.set_task_factory(None)

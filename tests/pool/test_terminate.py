@@ -384,7 +384,10 @@ async def test_terminate_ends_the_connections_from_another_thread(remote: Remote
         await asyncio.to_thread(pool.terminate)
         await until(lambda: pool.is_closing() and pool.stats().vacant == 2)
         assert_ended(pool)
-        assert_all_refused(await asyncio.gather(*tasks, return_exceptions=True))
+        # Until the thread has started, the query of the connection handed over may have been answered.
+        answers = [1] if scene is with_a_connection_handed_over else []
+        outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+        assert_all_refused([outcome for outcome in outcomes if outcome not in answers])
         await pool.close()
         tasks.clear()
         remote.recover()

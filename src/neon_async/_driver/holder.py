@@ -61,11 +61,9 @@ class ConnectionHooks(_Connection):
     _protocol: Any
 
     def _abort(self) -> None:
-        # asyncpg forgets its protocol here, and a call that comes back between two messages raises AttributeError. The
-        # aborted protocol refuses the next message because the connection is closed.
-        protocol = self._protocol
+        # asyncpg forgets its protocol here, and a call that comes back between two messages raises AttributeError.
         super()._abort()  # type: ignore[misc]
-        self._protocol = protocol
+        self._protocol = _ClosedProtocol()
 
     def _cleanup(self) -> None:
         # asyncpg calls this for every end of a connection: close(), terminate(), and a connection that was lost.
@@ -113,6 +111,16 @@ def _give_up_cancelling(connection: Any, name: str, waiter: asyncio.Future[None]
     else:
         context = {"message": "A cancel request failed unexpectedly", "exception": error}
         asyncio.get_running_loop().call_exception_handler(context)
+
+
+class _ClosedProtocol:
+    """The protocol of a connection that was terminated: it refuses everything because the connection is closed."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise asyncpg.InterfaceError("cannot perform operation: connection is closed")
+
+    def abort(self) -> None:
+        """Do nothing: it is done."""
 
 
 class StatementHooks(_Connection):

@@ -292,6 +292,9 @@ class _Stream(asyncio.Protocol):
         if self._error is not None and not _FATAL.isdisjoint(self._error.split(b"\0")):
             self._pass_on(self._error)  # the server's last words, which are not about one statement
         self._protocol.connection_lost(exc)
+        # asyncpg 0.31 keeps its transport: without this, only the garbage collector would free the three of them.
+        self._protocol = asyncio.Protocol()
+        self._pass_on = self._protocol.data_received
 
     def pause_writing(self) -> None:
         self._protocol.pause_writing()

@@ -217,7 +217,9 @@ async def open_pool(remote: Remote, scene: Scene, **options: Any) -> tuple[neon_
 def assert_all_refused(outcomes: list[Any]) -> None:
     """Check that callers that were waiting, or using a connection, got an error that says so; `close()` returned."""
     for outcome in outcomes:
-        assert outcome is None or isinstance(outcome, neon_async.PoolClosedError | asyncpg.PostgresConnectionError)
+        if outcome is not None:
+            assert isinstance(outcome, asyncpg.InterfaceError | asyncpg.PostgresConnectionError)
+            assert "clos" in str(outcome)
 
 
 def assert_ended(pool: neon_async.Pool) -> None:

@@ -436,7 +436,8 @@ class Holder(PoolConnectionHolder):
                 _keep_only_others(connection, kept)  # asyncpg would warn of those that `init` registered, too
             connection._on_release()
         finally:
-            set_callbacks(connection, kept)
+            if kept or connection._listeners or connection._log_listeners or connection._query_loggers:
+                set_callbacks(connection, kept)
             if proxy is not None:
                 proxy._detach()  # type: ignore[attr-defined]
 

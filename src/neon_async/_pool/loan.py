@@ -13,7 +13,7 @@ import traceback
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .._driver import holder
-from .._driver.connection import has_own_reset_query, resets_itself
+from .._driver.connection import has_own_reset_query
 from .slots import Slot, State
 
 if TYPE_CHECKING:
@@ -130,13 +130,12 @@ class Loan:
         # asyncpg knows the built-in types, and asks the server nothing to set a codec of one.
         untouched = self._writes == holder.writes(connection) and session.codecs == session.snapshot.codecs
         worn = supply.is_worn(self.slot, time.monotonic())
-        own_reset = supply.options.reset is not None or resets_itself(connection)
         if untouched:  # there is nothing else to ask for
-            return Facts(False, worn, own_reset, True, False, False, False)
+            return Facts(False, worn, supply.own_reset, True, False, False, False)
         return Facts(
             closed=False,
             worn=worn or holder.queries_run(connection) >= supply.options.max_queries,
-            own_reset=own_reset,
+            own_reset=supply.own_reset,
             untouched=False,
             leftovers=not holder.is_idle(connection)
             or holder.has_transaction(connection)

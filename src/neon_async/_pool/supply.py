@@ -69,6 +69,7 @@ class Supply:
         self.pace = Pace()
         self.tallies = Tallies()
         self.size = 0  # open connections
+        self.own_reset = options.reset is not None  # or, once there is a connection, its class has a reset() of its own
         self.closing = False  # from then on connections are closed instead of being offered
         self.emptied = asyncio.Event()  # closing, and the last connection has ended
         self._generation = 0
@@ -444,6 +445,7 @@ class Supply:
         """Give a new connection to a slot."""
         now = time.monotonic()
         slot.holder.adopt(connection)
+        self.own_reset = self.options.reset is not None or resets_itself(connection)
         self.size += 1
         slot.used = False
         slot.opened_at = slot.heard_at = now

@@ -20,7 +20,7 @@ import asyncpg
 from asyncpg import cursor, prepared_stmt
 
 from .._errors import PooledHostError
-from .._neon.sql import session_feature
+from .._neon.sql import REPORTED_SETTINGS, quote, session_feature
 from .connection import Connection
 from .holder import StatementHooks, connection_of, own_session, timeout_of
 from .session import Session
@@ -31,17 +31,6 @@ _log = logging.getLogger("neon_async")
 # they were described to it earlier, and finds a wrong number of columns or of bytes.
 _MISREAD = (asyncpg.exceptions.ProtocolError,)
 _STALE = (asyncpg.InvalidCachedStatementError, *_MISREAD)
-
-# Settings as servers report them (PostgreSQL documentation, section 54.2.7). PgBouncer sets them on whichever server
-# connection a client is given, so what one caller has set would follow the next.
-_REPORTED = (
-    "standard_conforming_strings",
-    "client_encoding",
-    "DateStyle",
-    "IntervalStyle",
-    "TimeZone",
-    "application_name",
-)
 
 
 class PooledConnection(StatementHooks, Connection):
@@ -334,16 +323,18 @@ def is_pooled(connection: object) -> bool:
 
 
 def tracked_settings(connection: Any) -> dict[str, str]:
-    """Return the settings that PgBouncer tracks for its clients, as they are now."""
+    """Return the settings that PgBouncer tracks for its clients, as they are now.
+
+    PgBouncer sets them on whichever server connection a client is given, so what one caller has set would follow the
+    next.
+    """
     settings = connection.get_settings()
-    return {name: getattr(settings, name) for name in _REPORTED if hasattr(settings, name)}
+    return {name: getattr(settings, name) for name in REPORTED_SETTINGS if hasattr(settings, name)}
 
 
 def _restoring(connection: Any, initial: dict[str, str]) -> str:
     now = tracked_settings(connection)
-    return "; ".join(
-        f"SET {name} TO '" + value.replace("'", "''") + "'" for name, value in initial.items() if now.get(name) != value
-    )
+    return "; ".join(f"SET {name} TO {quote(value)}" for name, value in initial.items() if now.get(name) != value)
 
 
 class _Once:

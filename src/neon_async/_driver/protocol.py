@@ -19,18 +19,13 @@ from typing import Any, TypeVar
 import asyncpg
 
 from .._errors import ConnectionLostError, ServerError, server_error
+from .._neon.sql import goes_on_after_transaction
 from .._wire.transport import SessionTransport
 from . import holder
 
 _T = TypeVar("_T")
 
-# What a server runs in a failed transaction (PostgreSQL, IsTransactionExitStmt): in a text of several statements, those
-# that follow would run outside of it.
-_ENDS_TRANSACTION = frozenset({"abort", "commit", "end", "prepare", "rollback"})
 _DOTTED_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_$]*(?:\.[A-Za-z_][A-Za-z0-9_$]*)+")
-_GAP = re.compile(r"(?:[\s;]+|--[^\r\n]*)*")
-_COMMENT_EDGE = re.compile(r"/\*|\*/")
-_WORD = re.compile(r"[A-Za-z]*")
 
 
 class SessionProtocol:
@@ -147,10 +142,11 @@ class SessionProtocol:
             if self.is_idle() and not self._transport.is_in_failed_transaction:
                 self._transport.send_ahead(query, self._take_begin_answer)
                 self._begun = True
-                return _tag_of(query)
-            await self._run(self._asyncpg.query(query, timeout))
+            else:
+                await self._run(self._asyncpg.query(query, timeout))
             return _tag_of(query)
-        if (self._transport.unanswered or self._failure) and _goes_on_after_transaction(query):
+        is_text = isinstance(query, str)  # anything else is refused by asyncpg
+        if is_text and (self._transport.unanswered or self._failure) and goes_on_after_transaction(query):
             timeout = await self._wait_for_answers(timeout)
             if self._failure is not None:
                 raise self._take_failure()
@@ -161,7 +157,7 @@ class SessionProtocol:
                     nothing_executed=True,
                 )
         result = self._asyncpg.query(query, timeout)
-        return await self._run(result, rolls_back=isinstance(query, str) and query.startswith("ROLLBACK"))
+        return await self._run(result, rolls_back=is_text and query.startswith("ROLLBACK"))
 
     async def prepare(self, *args: Any, **options: Any) -> Any:
         """Prepare a statement. No ReadyForQuery follows, so asyncpg's transaction status stays as it is."""
@@ -263,30 +259,3 @@ class SessionProtocol:
 def _tag_of(query: str) -> str:
     """Return the command tag of the first statement, BEGIN or SAVEPOINT."""
     return query.split(maxsplit=1)[0].rstrip(";")
-
-
-def _goes_on_after_transaction(query: object) -> bool:
-    """Return whether a text of several statements begins with one that ends a transaction, a failed one as well."""
-    if not isinstance(query, str):
-        return False
-    word = _WORD.match(query, _first_position(query))
-    assert word is not None
-    return word[0].lower() in _ENDS_TRANSACTION and ";" in query[word.end() :].rstrip("; \t\r\n\f\v")
-
-
-def _first_position(query: str) -> int:
-    """Return where the first statement begins, after empty ones and comments, which can be nested."""
-    position, depth = _end(_GAP, query, 0), 0
-    while query.startswith("/*", position) or depth:
-        edge = _COMMENT_EDGE.search(query, position)
-        if edge is None:
-            return len(query)
-        depth += 1 if edge[0] == "/*" else -1
-        position = edge.end() if depth else _end(_GAP, query, edge.end())
-    return position
-
-
-def _end(pattern: re.Pattern[str], query: str, position: int) -> int:
-    match = pattern.match(query, position)
-    assert match is not None
-    return match.end()

@@ -27,10 +27,16 @@ class SessionFeature(NamedTuple):
 
 
 # The settings that PgBouncer restores on every server connection that it assigns to a client (its documentation,
-# track_extra_parameters).
-TRACKED_SETTINGS = frozenset(
-    {"application_name", "client_encoding", "datestyle", "intervalstyle", "standard_conforming_strings", "timezone"}
+# track_extra_parameters), as servers report them (PostgreSQL documentation, section 54.2.7), and in lower case.
+REPORTED_SETTINGS = (
+    "standard_conforming_strings",
+    "client_encoding",
+    "DateStyle",
+    "IntervalStyle",
+    "TimeZone",
+    "application_name",
 )
+TRACKED_SETTINGS = frozenset(map(str.lower, REPORTED_SETTINGS))
 
 
 def session_feature(query: str) -> SessionFeature | None:
@@ -118,6 +124,7 @@ def _tokens(query: str) -> Iterator[str]:
 
 
 def _end_of_comment(query: str, position: int) -> int:
+    """Return where the comment ends that begins before `position`; comments can be nested."""
     depth = 1
     for edge in _compiled(_COMMENT_EDGE).finditer(query, position):
         depth += 1 if edge[0] == "/*" else -1
@@ -218,6 +225,36 @@ def _of_set_config(statement: list[str], arguments: list[int], *, end: int) -> S
     if not setting or setting in TRACKED_SETTINGS:
         return None
     return SessionFeature(f"set_config('{setting}', ..., false)", _ADVICE_CONFIG)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The end of a transaction
+
+# What a server runs in a failed transaction (PostgreSQL, IsTransactionExitStmt).
+_ENDS_TRANSACTION = frozenset({"abort", "commit", "end", "prepare", "rollback"})
+_GAP = r"(?:[\s;]+|--[^\r\n]*)*"
+_FIRST_WORD = r"[A-Za-z]*"
+
+
+def goes_on_after_transaction(query: str) -> bool:
+    """Return whether a text of several statements begins with one that ends a transaction, a failed one as well."""
+    word = _compiled(_FIRST_WORD).match(query, _first_position(query))
+    assert word
+    return word[0].lower() in _ENDS_TRANSACTION and ";" in query[word.end() :].rstrip("; \t\r\n\f\v")
+
+
+def _first_position(query: str) -> int:
+    """Return where the first statement begins, after empty ones and comments."""
+    position = _end_of_gap(query, 0)
+    while query.startswith("/*", position):
+        position = _end_of_gap(query, _end_of_comment(query, position + 2))
+    return position
+
+
+def _end_of_gap(query: str, position: int) -> int:
+    gap = _compiled(_GAP).match(query, position)
+    assert gap
+    return gap.end()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -439,10 +439,11 @@ class TestLeftovers:
         before = holder.callbacks_of(connection)
         assert not before
         await connection.add_listener("news", hear)
-        assert (holder.listens_otherwise(connection, before), holder.has_log_listeners(connection)) == (True, False)
+        assert holder.listens_otherwise(connection, before)
+        assert not holder.callbacks_of(connection).log_listeners
         connection.add_log_listener(hear)
         connection.add_query_logger(hear)
-        assert holder.has_log_listeners(connection)
+        assert holder.callbacks_of(connection).log_listeners
         hearing = holder.callbacks_of(connection)
         assert list(hearing.listeners) == ["news"]
         assert [len(one) for one in (hearing.listeners["news"], hearing.log_listeners, hearing.query_loggers)] == [

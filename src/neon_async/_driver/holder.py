@@ -10,10 +10,8 @@ Knows no slots, no waiters and no deadlines, and decides nothing.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import functools
 import logging
-import socket
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
@@ -255,11 +253,6 @@ def listens_otherwise(connection: Any, callbacks: Callbacks) -> bool:
     return bool(connection._listeners.keys() != callbacks.listeners.keys())
 
 
-def has_log_listeners(connection: Any) -> bool:
-    """Return whether listeners for log messages are registered; registering one sends nothing."""
-    return bool(connection._log_listeners)
-
-
 async def end_cancellation(connection: Any) -> None:
     """Wait until a cancelled statement has ended. The connection may have ended with it."""
     await connection._protocol._wait_for_cancellation()
@@ -459,10 +452,7 @@ class Holder(PoolConnectionHolder):
         if connection is None:
             return
         connection._aborted = True  # so that `is_closed()` is true
-        open_socket = connection._transport.get_extra_info("socket")
-        if open_socket is not None:
-            with contextlib.suppress(OSError, TypeError):  # uvloop closed its sockets together with the event loop
-                open_socket.shutdown(socket.SHUT_RDWR)
+        connection._transport.shut_down()
         session = session_of(connection)
         assert session is not None
         session.notify_closed()

@@ -144,10 +144,14 @@ class SessionTransport(asyncio.Transport):
         try:
             self._transport.abort()
         except RuntimeError:
-            sock = self.get_extra_info("socket")
-            if sock is not None:
-                with contextlib.suppress(OSError):
-                    sock.shutdown(socket.SHUT_RDWR)
+            self.shut_down()
+
+    def shut_down(self) -> None:
+        """Shut the socket down without the event loop, which is closed."""
+        sock = self.get_extra_info("socket")
+        if sock is not None:
+            with contextlib.suppress(OSError, TypeError):  # uvloop closed its sockets together with the event loop
+                sock.shutdown(socket.SHUT_RDWR)
 
     def is_closing(self) -> bool:
         return self._transport.is_closing()

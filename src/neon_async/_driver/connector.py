@@ -196,12 +196,11 @@ class Connector:
         return connection
 
     def _begin_session(self, connection: Connection, adapter: LoopAdapter) -> None:
-        report, _ = adapter.hand_over()
         session = Session(
             host=self.parameters.host,
             endpoint=self.parameters.endpoint,
             healing=self.healing,
-            report=report,
+            report=adapter.hand_over(),
             cancel=adapter.cancel,
         )
         if is_pooled(connection):

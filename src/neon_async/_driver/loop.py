@@ -66,13 +66,11 @@ class LoopAdapter:
         assert self._transport is not None
         return self._transport, protocol
 
-    def hand_over(self) -> tuple[TLSReport, SessionTransport]:
-        """Return the report and the transport of the finished session, and keep only what a cancel request needs."""
-        report, transport = self.report, self._transport
+    def hand_over(self) -> TLSReport:
+        """Return the report of the finished session, and keep only what a cancel request needs."""
         self._channel = self._transport = None
-        assert report is not None
-        assert transport is not None
-        return report, transport
+        assert self.report is not None
+        return self.report
 
     def abort(self) -> None:
         """Close the connection at once, if there is one."""

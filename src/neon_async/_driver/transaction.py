@@ -50,6 +50,12 @@ _LATE_ROLLBACK_TIMEOUT = 0.5
 _PAUSE_BASE = 0.02
 _PAUSE_CAP = 1.0
 
+# What the arguments must be.
+_ROLE = Name()
+_WORK = AsyncFunction()
+_ATTEMPTS = Integer(1)
+_ISOLATION = Choice(*sorted(ISOLATION_LEVELS))
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # A block of a transaction
@@ -175,7 +181,7 @@ def _claims(role: str | None, settings: Mapping[str, str] | None) -> list[str]:
     """Return the statements that give a transaction its role and its settings."""
     statements = []
     if role is not None:
-        statements.append(f"SET LOCAL ROLE {quote_name(Name().check('role', role))}")
+        statements.append(f"SET LOCAL ROLE {quote_name(_ROLE.check('role', role))}")
     if settings is not None:
         calls = [
             f"set_config({quote(name)}, {quote(value)}, true)"
@@ -368,7 +374,7 @@ def _pause(number: int) -> float:
 
 
 def _check(work: object, attempts: object, isolation: object) -> None:
-    AsyncFunction().check("work", work)
-    Integer(1).check("attempts", attempts)
+    _WORK.check("work", work)
+    _ATTEMPTS.check("attempts", attempts)
     if isolation is not None:
-        Choice(*sorted(ISOLATION_LEVELS)).check("isolation", isolation)
+        _ISOLATION.check("isolation", isolation)

@@ -128,7 +128,8 @@ class Loan:
             return Facts(True, False, False, False, False, False, False)
         session = holder.own_session(connection)
         # asyncpg knows the built-in types, and asks the server nothing to set a codec of one.
-        untouched = self._writes == holder.writes(connection) and session.codecs == session.snapshot.codecs
+        codecs_kept = session.codecs == session.snapshot.codecs
+        untouched = codecs_kept and self._writes == holder.writes(connection)
         worn = supply.is_worn(self.slot, time.monotonic())
         if untouched:  # there is nothing else to ask for
             return Facts(False, worn, supply.own_reset, True, False, False, False)
@@ -140,7 +141,7 @@ class Loan:
             leftovers=not holder.is_idle(connection)
             or holder.has_transaction(connection)
             or holder.listens_otherwise(connection, session.snapshot.callbacks)
-            or session.codecs != session.snapshot.codecs,
+            or not codecs_kept,
             has_reset_query=_has_reset_query(connection),
             ahead=not has_own_reset_query(connection),
         )

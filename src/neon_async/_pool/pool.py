@@ -567,18 +567,17 @@ class Pool(PoolBase):
             timeout: Seconds, or None for `acquire_timeout` and `command_timeout`.
             again: Whether the arguments can be used a second time.
         """
-        for _ in range(self._options.max_size if again else 0):
+        further = self._options.max_size if again else 0
+        while True:
             call = self.acquire(timeout=timeout)
             try:
                 async with call as connection:
                     return await run(connection, call.left())
             except ConnectionLostError as error:
-                if not error.nothing_executed:
+                if not further or not error.nothing_executed:
                     raise
+            further -= 1
             timeout = None if timeout is None else max(call.left() or 0.0, 0.0)
-        call = self.acquire(timeout=timeout)
-        async with call as connection:
-            return await run(connection, call.left())
 
     if not TYPE_CHECKING:  # asyncpg-stubs has the signatures
 

@@ -15,7 +15,8 @@ from typing import Any
 import anyio
 import psycopg
 import pytest
-from support.command_line import STEPS, certified, password_in
+from support.command_line import STEPS, certified, pg_variables
+from support.probes import password_of
 
 import neon_async
 from neon_async._cli.check import CheckResult, _Timeline, check
@@ -63,14 +64,7 @@ async def test_a_name_without_hostaddr_is_resolved(postgres: LocalPostgres) -> N
 async def test_without_a_dsn_the_pg_variables_are_used(
     postgres: LocalPostgres, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, value in {
-        "PGHOST": postgres.host,
-        "PGHOSTADDR": "127.0.0.1",
-        "PGPORT": str(postgres.port),
-        "PGUSER": "neon",
-        "PGPASSWORD": password_in(postgres.dsn),
-        "PGDATABASE": "neondb",
-    }.items():
+    for name, value in pg_variables(postgres).items():
         monkeypatch.setenv(name, value)
     assert (await check(trust_anchor=postgres.trust_anchor)).verdict == "good"
 
@@ -188,7 +182,7 @@ async def test_a_silent_server_ends_the_check_at_tls_within_connect_timeout() ->
 
 
 async def test_a_wrong_password_ends_the_check_at_authentication(postgres: LocalPostgres) -> None:
-    dsn = postgres.dsn.replace(password_in(postgres.dsn), "wrong")
+    dsn = postgres.dsn.replace(password_of(postgres), "wrong")
     result = await check(dsn, trust_anchor=postgres.trust_anchor)
     assert_ended_at(result, "authentication", neon_async.InvalidPasswordError, "failed")
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from anyio.from_thread import start_blocking_portal
-from support.command_line import password_in, run, run_without
+from support.command_line import pg_variables, run, run_without
 
 import neon_async
 from neon_async._wire.trust import survey
@@ -142,17 +142,6 @@ def test_check_uses_the_pg_variables_if_pghost_is_set(postgres: LocalPostgres, a
     as_the_console_sets_them = run(*arguments, variables=pg_variables(postgres) | {"PGSSLMODE": "require"})
     assert as_the_console_sets_them.returncode == 1
     assert json.loads(as_the_console_sets_them.stdout)["problem"]["type"] == "InsecureConfigurationError"
-
-
-def pg_variables(postgres: LocalPostgres) -> dict[str, str]:
-    return {
-        "PGHOST": postgres.host,
-        "PGHOSTADDR": "127.0.0.1",
-        "PGPORT": str(postgres.port),
-        "PGUSER": "neon",
-        "PGPASSWORD": password_in(postgres.dsn),
-        "PGDATABASE": "neondb",
-    }
 
 
 def test_check_prints_ascii_on_a_terminal_without_unicode(postgres: LocalPostgres, anchor: str) -> None:

@@ -10,7 +10,8 @@ from collections.abc import Callable
 
 import pytest
 from rich.console import Console
-from support.command_line import STEPS, certified, password_in
+from support.command_line import STEPS, certified
+from support.probes import password_of
 
 import neon_async
 from neon_async._cli.check import CheckResult, Step, check
@@ -183,6 +184,6 @@ def test_the_picture_of_the_roots_shows_each_place_and_its_state(
 @pytest.mark.parametrize("trusted", [True, False], ids=["good", "refused"])
 async def test_the_password_appears_in_no_output(postgres: LocalPostgres, trusted: bool) -> None:
     result = await check(postgres.dsn, trust_anchor=postgres.trust_anchor if trusted else None)
-    password = password_in(postgres.dsn)
+    password = password_of(postgres)
     shown = [repr(result), check_to_json(result), picture(lambda console: print_check(result, console))]
     assert [text for text in shown if password in text] == []

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import asyncpg
 import pytest
 import trio
 from support.handshakes import ROOT
-from support.probes import assert_secret_free, open_sockets, password_of, until
+from support.probes import assert_secret_free, connected, open_sockets, password_of, until
 
 import neon_async
 from neon_async._driver.connector import prepare
@@ -23,15 +22,6 @@ pytestmark = pytest.mark.anyio
 
 NAME = "ep-cool-darkness-123456.us-east-2.aws.neon.tech"
 SECRET = "s3cret-of-alex"
-
-
-@contextlib.asynccontextmanager
-async def opened(postgres: LocalPostgres, **keywords: Any) -> AsyncIterator[Any]:
-    connection = await neon_async.connect(postgres.dsn, trust_anchor=postgres.trust_anchor, **keywords)
-    try:
-        yield connection
-    finally:
-        await connection.close()
 
 
 @pytest.mark.parametrize(
@@ -79,7 +69,7 @@ async def opened(postgres: LocalPostgres, **keywords: Any) -> AsyncIterator[Any]
 async def test_settings_reach_the_session(
     postgres: LocalPostgres, keywords: dict[str, Any], setting: str, value: str
 ) -> None:
-    async with opened(postgres, **keywords) as connection:
+    async with connected(postgres, **keywords) as connection:
         assert await connection.fetchval(f"SHOW {setting}") == value
 
 
@@ -88,7 +78,7 @@ async def test_the_environment_reaches_the_session_unless_the_dsn_wins(
 ) -> None:
     monkeypatch.setenv("PGAPPNAME", "from the environment")
     monkeypatch.setenv("PGDATABASE", "not this one")
-    async with opened(postgres) as connection:
+    async with connected(postgres) as connection:
         assert await connection.fetchval("SHOW application_name") == "from the environment"
         assert await connection.fetchval("SELECT current_database()") == "neondb"
 
@@ -133,7 +123,7 @@ async def test_the_keywords_of_asyncpg_reach_asyncpg(postgres: LocalPostgres) ->
         def __getattr__(self, name: str) -> Any:
             return self[name]
 
-    async with opened(
+    async with connected(
         postgres, connection_class=MyConnection, record_class=MyRecord, command_timeout=1.0, statement_cache_size=0
     ) as connection:
         row: Any = await connection.fetchrow("SELECT 7 AS seven")
@@ -150,7 +140,7 @@ async def test_the_keywords_of_asyncpg_reach_asyncpg(postgres: LocalPostgres) ->
 
 
 async def test_the_report_describes_the_handshake(postgres: LocalPostgres) -> None:
-    async with opened(postgres) as connection:
+    async with connected(postgres) as connection:
         report = neon_async.connection_tls_report(connection)
         assert (report.version, report.negotiation, report.alpn) == ("TLSv1.3", "direct", "postgresql")
         assert report.server_name == postgres.host
@@ -198,7 +188,7 @@ async def test_a_connection_and_its_session_are_freed_together(postgres: LocalPo
 
     before = sessions()
     for _ in range(3):
-        async with opened(postgres):
+        async with connected(postgres):
             assert sessions() > before
     await until(lambda: sessions() <= before)
 
@@ -263,7 +253,7 @@ def test_without_an_event_loop_the_error_is_the_same() -> None:
 
 
 async def test_the_socket_of_a_session_is_a_stream(postgres: LocalPostgres) -> None:
-    async with opened(postgres) as connection:
+    async with connected(postgres) as connection:
         sock = connection._transport.get_extra_info("socket")
         assert sock.family in (socket.AF_INET, socket.AF_INET6)
         assert sock.type == socket.SOCK_STREAM
@@ -280,8 +270,8 @@ class Alike(asyncpg.Connection):
 
 async def test_each_connection_has_its_own_report_even_if_all_compare_equal(postgres: LocalPostgres) -> None:
     async with (
-        opened(postgres, connection_class=Alike, sslnegotiation="direct") as one,
-        opened(postgres, connection_class=Alike, sslnegotiation="postgres") as other,
+        connected(postgres, connection_class=Alike, sslnegotiation="direct") as one,
+        connected(postgres, connection_class=Alike, sslnegotiation="postgres") as other,
     ):
         assert neon_async.connection_tls_report(one).negotiation == "direct"
         assert neon_async.connection_tls_report(other).negotiation == "postgres"

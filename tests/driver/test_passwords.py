@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
 import psycopg
@@ -14,7 +13,7 @@ import pytest
 from psycopg import sql
 from support.handshakes import ROOT, serve
 from support.logins import PASSWORDS, verifier
-from support.probes import assert_secret_free, password_of, until
+from support.probes import assert_secret_free, connected, password_of, until
 
 import neon_async
 from neon_async import InvalidPasswordError, NeonAsyncError
@@ -27,15 +26,6 @@ pytestmark = pytest.mark.anyio
 CONTEXT = serve()
 SECRET = "s3cret-of-alex"
 OFFER = authentication_request(10, b"SCRAM-SHA-256\0\0")
-
-
-@contextlib.asynccontextmanager
-async def opened(postgres: LocalPostgres, **keywords: Any) -> AsyncIterator[Any]:
-    connection = await neon_async.connect(postgres.dsn, trust_anchor=postgres.trust_anchor, **keywords)
-    try:
-        yield connection
-    finally:
-        await connection.close()
 
 
 def returning(answer: object, *, asynchronous: bool) -> tuple[Callable[[], Any], list[int]]:
@@ -69,7 +59,7 @@ async def test_a_password_function_may_return_any_awaitable(postgres: LocalPostg
         future.set_result(password_of(postgres))
         return future
 
-    async with opened(postgres, password=password) as connection:
+    async with connected(postgres, password=password) as connection:
         assert await connection.fetchval("SELECT 1") == 1
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 from typing import Any
 
 import asyncpg
@@ -18,12 +17,6 @@ pytestmark = pytest.mark.anyio
 
 SOON = 0.2  # The seconds allowed to a call that is expected to time out.
 NEVER = 100 * HANG
-
-
-@pytest.fixture
-async def endpoint(postgres: LocalPostgres) -> AsyncIterator[LocalEndpoint]:
-    async with LocalEndpoint(postgres) as endpoint:
-        yield endpoint
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from typing import Any, TypeAlias
 
 import pytest
@@ -29,12 +29,6 @@ pytestmark = pytest.mark.anyio
 NAME = "ep-cool-darkness-123456"
 SOON = 0.2  # The seconds allowed to a call that is expected to time out.
 NEVER = 100 * HANG
-
-
-@pytest.fixture
-async def endpoint(postgres: LocalPostgres) -> AsyncIterator[LocalEndpoint]:
-    async with LocalEndpoint(postgres) as endpoint:
-        yield endpoint
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -6,14 +6,14 @@ import asyncio
 import gc
 import logging
 import weakref
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from typing import Any, TypeAlias
 
 import pytest
 from support.probes import HANG, make_pool, until
 
 import neon_async
-from neon_async.testing import LocalEndpoint, LocalPostgres
+from neon_async.testing import LocalEndpoint
 
 pytestmark = pytest.mark.anyio
 
@@ -22,12 +22,6 @@ NEVER = 100 * HANG
 Tasks: TypeAlias = "list[asyncio.Task[Any]]"
 # Brings an open pool of two connections at an endpoint into a state, and returns the tasks that go on.
 Scene: TypeAlias = Callable[[neon_async.Pool, LocalEndpoint], Awaitable[Tasks]]
-
-
-@pytest.fixture
-async def endpoint(postgres: LocalPostgres) -> AsyncIterator[LocalEndpoint]:
-    async with LocalEndpoint(postgres) as endpoint:
-        yield endpoint
 
 
 async def never_used(pool: neon_async.Pool, endpoint: LocalEndpoint) -> Tasks:

@@ -76,6 +76,14 @@ async def a_block(watch: Watch) -> AsyncIterator[Any]:
         yield connection
 
 
+async def leave_to_a_frozen_server(watch: Watch, statement: str) -> None:
+    """Run a statement in a block, and leave the block with a reset that the server does not answer."""
+    async with a_block(watch) as connection:
+        await connection.execute(statement)
+        watch.endpoint.freeze()
+    await asyncio.sleep(0.01)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The ways in which a loan ends
 
@@ -254,18 +262,12 @@ async def by_the_termination_of_the_pool_inside_the_block(watch: Watch) -> None:
 
 
 async def by_the_termination_of_the_pool_during_the_reset(watch: Watch) -> None:
-    async with a_block(watch) as connection:
-        await connection.execute("BEGIN")
-        watch.endpoint.freeze()
-    await asyncio.sleep(0.01)
+    await leave_to_a_frozen_server(watch, "BEGIN")
     watch.pool.terminate()
 
 
 async def by_the_termination_of_the_pool_before_a_reset_is_answered(watch: Watch) -> None:
-    async with a_block(watch) as connection:
-        await connection.execute("SELECT 1")
-        watch.endpoint.freeze()
-    await asyncio.sleep(0.01)
+    await leave_to_a_frozen_server(watch, "SELECT 1")
     watch.pool.terminate()
 
 
@@ -276,19 +278,13 @@ async def by_release_after_it_expired(watch: Watch) -> None:
 
 
 async def by_the_server_during_the_reset(watch: Watch) -> None:
-    async with a_block(watch) as connection:
-        await connection.execute("BEGIN")
-        watch.endpoint.freeze()
-    await asyncio.sleep(0.01)
+    await leave_to_a_frozen_server(watch, "BEGIN")
     watch.endpoint.cut()
     watch.endpoint.thaw()
 
 
 async def by_the_server_before_a_reset_is_answered(watch: Watch) -> None:
-    async with a_block(watch) as connection:
-        await connection.execute("SELECT 1")
-        watch.endpoint.freeze()
-    await asyncio.sleep(0.01)
+    await leave_to_a_frozen_server(watch, "SELECT 1")
     watch.endpoint.cut()
     watch.endpoint.thaw()
 

@@ -7,6 +7,7 @@ import threading
 from dataclasses import dataclass
 
 import pytest
+from support.impostors import endless
 from support.logins import BOTH, OK, READY, SESSION_START, HonestServer, client_messages, honest_login, sasl
 from support.probes import assert_secret_free, until
 from support.verified_servers import BINDING, PASSWORD, connect_to, error_from, final, record_pbkdf2, verified_server
@@ -63,16 +64,6 @@ def challenge(text: str) -> Script:
         conversation.send(sasl(*BOTH))
         nonce = conversation.read_message()[1].rpartition(b"r=")[2]
         conversation.send(authentication_request(11, text.encode().replace(b"NONCE", nonce)))
-
-    return step
-
-
-def endless(data: bytes) -> Script:
-    """Return a step that sends `data` until the client closes the connection."""
-
-    def step(conversation: Conversation) -> None:
-        while not conversation.over.is_set():
-            conversation.send(data)
 
     return step
 

@@ -14,7 +14,9 @@ from pathlib import Path
 import trustme
 
 import neon_async
+from neon_async.testing import LocalPostgres
 from neon_async.testing._impostor import SERVER_NAME, Impostor, Script, server_context
+from support.probes import password_of
 
 STEPS = ["parse", "dns", "tcp", "tls", "authentication", "query"]
 
@@ -49,9 +51,16 @@ def run_without(packages: set[str], folder: Path, *arguments: str) -> subprocess
     return run(*arguments, command=("-c", code))
 
 
-def password_in(dsn: str) -> str:
-    """Return the password of a DSN that contains one."""
-    return dsn.split("//")[1].split("@")[0].split(":")[1]
+def pg_variables(postgres: LocalPostgres) -> dict[str, str]:
+    """Return the variables of libpq that lead to `postgres`."""
+    return {
+        "PGHOST": postgres.host,
+        "PGHOSTADDR": "127.0.0.1",
+        "PGPORT": str(postgres.port),
+        "PGUSER": "neon",
+        "PGPASSWORD": password_of(postgres),
+        "PGDATABASE": "neondb",
+    }
 
 
 def certified(make_script: Callable[[ssl.SSLContext], Script]) -> Impostor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeAlias
 
@@ -282,7 +283,7 @@ async def test_a_connection_needs_what_its_caller_left_to_do(
         [slot] = pool._supply.slots
         assert slot.loan is not None
         await leave(connection)
-        assert need_of(slot.loan._facts()) is need
+        assert need_of(slot.loan._facts(time.monotonic())) is need
         pool.terminate()
 
 
@@ -295,7 +296,7 @@ async def test_a_connection_is_untouched_again_in_the_next_loan(postgres: LocalP
             if used:
                 await connection.execute("SELECT 1")
             assert slot.loan is not None
-            assert slot.loan._facts().untouched is not used
+            assert slot.loan._facts(time.monotonic()).untouched is not used
             await pool.release(connection)
 
 

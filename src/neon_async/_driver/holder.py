@@ -424,12 +424,13 @@ class Holder(PoolConnectionHolder):
         connection, proxy = self._con, self._proxy
         self._proxy = None
         kept = own_session(connection).snapshot.callbacks
+        keeps = bool(kept)
         try:
-            if kept:
+            if keeps:
                 _keep_only_others(connection, kept)  # asyncpg would warn of those that `init` registered, too
             connection._on_release()
         finally:
-            if kept or connection._listeners or connection._log_listeners or connection._query_loggers:
+            if keeps or connection._listeners or connection._log_listeners or connection._query_loggers:
                 set_callbacks(connection, kept)
             if proxy is not None:
                 proxy._detach()  # type: ignore[attr-defined]
@@ -471,12 +472,13 @@ def holder_of(connection: object, pool: object) -> Holder | None:
     Raises:
         asyncpg.InterfaceError: It is not a connection that this pool has lent.
     """
-    holder = connection._holder if isinstance(connection, Proxy) else None
+    proxy: Any = connection
+    holder = proxy._holder if isinstance(connection, Proxy) else None
     if not isinstance(holder, Holder) or holder._pool is not pool:
         raise asyncpg.InterfaceError(
             f"Pool.release() received invalid connection: {connection!r} is not a member of this pool"
         )
-    return None if cast(Any, connection)._con is None else holder
+    return None if proxy._con is None else holder
 
 
 # ---------------------------------------------------------------------------------------------------------------------

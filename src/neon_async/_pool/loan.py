@@ -107,22 +107,22 @@ class Loan:
             The task that resets or closes the connection in the background, where there is something to do. Its result
             is the error that ended the connection, or None.
         """
-        slot, supply = self.slot, self._supply
-        facts = self._facts()
+        slot, supply, now = self.slot, self._supply, time.monotonic()
+        facts = self._facts(now)
         slot.loan = None
         if self._leak_timer is not None:
             self._leak_timer.cancel()
-        supply.tallies.releases.since(self.lent_at)
+        supply.tallies.releases.add(now - self.lent_at)
         try:
             if not facts.closed:
                 slot.holder.recall()  # warns of listeners, and a warning can be an exception
         finally:
             if not facts.untouched:
-                slot.heard_at = time.monotonic()
+                slot.heard_at = now
             task = supply.take_back(slot, need_of(facts), timeout)
         return task
 
-    def _facts(self) -> Facts:
+    def _facts(self, now: float) -> Facts:
         connection, supply = self.slot.holder.connection, self._supply
         if connection is None or connection.is_closed():
             return Facts(True, False, False, False, False, False, False)
@@ -130,7 +130,7 @@ class Loan:
         # asyncpg knows the built-in types, and asks the server nothing to set a codec of one.
         codecs_kept = session.codecs == session.snapshot.codecs
         untouched = codecs_kept and self._writes == holder.writes(connection)
-        worn = supply.is_worn(self.slot, time.monotonic())
+        worn = supply.is_worn(self.slot, now)
         if untouched:  # there is nothing else to ask for
             return Facts(False, worn, supply.own_reset, True, False, False, False)
         return Facts(

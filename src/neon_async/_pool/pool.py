@@ -13,14 +13,14 @@ import logging
 import time
 import warnings
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias, TypeVar, Unpack, cast
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias, TypeVar, Unpack
 
 import asyncpg
 from asyncpg.pool import PoolAcquireContext
 
 from .._driver.connection import Connection
 from .._driver.connector import Connector, prepare, require_asyncio
-from .._driver.holder import Holder, PoolBase, Proxy, holder_of
+from .._driver.holder import Holder, PoolBase, holder_of
 from .._driver.transaction import run_transaction
 from .._errors import (
     ConfigurationError,
@@ -66,6 +66,8 @@ class AcquireContext(_AcquireContext):
 
     __slots__ = ("_until",)
 
+    pool: Pool
+
     def __init__(self, pool: Pool, timeout: float | None) -> None:  # asyncpg's name
         super().__init__(pool, timeout)
         self._until = None if timeout is None else time.monotonic() + timeout
@@ -77,17 +79,18 @@ class AcquireContext(_AcquireContext):
     async def __aenter__(self) -> Connection:  # type: ignore[override]  # a proxy for one of ours
         if self.connection is not None or self.done:
             raise asyncpg.InterfaceError("a connection is already acquired")
-        self.connection = await cast(Pool, self.pool)._lend(self.timeout)
-        return cast(Connection, self.connection)
+        connection = await self.pool._lend(self.timeout)
+        self.connection = connection  # type: ignore[assignment]  # a proxy for one of ours
+        return connection
 
     async def __aexit__(self, *_: object) -> None:
         """Release the connection and return at once; what it needs is done in the background."""
-        cast(Pool, self.pool)._end_loan(self.connection)  # in another event loop it raises, and nothing has changed
+        self.pool._end_loan(self.connection)  # in another event loop it raises, and nothing has changed
         self.done, self.connection = True, None
 
     def __await__(self) -> Generator[Any, None, Connection]:  # type: ignore[override]
         self.done = True
-        return cast(Generator[Any, None, Connection], cast(Pool, self.pool)._lend(self.timeout).__await__())
+        return self.pool._lend(self.timeout).__await__()
 
 
 class Pool(PoolBase):
@@ -232,7 +235,7 @@ class Pool(PoolBase):
             check_timeout("timeout", timeout)
         return AcquireContext(self, timeout)
 
-    async def _lend(self, timeout: float | None) -> Proxy:
+    async def _lend(self, timeout: float | None) -> Connection:
         self._require_open()
         began = time.monotonic()
         limit = self._options.acquire_timeout if timeout is None else timeout
@@ -244,7 +247,7 @@ class Pool(PoolBase):
         loan = Loan(self._supply, slot, began)
         if self._options.setup is not None:
             await self._run_setup(self._options.setup, loan, began + limit)
-        return loan.proxy
+        return loan.proxy  # type: ignore[return-value]  # a proxy for one of ours
 
     async def _wait_for_slot(self, limit: float, began: float) -> Slot:
         """Return a slot that is connected and reserved for this caller."""

@@ -309,7 +309,9 @@ class Supply:
             await self.options.reset(connection)
         elif query := connection.get_reset_query():
             await holder.send(connection, query)
-        await restore_codecs(connection)  # looks types up, which a search_path or a statement_timeout could disturb
+        session = own_session(connection)
+        if session.codecs != session.snapshot.codecs:
+            await restore_codecs(connection)  # looks types up, which a search_path or a timeout could disturb
 
     def _close(self, slot: Slot, limit: float | None = None) -> asyncio.Task[Any]:
         """Close the connection of a slot that no caller has, within `limit` seconds (default: `release_timeout`)."""
@@ -353,7 +355,7 @@ class Supply:
     def balance(self) -> None:
         """Start what the waiters and `min_size` need: hand-overs, checks of idle connections, dials at their pace."""
         slots, waiters = self.slots, self.waiters
-        if self.closing or not (waiters or self.options.min_size) or not (slots.idle or slots.vacant):
+        if self.closing or not (waiters or slots.connected < self.options.min_size):
             return
         now = time.monotonic()
         while waiters and (slot := self.take_idle(now)) and waiters.hand_over(slot):

@@ -6,7 +6,9 @@ import asyncio
 import builtins
 import contextlib
 import copy
+import errno
 import pickle
+import socket
 import ssl
 from collections.abc import AsyncIterator
 from typing import Any
@@ -168,6 +170,130 @@ def test_a_wrapped_function_keeps_its_name_and_its_exceptions() -> None:
     assert (fail.__name__, fail.__doc__) == ("fail", "Fail.")
     with pytest.raises(KeyError, match="here"):
         fail("here")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a caller can do about an error
+
+# The exceptions of asyncpg, by name: those that may pass, and those of them that are an outage. No other is either.
+OUTAGES = {
+    "AdminShutdownError",
+    "CannotConnectNowError",
+    "ClientCannotConnectError",
+    "ConnectionDoesNotExistError",
+    "ConnectionFailureError",
+    "ConnectionRejectionError",
+    "CrashShutdownError",
+    "DiskFullError",
+    "IdleInTransactionSessionTimeoutError",
+    "IdleSessionTimeoutError",
+    "InsufficientResourcesError",
+    "OutOfMemoryError",
+    "PostgresConnectionError",
+    "PostgresIOError",
+    "PostgresSystemError",
+    "TooManyConnectionsError",
+    "TransactionTimeoutError",
+}
+MAY_PASS = OUTAGES | {
+    "DeadlockDetectedError",
+    "InternalServerError",
+    "InvalidCachedStatementError",
+    "LockNotAvailableError",
+    "ObjectInUseError",
+    "OperatorInterventionError",
+    "OutdatedSchemaCacheError",
+    "QueryCanceledError",
+    "SerializationError",
+    "SnapshotTooOldError",
+    "TransactionRollbackError",
+}
+UNAVAILABLE = {
+    "ComputeUnavailableError",
+    "ConnectError",
+    "ConnectTimeoutError",
+    "ConnectionLostError",
+    "EndpointDisabledError",
+    "PoolBusyError",
+    "PoolTimeoutError",
+    "QuotaExceededError",
+    "TooManyConnectionsError",
+}
+
+
+@pytest.mark.parametrize("name", [name for name in asyncpg.exceptions.__all__ if name.endswith(("Error", "Matched"))])
+def test_an_exception_of_asyncpg_may_pass_or_is_an_outage_as_the_table_says(name: str) -> None:
+    error = getattr(asyncpg, name)("text")
+    assert neon_async.is_retryable(error) is (name in MAY_PASS)
+    assert neon_async.is_unavailable(error) is (name in OUTAGES)
+
+
+@pytest.mark.parametrize("name", sorted(MAY_PASS - {"TransactionTimeoutError"}))
+def test_the_table_names_exceptions_that_asyncpg_has(name: str) -> None:
+    assert issubclass(getattr(asyncpg, name), Exception)
+
+
+@pytest.mark.parametrize(("cls", "parents", "retryable"), TREE)
+def test_an_error_of_ours_says_itself_whether_it_may_pass(cls: Any, parents: Any, retryable: bool) -> None:
+    assert neon_async.is_retryable(cls(TEXT)) is retryable
+    assert neon_async.is_unavailable(cls(TEXT)) is (cls.__name__ in UNAVAILABLE)
+
+
+@pytest.mark.parametrize(
+    ("fields", "retryable", "unavailable"),
+    [
+        pytest.param({"C": "08P01", "S": "FATAL"}, True, True, id="query_wait_timeout of PgBouncer, which sends no V"),
+        pytest.param({"C": "08P01", "S": "FATAL", "V": "FATAL"}, True, True, id="the same with V"),
+        pytest.param({"C": "08P01", "S": "FEHLER", "V": "ERROR"}, False, False, id="a statement against the protocol"),
+        pytest.param({"C": "25P04", "V": "FATAL"}, True, True, id="a code that asyncpg 0.31 does not know"),
+        pytest.param({"C": "53ZZZ", "V": "ERROR"}, True, True, id="an unknown code of a known class"),
+        pytest.param({"C": "ZZ999", "V": "FATAL"}, False, False, id="an unknown class"),
+        pytest.param({"M": "no code"}, False, False, id="no code"),
+    ],
+)
+def test_the_sqlstate_of_a_server_decides(fields: dict[str, str], retryable: bool, unavailable: bool) -> None:
+    error = _errors.server_error(error_response(**fields))
+    assert (neon_async.is_retryable(error), neon_async.is_unavailable(error)) == (retryable, unavailable)
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (ConnectionRefusedError(), True),
+        (ConnectionResetError(), True),
+        (BrokenPipeError(), True),
+        (TimeoutError(), True),
+        (socket.gaierror(-3, "Temporary failure in name resolution"), True),
+        (OSError(errno.EHOSTUNREACH, "No route to host"), True),
+        (OSError(errno.ENETUNREACH, "Network is unreachable"), True),
+        (OSError("no number"), False),
+        (FileNotFoundError(errno.ENOENT, "No such file"), False),
+        (PermissionError(errno.EACCES, "Permission denied"), False),
+        (ssl.SSLCertVerificationError(), False),
+        (AttributeError(), False),
+        (KeyError(), False),
+        (LookupError(), False),
+        (MemoryError(), False),
+        (NotImplementedError(), False),
+        (RuntimeError(), False),
+        (TypeError(), False),
+        (ValueError(), False),
+        (asyncio.CancelledError(), False),
+        (KeyboardInterrupt(), False),
+    ],
+    ids=repr,
+)
+def test_of_other_exceptions_only_those_of_the_network_may_pass(error: BaseException, expected: bool) -> None:
+    assert neon_async.is_retryable(error) is expected
+    assert neon_async.is_unavailable(error) is expected
+
+
+@pytest.mark.parametrize("cls", [neon_async.PoolTimeoutError, neon_async.PoolClosedError])
+@pytest.mark.parametrize("unavailable", [False, True])
+def test_a_pickled_error_says_whether_the_database_is_unavailable(cls: Any, unavailable: bool) -> None:
+    error = cls(TEXT, unavailable=unavailable)
+    for twin in (pickle.loads(pickle.dumps(error)), copy.copy(error)):
+        assert neon_async.is_unavailable(twin) is unavailable
 
 
 # ---------------------------------------------------------------------------------------------------------------------

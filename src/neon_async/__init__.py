@@ -33,6 +33,8 @@ from ._errors import (
     TooManyConnectionsError,
     TransactionAbortedError,
     UnsupportedEventLoopError,
+    is_retryable,
+    is_unavailable,
 )
 from ._neon.endpoint import Endpoint
 from ._pool.pool import Pool, create_pool
@@ -81,6 +83,8 @@ __all__ = (
     "create_pool",
     "create_ssl_context",
     "harden_dsn",
+    "is_retryable",
+    "is_unavailable",
 )
 
 

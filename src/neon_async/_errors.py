@@ -6,10 +6,12 @@ catch already: a builtin, or asyncpg's own class. This module does not know what
 
 # No `from __future__ import annotations`: see `_publish()` of the facade.
 
+import errno
 import functools
+import socket
 import ssl
 from collections.abc import Callable
-from typing import ClassVar, ParamSpec, TypeVar
+from typing import ClassVar, NamedTuple, ParamSpec, TypeVar
 
 import asyncpg
 
@@ -24,9 +26,11 @@ class NeonAsyncError(Exception):
 
     Attributes:
         retryable: Whether the same call can succeed later without any change. A property of the class.
+        unavailable: Whether the database is down, asleep, overloaded or out of reach; see `is_unavailable()`.
     """
 
     retryable: ClassVar[bool] = False
+    unavailable: bool = False
 
     def __str__(self) -> str:
         # Explicit, because ssl.SSLError and asyncpg.PostgresError, which follow in some MROs, add to the text.
@@ -49,18 +53,21 @@ class ConnectError(NeonAsyncError, ConnectionError):
     """The server could not be reached, or the connection broke while it was being established."""
 
     retryable = True
+    unavailable = True
 
 
 class ProtocolError(ConnectError):
     """The server sent bytes that no PostgreSQL server sends."""
 
     retryable = False
+    unavailable = False
 
 
 class ConnectTimeoutError(NeonAsyncError, TimeoutError):
     """The connection was not ready within `connect_timeout`."""
 
     retryable = True
+    unavailable = True
 
 
 class TLSError(NeonAsyncError, ssl.SSLError):
@@ -97,6 +104,8 @@ class EndpointNotFoundError(EndpointError):
 class EndpointDisabledError(EndpointError):
     """The endpoint exists and is disabled."""
 
+    unavailable = True
+
 
 class IPNotAllowedError(EndpointError):
     """IP Allow or private networking blocks this client."""
@@ -105,17 +114,21 @@ class IPNotAllowedError(EndpointError):
 class QuotaExceededError(EndpointError):
     """A quota of the project or plan is used up."""
 
+    unavailable = True
+
 
 class ComputeUnavailableError(EndpointError, asyncpg.CannotConnectNowError):
     """The compute is waking, busy or unreachable; a later attempt may succeed."""
 
     retryable = True
+    unavailable = True
 
 
 class TooManyConnectionsError(EndpointError, asyncpg.TooManyConnectionsError):
     """A connection limit or rate limit is reached; a later attempt may succeed, after a long, jittered pause."""
 
     retryable = True
+    unavailable = True
 
 
 class DatabaseNotFoundError(EndpointError, asyncpg.InvalidCatalogNameError):
@@ -127,22 +140,35 @@ class PooledHostError(NeonAsyncError, asyncpg.FeatureNotSupportedError):
 
 
 class PoolTimeoutError(NeonAsyncError, TimeoutError):
-    """The pool did not finish within the deadline. The cause, if there is one, is the latest failure to connect."""
+    """The pool did not finish within the deadline. The cause, if there is one, is the latest failure to connect.
+
+    It is `unavailable`, unless the task that waited holds connections itself, and so waited for itself.
+    """
 
     retryable = True
+
+    def __init__(self, message: str = "", *, unavailable: bool = True) -> None:
+        super().__init__(message)
+        self.unavailable = unavailable
 
 
 class PoolBusyError(NeonAsyncError, RuntimeError):
     """`max_waiting` callers are waiting for a connection already."""
 
     retryable = True
+    unavailable = True
 
 
 class PoolClosedError(NeonAsyncError, asyncpg.InterfaceError):
-    """The pool is closed, or was closed while the call was waiting."""
+    """The pool is not open.
 
-    def __init__(self, message: str = "") -> None:  # asyncpg.InterfaceError requires a message
-        super().__init__(message)
+    It is `unavailable` where the pool is being opened, is closing, or was closed while the call was waiting: the
+    service starts or stops. To use a pool before it was opened or after it was closed is a programming error.
+    """
+
+    def __init__(self, message: str = "", *, unavailable: bool = False) -> None:
+        super().__init__(message)  # asyncpg.InterfaceError requires a message
+        self.unavailable = unavailable
 
 
 class ConnectionLostError(NeonAsyncError, asyncpg.ConnectionDoesNotExistError, ConnectionError):
@@ -153,6 +179,7 @@ class ConnectionLostError(NeonAsyncError, asyncpg.ConnectionDoesNotExistError, C
     """
 
     retryable = True
+    unavailable = True
 
     def __init__(self, message: str = "", *, nothing_executed: bool = False) -> None:
         super().__init__(message)
@@ -169,6 +196,108 @@ class TransactionAbortedError(NeonAsyncError, asyncpg.InFailedSQLTransactionErro
     Either a statement had failed, and everything is rolled back; or the work had ended the transaction itself, and what
     it committed is kept.
     """
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a caller can do about an error
+
+
+def is_retryable(error: BaseException) -> bool:
+    """Return whether the same call can succeed later although nothing is changed.
+
+    It does not say that the call is safe to repeat. Of a call that wrote and whose connection was lost or that timed
+    out, everything may have been kept; `ConnectionLostError.nothing_executed` says where nothing was. It is never true
+    where the outcome of a COMMIT is unknown (`CommitUnknownError`, SQLSTATEs 08007 and 40003).
+
+    Args:
+        error: Anything that neon-async or asyncpg raised. For any other exception the answer is False, except for a
+            `ConnectionError`, a `TimeoutError` and a failed name resolution, which asyncpg raises, too.
+    """
+    return error.retryable if isinstance(error, NeonAsyncError) else _outlook(error).retryable
+
+
+def is_unavailable(error: BaseException) -> bool:
+    """Return whether the database is unavailable, so that a service should answer 503 (Service Unavailable).
+
+    It is true where the database is down, asleep, overloaded, over its quota or out of reach, where it did not answer
+    in time, and where the pool has no connection. It is false where code or configuration must change (arguments, SQL,
+    a wrong password, a certificate that failed verification), where a live server answered about this statement (a
+    conflict, a lock, its own `statement_timeout`), and where the outcome of a COMMIT is unknown: a client repeats a
+    request that was answered with 503, and would write twice.
+
+    Args:
+        error: As for `is_retryable()`.
+    """
+    return error.unavailable if isinstance(error, NeonAsyncError) else _outlook(error).unavailable
+
+
+class _Outlook(NamedTuple):
+    retryable: bool
+    unavailable: bool
+
+
+_STAYS = _Outlook(False, False)
+_MAY_PASS = _Outlook(True, False)
+_OUTAGE = _Outlook(True, True)
+
+# By SQLSTATE, or by its class where the class has no other row (PostgreSQL documentation, appendix A). The rest stays.
+_BY_SQLSTATE = {
+    "08": _OUTAGE,  # connection_exception
+    "08007": _STAYS,  # transaction_resolution_unknown
+    "08P01": _STAYS,  # protocol_violation; see `_outlook()`
+    "25P03": _OUTAGE,  # idle_in_transaction_session_timeout, which ends the session
+    "25P04": _OUTAGE,  # transaction_timeout, which ends the session
+    "40": _MAY_PASS,  # transaction_rollback: serialization_failure, deadlock_detected
+    "40002": _STAYS,  # transaction_integrity_constraint_violation
+    "40003": _STAYS,  # statement_completion_unknown
+    "53": _OUTAGE,  # insufficient_resources
+    "53400": _STAYS,  # configuration_limit_exceeded, such as temp_file_limit
+    "55006": _MAY_PASS,  # object_in_use
+    "55P03": _MAY_PASS,  # lock_not_available
+    "57": _MAY_PASS,  # operator_intervention: query_canceled, for one
+    "57P01": _OUTAGE,  # admin_shutdown: the compute is being suspended, for one
+    "57P02": _OUTAGE,  # crash_shutdown
+    "57P03": _OUTAGE,  # cannot_connect_now
+    "57P04": _STAYS,  # database_dropped
+    "57P05": _OUTAGE,  # idle_session_timeout
+    "58000": _OUTAGE,  # system_error
+    "58030": _OUTAGE,  # io_error
+    "72000": _MAY_PASS,  # snapshot_too_old
+    "XX000": _MAY_PASS,  # internal_error, such as "tuple concurrently updated"
+}
+
+
+def _outlook(error: BaseException) -> _Outlook:
+    """Return what `is_retryable()` and `is_unavailable()` say of an error that is not ours."""
+    match error:
+        case asyncpg.InvalidCachedStatementError() | asyncpg.OutdatedSchemaCacheError():
+            return _MAY_PASS  # what is prepared next is prepared anew
+        case asyncpg.ProtocolViolationError() if ends_session(error):
+            return _OUTAGE  # PgBouncer has no other SQLSTATE: query_wait_timeout, a lost server, max_client_conn
+        case asyncpg.PostgresError():
+            sqlstate = error.sqlstate or ""
+            return _BY_SQLSTATE.get(sqlstate) or _BY_SQLSTATE.get(sqlstate[:2]) or _STAYS
+        case ssl.SSLError():
+            return _STAYS
+        case ConnectionError() | TimeoutError() | socket.gaierror():
+            return _OUTAGE
+        case OSError() if error.errno in _UNREACHABLE:
+            return _OUTAGE
+    return _STAYS
+
+
+# What connect() of a socket reports and has no class of its own in Python.
+_UNREACHABLE = frozenset({errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN, getattr(errno, "EHOSTDOWN", -1)})
+
+
+def ends_session(error: asyncpg.PostgresError) -> bool:
+    """Return whether the server ended the session with `error` (PostgreSQL documentation, section 54.8)."""
+    # PostgreSQL's severity "V" is never translated. PgBouncer (1.24) sends "S" only.
+    return (error.severity_en or error.severity) in ("FATAL", "PANIC")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What makes errors
 
 
 ServerError = asyncpg.PostgresError  # the class of what `server_error()` returns

@@ -44,8 +44,10 @@ async def test_close_fails_the_waiters_first_and_then_waits_for_connections_in_u
         closing = asyncio.ensure_future(pool.close())
         for error in await asyncio.gather(*tasks, return_exceptions=True):
             assert isinstance(error, neon_async.PoolClosedError)
-        with pytest.raises(neon_async.PoolClosedError, match="closing"):
+            assert neon_async.is_unavailable(error), "the service stops"
+        with pytest.raises(neon_async.PoolClosedError, match="closing") as closing_error:
             await pool.acquire()
+        assert neon_async.is_unavailable(closing_error.value)
         assert await connection.fetchval("SELECT 1") == 1
         assert await held.fetchval("SELECT 1") == 1
         await pool.release(connection)
@@ -53,8 +55,9 @@ async def test_close_fails_the_waiters_first_and_then_waits_for_connections_in_u
         assert not closing.done()
         await pool.release(held)
         await closing
-        with pytest.raises(neon_async.PoolClosedError, match="closed"):
+        with pytest.raises(neon_async.PoolClosedError, match="closed") as closed_error:
             await pool.acquire()
+        assert not neon_async.is_unavailable(closed_error.value), "a programming error"
         assert pool.stats().vacant == 2
         assert_balanced(pool)
         await until_gone(admin, name)

@@ -33,8 +33,9 @@ async def test_await_and_async_with_open_the_same_pool(postgres: LocalPostgres) 
 @pytest.mark.anyio
 async def test_a_pool_that_is_not_open_cannot_be_used(postgres: LocalPostgres) -> None:
     pool = make_pool(postgres)
-    with pytest.raises(asyncpg.InterfaceError, match="not initialized"):
+    with pytest.raises(asyncpg.InterfaceError, match="not initialized") as caught:
         await pool.fetchval("SELECT 1")
+    assert not neon_async.is_unavailable(caught.value), "a programming error"
     with pytest.raises(asyncpg.InterfaceError, match="not initialized"):
         await pool.close()
     async with pool:
@@ -48,6 +49,9 @@ async def test_a_second_task_cannot_open_a_pool_that_is_opening(postgres: LocalP
     await asyncio.sleep(0)
     with pytest.raises(asyncpg.InterfaceError, match="being initialized in another task"):
         await pool
+    with pytest.raises(neon_async.PoolClosedError, match="being initialized") as caught:
+        await pool.acquire()
+    assert neon_async.is_unavailable(caught.value), "the service starts"
     assert await first is pool
     assert await pool.fetchval("SELECT 1") == 1
     await pool.close()

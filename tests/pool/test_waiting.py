@@ -160,8 +160,11 @@ async def test_a_caller_that_acquires_again_at_once_is_not_refused(postgres: Loc
 
 async def test_an_acquire_timeout_says_when_the_task_waits_for_itself(postgres: LocalPostgres) -> None:
     async with make_pool(postgres, max_size=2) as pool, pool.acquire(), pool.acquire():
-        with pytest.raises(neon_async.PoolTimeoutError, match=r"This task itself holds 2 of them.*wait for itself"):
+        with pytest.raises(
+            neon_async.PoolTimeoutError, match=r"This task itself holds 2 of them.*wait for itself"
+        ) as caught:
             await pool.acquire(timeout=0.01)
+        assert not neon_async.is_unavailable(caught.value), "a programming error"
 
         async def another_task() -> None:
             await pool.acquire(timeout=0.01)
@@ -169,3 +172,4 @@ async def test_an_acquire_timeout_says_when_the_task_waits_for_itself(postgres: 
         with pytest.raises(neon_async.PoolTimeoutError) as caught:
             await asyncio.ensure_future(another_task())
         assert "itself" not in str(caught.value)
+        assert neon_async.is_unavailable(caught.value)

@@ -291,7 +291,8 @@ class Pool(PoolBase):
         if self._phase is _Phase.OPENING:
             raise PoolClosedError(
                 f"The pool {self._supply.name} is being initialized, but not yet ready: another task is opening it. "
-                "Acquire from it when that task has opened it."
+                "Acquire from it when that task has opened it.",
+                unavailable=True,
             )
         if self._phase is _Phase.NEW:
             raise PoolClosedError(
@@ -302,10 +303,11 @@ class Pool(PoolBase):
 
     def _require_not_closing(self) -> None:
         if self.is_closing():
-            raise self._closed_error()
+            raise self._closed_error(unavailable=self._phase is _Phase.CLOSING)
 
-    def _closed_error(self) -> PoolClosedError:
-        return PoolClosedError(f"The pool is {self._phase.value}: {self._supply.name}. Create a new pool.")
+    def _closed_error(self, *, unavailable: bool = True) -> PoolClosedError:
+        text = f"The pool is {self._phase.value}: {self._supply.name}. Create a new pool."
+        return PoolClosedError(text, unavailable=unavailable)
 
     def _require_own_loop(self) -> None:
         if not _is_current(self._own_loop):
@@ -329,7 +331,8 @@ class Pool(PoolBase):
     # The error of a caller that got no connection in time
 
     def _timeout_error(self, what: str, advice: str = "") -> PoolTimeoutError:
-        return PoolTimeoutError(f"{what}: {self._describe()}. {advice or self._advice()}")
+        own = "" if advice else self._own_advice()
+        return PoolTimeoutError(f"{what}: {self._describe()}. {advice or own or self._advice()}", unavailable=not own)
 
     def _describe(self) -> str:
         count = self._supply.slots.count
@@ -340,11 +343,16 @@ class Pool(PoolBase):
             f"and {len(self._supply.waiters)} callers waiting"
         )
 
-    def _advice(self) -> str:
+    def _own_advice(self) -> str:
+        """Return what a task that waits for itself can do about it, or "" where it does not."""
         task, slots = asyncio.current_task(), self._supply.slots
         held = sum(slot.loan is not None and slot.loan.owner is task for slot in slots)
         if held and not slots.vacant:
             return f"This task itself holds {held} of them and would wait for itself. Use the connection it has."
+        return ""
+
+    def _advice(self) -> str:
+        slots = self._supply.slots
         if self._supply.pace.last_failure is not None:
             return "The latest failure to connect is the cause of this error."
         if slots.count(State.CONNECTING):

@@ -17,6 +17,7 @@ from support.hostile_child import dump
 from support.probes import HANG
 
 import neon_async
+from neon_async.testing import LocalPostgres
 from neon_async.testing._impostor import Impostor, authentication_request, login
 
 pytestmark = pytest.mark.anyio
@@ -68,12 +69,48 @@ async def test_a_hostile_environment_changes_nothing_in_the_context(hostile: dic
     assert not (tmp_path / "keys.log").exists()
 
 
-async def test_a_weak_cipher_suite_from_openssl_conf_is_removed_or_refused(hostile: dict[str, str]) -> None:
-    # CCM_8 protects the integrity of a record with 64 bits only.
-    weak, configuration = "TLS_AES_128_CCM_8_SHA256", Path(hostile["OPENSSL_CONF"])
+@pytest.mark.parametrize(
+    "weak",
+    [
+        pytest.param("TLS_AES_128_CCM_8_SHA256", id="64-bit tags"),
+        pytest.param("TLS_AES_128_CCM_8_SHA256:TLS_AES_256_GCM_SHA384", id="64-bit tags first"),
+    ],
+)
+async def test_a_weak_cipher_suite_from_openssl_conf_is_refused_by_name(hostile: dict[str, str], weak: str) -> None:
+    configuration = Path(hostile["OPENSSL_CONF"])
     configuration.write_text(f"{configuration.read_text()}Ciphersuites = {weak}\n")
     answer = await run_child("dump", OPENSSL_CONF=str(configuration))
-    assert answer.get("refused") == "InsecureConfigurationError" or weak not in answer["ciphers"]
+    assert answer["refused"] == "InsecureConfigurationError"
+    assert "the weak cipher suite TLS_AES_128_CCM_8_SHA256 is on" in answer["text"]
+
+
+# The suites of TLS 1.3 that the system policies of RHEL, CentOS and Fedora set (crypto-policies, opensslcnf.config).
+ALL_SUITES = "TLS_AES_256_GCM_SHA384:TLS_CHACHA20_POLY1305_SHA256:TLS_AES_128_GCM_SHA256:TLS_AES_128_CCM_SHA256"
+
+
+@pytest.mark.parametrize(
+    ("suites", "level"),
+    [
+        pytest.param(ALL_SUITES, 2, id="DEFAULT"),
+        pytest.param(ALL_SUITES, 1, id="LEGACY"),
+        pytest.param("TLS_AES_256_GCM_SHA384:TLS_AES_128_GCM_SHA256:TLS_AES_128_CCM_SHA256", 2, id="FIPS"),
+        pytest.param("TLS_AES_128_CCM_SHA256:TLS_AES_256_GCM_SHA384", 2, id="CCM preferred"),
+    ],
+)
+async def test_the_openssl_policy_of_a_linux_distribution_is_accepted(
+    postgres: LocalPostgres, tmp_path: Path, suites: str, level: int
+) -> None:
+    configuration, anchor = tmp_path / "openssl.cnf", tmp_path / "root.pem"
+    configuration.write_text(
+        "openssl_conf = init\n[init]\nssl_conf = ssl\n[ssl]\nsystem_default = policy\n[policy]\n"
+        f"CipherString = @SECLEVEL={level}:kEECDH:kRSA:kEDH:kPSK:!DES:!RC4\nCiphersuites = {suites}\n"
+        "TLS.MinProtocol = TLSv1.2\nTLS.MaxProtocol = TLSv1.3\nDTLS.MinProtocol = DTLSv1.2\n"
+        "SignatureAlgorithms = ECDSA+SHA256:ECDSA+SHA384:ed25519:rsa_pss_rsae_sha256:RSA+SHA256:RSA+SHA384\n"
+        "Groups = X25519:secp256r1:secp384r1\n"
+    )
+    anchor.write_bytes(postgres.trust_anchor)
+    answer = await run_child("dial", postgres.dsn, str(anchor), OPENSSL_CONF=str(configuration))
+    assert (answer["ours"], answer["text"] in suites.split(":")) == ("accepted", True), answer
 
 
 @pytest.mark.parametrize("variables", [("SSL_CERT_FILE", "SSL_CERT_DIR", "SSLKEYLOGFILE"), ("OPENSSL_CONF",)])

@@ -47,10 +47,11 @@ async def dial(dsn: str, anchor: str) -> dict[str, object]:
     except ssl.SSLError as error:
         default = str(error)
     try:
-        await neon_async.connect(dsn, trust_anchor=anchor, connect_timeout=10)
+        connection = await neon_async.connect(dsn, trust_anchor=anchor, connect_timeout=10)
     except neon_async.NeonAsyncError as error:
         return {"default": default, "ours": type(error).__name__, "text": str(error)}
-    return {"default": default, "ours": "accepted", "text": ""}
+    connection.terminate()
+    return {"default": default, "ours": "accepted", "text": neon_async.connection_tls_report(connection).cipher}
 
 
 def main() -> None:
@@ -58,7 +59,7 @@ def main() -> None:
         try:
             answer = dump(neon_async.create_ssl_context())
         except neon_async.NeonAsyncError as error:
-            answer = {"refused": type(error).__name__}
+            answer = {"refused": type(error).__name__, "text": str(error)}
         answer["python's own options"] = int(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).options)
     else:
         answer = asyncio.run(dial(*sys.argv[2:]))

@@ -77,31 +77,59 @@ def test_the_context_refuses_every_other_server(make: Callable[[], ssl.SSLContex
 
 
 @pytest.mark.parametrize(
-    "weaken",
+    ("weaken", "difference"),
     [
-        pytest.param(lambda context: setattr(context, "check_hostname", False), id="no host name"),
-        pytest.param(lambda context: setattr(context, "hostname_checks_common_name", True), id="common name"),
-        pytest.param(trust_everyone, id="no verification"),
-        pytest.param(lambda context: setattr(context, "minimum_version", ssl.TLSVersion.TLSv1_2), id="TLS 1.2"),
-        pytest.param(lambda context: setattr(context, "verify_flags", ssl.VERIFY_DEFAULT), id="not strict"),
+        pytest.param(
+            lambda context: setattr(context, "check_hostname", False), "check_hostname is off", id="no host name"
+        ),
+        pytest.param(
+            lambda context: setattr(context, "hostname_checks_common_name", True),
+            "hostname_checks_common_name is on",
+            id="common name",
+        ),
+        pytest.param(trust_everyone, "verify_mode is not CERT_REQUIRED; check_hostname is off", id="no verification"),
+        pytest.param(
+            lambda context: setattr(context, "minimum_version", ssl.TLSVersion.TLSv1_2),
+            "minimum_version is below TLS 1.3",
+            id="TLS 1.2",
+        ),
+        pytest.param(
+            lambda context: setattr(context, "verify_flags", ssl.VERIFY_DEFAULT),
+            "VERIFY_X509_STRICT is off",
+            id="not strict",
+        ),
         pytest.param(
             lambda context: setattr(context, "verify_flags", context.verify_flags | ssl.VERIFY_X509_PARTIAL_CHAIN),
+            "VERIFY_X509_PARTIAL_CHAIN is on",
             id="partial chains",
         ),
-        pytest.param(lambda context: context.set_ciphers("ALL:@SECLEVEL=0"), id="security level 0"),
-        pytest.param(lambda context: context.load_verify_locations(cadata=OTHER_ROOT.der), id="another anchor"),
-        pytest.param(lambda context: setattr(context, "keylog_filename", os.devnull), id="key log"),
+        pytest.param(
+            lambda context: context.set_ciphers("ALL:@SECLEVEL=0"),
+            "the security level is 0, below 2",
+            id="security level 0",
+        ),
+        pytest.param(
+            lambda context: context.load_verify_locations(cadata=OTHER_ROOT.der),
+            "2 root certificates are trusted",
+            id="another anchor",
+        ),
+        pytest.param(
+            lambda context: setattr(context, "keylog_filename", os.devnull),
+            "the session keys are written to a file",
+            id="key log",
+        ),
     ],
 )
 def test_a_context_that_was_weakened_during_the_handshake_is_refused_after_it(
-    weaken: Callable[[ssl.SSLContext], object],
+    weaken: Callable[[ssl.SSLContext], object], difference: str
 ) -> None:
     anchor = load_trust_anchor(ROOT.pem)
     context = build_context(anchor)
     ours, _ = handshake(context, serve())
     weaken(context)
-    with pytest.raises(neon_async.InsecureConfigurationError, match="verifies less than it must"):
+    with pytest.raises(neon_async.InsecureConfigurationError, match="verifies less than it must") as caught:
         check_handshake(ours, context, server_name=SERVER_NAME, negotiation="direct", anchor=anchor)
+    assert f"changed it: {difference}" in str(caught.value)  # and nothing that has not changed
 
 
 def test_the_check_after_the_handshake_refuses_a_session_of_another_context_or_name() -> None:

@@ -184,8 +184,14 @@ NOT_TLS_REASONS = ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "PACKET_LENGT
 # ---------------------------------------------------------------------------------------------------------------------
 # The policy
 
-# The suites of RFC 8446 with 128-bit tags. OPENSSL_CONF could add weaker ones; OpenSSL 3.4, some without encryption.
-_CIPHERS = {"TLS_AES_256_GCM_SHA384", "TLS_CHACHA20_POLY1305_SHA256", "TLS_AES_128_GCM_SHA256"}
+# The suites of RFC 8446 with 128-bit tags; the system policy of RHEL, CentOS and Fedora adds the last one. OPENSSL_CONF
+# could add weaker ones; OpenSSL 3.4, some without encryption.
+_CIPHERS = {
+    "TLS_AES_256_GCM_SHA384",
+    "TLS_CHACHA20_POLY1305_SHA256",
+    "TLS_AES_128_GCM_SHA256",
+    "TLS_AES_128_CCM_SHA256",
+}
 # SSL_OP_LEGACY_SERVER_CONNECT and SSL_OP_ALLOW_UNSAFE_LEGACY_RENEGOTIATION: without effect on TLS 1.3, but OPENSSL_CONF
 # can set them.
 _LEGACY_OPTIONS = 0x4 | 0x40000
@@ -193,21 +199,27 @@ _LEGACY_OPTIONS = 0x4 | 0x40000
 
 def _require_policy(context: ssl.SSLContext) -> None:
     """Refuse a context that verifies less than it must, because of OPENSSL_CONF, a patch or a later Python."""
-    flags = ssl.VERIFY_X509_STRICT | ssl.VERIFY_X509_PARTIAL_CHAIN
-    if not (
-        context.verify_mode is ssl.CERT_REQUIRED
-        and context.check_hostname
-        and not context.hostname_checks_common_name
-        and context.minimum_version is ssl.TLSVersion.TLSv1_3
-        and context.verify_flags & flags == ssl.VERIFY_X509_STRICT
-        and context.security_level >= 2
-        and {cipher["name"] for cipher in context.get_ciphers() if cipher["protocol"] == "TLSv1.3"} <= _CIPHERS
-        and context.cert_store_stats()["x509"] == 1
-        and context.keylog_filename is None
-    ):
+    suites = {cipher["name"] for cipher in context.get_ciphers() if cipher["protocol"] == "TLSv1.3"}
+    flags, roots = context.verify_flags, context.cert_store_stats()["x509"]
+    kept = {
+        "verify_mode is not CERT_REQUIRED": context.verify_mode is ssl.CERT_REQUIRED,
+        "check_hostname is off": context.check_hostname,
+        "hostname_checks_common_name is on": not context.hostname_checks_common_name,
+        "minimum_version is below TLS 1.3": context.minimum_version is ssl.TLSVersion.TLSv1_3,
+        "VERIFY_X509_STRICT is off": flags & ssl.VERIFY_X509_STRICT,
+        "VERIFY_X509_PARTIAL_CHAIN is on": not flags & ssl.VERIFY_X509_PARTIAL_CHAIN,
+        f"the security level is {context.security_level}, below 2": context.security_level >= 2,
+        f"the weak cipher suite {', '.join(sorted(suites - _CIPHERS))} is on": suites <= _CIPHERS,
+        "no cipher suite of TLS 1.3 is on": suites,
+        f"{roots} root certificates are trusted, not exactly one": roots == 1,
+        "the session keys are written to a file": context.keylog_filename is None,
+    }
+    differences = [difference for difference, is_kept in kept.items() if not is_kept]
+    if differences:
         raise InsecureConfigurationError(
-            "The TLS context verifies less than it must; something in this process changed it. Check OPENSSL_CONF and "
-            "code that patches ssl."
+            f"The TLS context verifies less than it must, because something in this process changed it: "
+            f"{'; '.join(differences)}. Check OPENSSL_CONF, the OpenSSL configuration of this system, and code that "
+            "patches ssl."
         )
 
 

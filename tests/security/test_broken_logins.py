@@ -185,12 +185,28 @@ async def test_a_server_that_breaks_the_login_is_refused(it: Refused, pbkdf2: li
         pytest.param(message(b"N", b"Mtext\0"), id="NoticeResponse without its end"),
         pytest.param(message(b"Z"), id="ReadyForQuery without a state"),
         pytest.param(message(b"Z", b"T"), id="ReadyForQuery in a transaction"),
+        pytest.param(message(b"D", bytes(100_000)), id="DataRow of 100 kB"),
     ],
 )
 async def test_a_message_that_may_not_follow_the_login_is_refused(body: bytes) -> None:
     script = honest_login(PASSWORD, binding=BINDING, last=OK + body + SESSION_START)
     async with verified_server(script) as server:
         with pytest.raises(ProtocolError, match="after the login"):
+            await connect_to(server)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        pytest.param(message(b"N", length=2**31 - 1), id="a notice of 2 GiB"),
+        pytest.param(message(b"N", length=(4 << 20) + 1), id="a notice of one byte too many"),
+        pytest.param(endless(message(b"N", b"M" + LIE.encode() * 1000 + b"\0\0")), id="endless notices"),
+    ],
+)
+async def test_what_a_server_sends_after_the_login_has_a_limit(body: bytes | Script) -> None:
+    script = honest_login(PASSWORD, binding=BINDING, last=OK + (body if isinstance(body, bytes) else b""))
+    async with verified_server(script, *([] if isinstance(body, bytes) else [body])) as server:
+        with pytest.raises(ProtocolError, match="4194304"):
             await connect_to(server)
 
 

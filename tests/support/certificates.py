@@ -148,13 +148,19 @@ def revocation_list(
     last_update: datetime.datetime = NOW - DAY,
     next_update: datetime.datetime = NOW + DAY,
     key: Key | None = None,
+    delta_of: int | None = None,
 ) -> bytes:
-    """Return `issuer`'s CRL of the `revoked` certificates in PEM, signed with `key`; default: the issuer's own key."""
+    """Return `issuer`'s CRL of the `revoked` certificates in PEM, signed with `key`; default: the issuer's own key.
+
+    With `delta_of` it is a delta, and the number is that of the complete list.
+    """
     builder = x509.CertificateRevocationListBuilder(
         issuer_name=issuer.certificate.subject, last_update=last_update, next_update=next_update
     )
     identifier = x509.AuthorityKeyIdentifier.from_issuer_public_key(issuer.key.public_key())
-    builder = builder.add_extension(identifier, False).add_extension(x509.CRLNumber(1), False)
+    builder = builder.add_extension(identifier, False).add_extension(x509.CRLNumber(2), False)
+    if delta_of is not None:
+        builder = builder.add_extension(x509.DeltaCRLIndicator(delta_of), True)
     for entity in revoked:
         serial = entity.certificate.serial_number
         builder = builder.add_revoked_certificate(

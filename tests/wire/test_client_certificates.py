@@ -65,6 +65,10 @@ def test_a_client_certificate_is_presented(
         pytest.param("cert", None, None, id="no key"),
         pytest.param("missing", "key", None, id="missing certificate"),
         pytest.param("key", "key", None, id="a key as certificate"),
+        pytest.param("kmsg", "key", None, id="the kernel's log as certificate"),
+        pytest.param("cert", "kmsg", None, id="the kernel's log as key"),
+        pytest.param("fifo", "key", None, id="a FIFO as certificate"),
+        pytest.param("cert", "huge", None, id="a key of 3 GB"),
     ],
 )
 def test_a_client_certificate_that_cannot_be_used_is_refused(

@@ -186,6 +186,29 @@ async def test_notices_before_a_message_in_the_same_read_are_skipped() -> None:
     assert recorder.received == OK + SESSION_START
 
 
+@pytest.mark.parametrize("size", [8_193, 70_000, 4_000_000])
+@pytest.mark.parametrize("cut", [whole, cut_at(300)], ids=["whole", "cut"])
+async def test_a_long_notice_after_authentication_is_passed_on(size: int, cut: Cut) -> None:
+    notice = message(b"N", b"SNOTICE\0M" + b"x" * size + b"\0\0")
+
+    def welcome(which: int, data: bytes) -> bytes:
+        return data.replace(OK, OK + notice) if which == 2 else data
+
+    transport = InMemoryTransport(HonestServer(PASSWORD, binding=BINDING), cut, mutate=welcome)
+    recorder = await log_in_on(transport, cache=LoginCache())
+    assert recorder.received == OK + notice + SESSION_START
+
+
+async def test_many_notices_after_authentication_are_passed_on() -> None:
+    notices = message(b"N", b"SNOTICE\0M" + b"x" * 4000 + b"\0\0") * 100
+
+    def welcome(which: int, data: bytes) -> bytes:
+        return data.replace(OK, OK + notices) if which == 2 else data
+
+    transport = InMemoryTransport(HonestServer(PASSWORD, binding=BINDING), whole, mutate=welcome)
+    assert (await log_in_on(transport, cache=LoginCache())).received == OK + notices + SESSION_START
+
+
 async def test_a_connection_that_is_lost_after_authenticationok_causes_no_hang() -> None:
     transport, recorder = InMemoryTransport(HonestServer(PASSWORD), whole), Recorder()
     transport.login.data_received(OK + message(b"S", b"server_version\x0017\0"))

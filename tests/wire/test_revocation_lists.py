@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import ssl
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from support.certificates import DAY, NOW, revocation_list, write_crl
+from support.files import make_huge
 from support.handshakes import LEAF, OTHER_ROOT, ROOT, handshake, serve
 from support.probes import assert_secret_free
 
@@ -17,6 +19,9 @@ from neon_async._driver.connector import prepare
 from neon_async.testing._impostor import Impostor, authentication_request, login
 
 NO_CRL = "contains no certificate revocation list"
+# OpenSSL would take a delta for a complete list: with the newer of these it would accept what the older one revokes.
+OLD = revocation_list(ROOT, LEAF, last_update=NOW - 2 * DAY)
+DELTA = revocation_list(ROOT, delta_of=1)
 DSN = "postgresql://alex:s3cret@db.example.com/neondb"
 
 
@@ -60,6 +65,22 @@ def test_a_crl_decides_about_the_certificate(tmp_path: Path, blocks: list[bytes]
             id="cut off",
         ),
         pytest.param(lambda path: path.write_bytes(LEAF.key_pem), NO_CRL, id="a key"),
+        pytest.param(lambda path: path.write_bytes(DELTA), f"{NO_CRL}, only a delta", id="a delta alone"),
+        pytest.param(lambda path: path.write_bytes(DELTA * 2), f"{NO_CRL}, only a delta", id="the same delta twice"),
+        pytest.param(
+            lambda path: path.write_bytes(revocation_list(OTHER_ROOT) + DELTA),
+            "contains a delta",
+            id="a delta and another issuer's list",
+        ),
+        pytest.param(
+            lambda path: path.write_bytes(OLD + DELTA), "contains a delta", id="a complete list and its delta"
+        ),
+        pytest.param(
+            lambda path: path.write_bytes(DELTA + OLD), "contains a delta", id="a delta and its complete list"
+        ),
+        pytest.param(lambda path: path.symlink_to("/proc/kmsg"), NO_CRL, id="the kernel's log"),
+        pytest.param(make_huge, "cannot be read: larger than 128 MiB", id="3 GB"),
+        pytest.param(os.mkfifo, "cannot be read: not a regular file", id="a FIFO"),
     ],
 )
 def test_a_crl_file_without_a_crl_is_refused(tmp_path: Path, make: Callable[[Path], object], reason: str) -> None:

@@ -14,6 +14,7 @@ import certifi
 import pytest
 from cryptography import x509
 from support.certificates import NOW, issue, look_alike, revocation_list
+from support.files import make_huge
 from support.probes import assert_secret_free
 
 import neon_async
@@ -177,6 +178,13 @@ def test_a_sslrootcert_with_other_roots_only_is_insecure_and_refused(tmp_path: P
         find_isrg_root_x1(str(path))
 
 
+def folder_of_odd_files(path: Path) -> None:
+    path.mkdir()
+    (path / "kmsg").symlink_to("/proc/kmsg")
+    os.mkfifo(path / "fifo")
+    make_huge(path / "huge")
+
+
 @pytest.mark.parametrize(
     "make",
     [
@@ -186,6 +194,11 @@ def test_a_sslrootcert_with_other_roots_only_is_insecure_and_refused(tmp_path: P
         pytest.param(lambda path: path.write_bytes(b"garbage"), id="garbage"),
         pytest.param(lambda path: path.symlink_to(path), id="a link to itself"),
         pytest.param(lambda path: path.write_bytes(LEAF.key_pem), id="a key"),
+        pytest.param(lambda path: path.symlink_to("/proc/kmsg"), id="the kernel's log"),
+        pytest.param(lambda path: path.symlink_to("/dev/zero"), id="a device without an end"),
+        pytest.param(os.mkfifo, id="a FIFO"),
+        pytest.param(make_huge, id="3 GB"),
+        pytest.param(folder_of_odd_files, id="a folder of such files"),
     ],
 )
 def test_a_sslrootcert_without_a_certificate_is_refused(tmp_path: Path, make: Callable[[Path], object]) -> None:
@@ -194,6 +207,37 @@ def test_a_sslrootcert_without_a_certificate_is_refused(tmp_path: Path, make: Ca
     with pytest.raises(neon_async.ConfigurationError, match="cannot be read or contains no certificate") as caught:
         find_isrg_root_x1(str(path))
     assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        pytest.param(make_huge, "larger than 16 MiB", id="3 GB"),
+        pytest.param(os.mkfifo, "not a regular file", id="a FIFO"),
+        pytest.param(lambda path: None, "No such file", id="missing"),
+    ],
+)
+def test_a_sslrootcert_or_a_trust_anchor_that_cannot_be_read_is_refused_with_the_reason(
+    tmp_path: Path, make: Callable[[Path], object], reason: str
+) -> None:
+    path = tmp_path / "roots.pem"
+    make(path)
+    for use in (find_isrg_root_x1, load_trust_anchor):
+        with pytest.raises(neon_async.ConfigurationError, match=reason):
+            use(str(path))
+
+
+def test_the_kernels_log_is_no_trust_anchor() -> None:
+    with pytest.raises(neon_async.ConfigurationError, match="contains no certificate"):
+        load_trust_anchor("/proc/kmsg")
+
+
+def test_a_folder_is_read_up_to_the_limit_of_one_file(tmp_path: Path) -> None:
+    (tmp_path / "a.pem").write_bytes(X1_PEM + b"\0" * (16 << 20))  # too large, although it contains X1
+    with pytest.raises(neon_async.ConfigurationError, match="contains no certificate"):
+        find_isrg_root_x1(str(tmp_path))
+    (tmp_path / "b.pem").write_bytes(X1_PEM)
+    assert find_isrg_root_x1(str(tmp_path)).sha256 == neon_async.ISRG_ROOT_X1_SHA256
 
 
 def test_sslrootcert_system_searches_the_system_stores_without_certifi(system: Callable[..., dict[str, Path]]) -> None:

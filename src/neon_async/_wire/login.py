@@ -112,12 +112,21 @@ async def _prove(
         keys = await asyncio.get_running_loop().run_in_executor(None, Keys, secret, salt, iterations)
     protocol.require_silence()
     protocol.send(exchange.final(keys))
+    protocol.expect_session()
     try:
         exchange.finish(await protocol.request(_SASL_FINAL))
     except (AuthenticationError, ServerError):
         cached.evict(secret)
         raise
     cached.put(secret, salt, iterations, keys)
+
+
+# Messages before AuthenticationOk are short: libpq accepts 2,000 bytes, and 30,000 for errors (fe-connect.c). Servers
+# stay far below both.
+_MAX_MESSAGE = 8192
+_MAX_BUFFERED = 8 * _MAX_MESSAGE
+# An authenticated server may have more to say: a login trigger (PostgreSQL 17), or PgBouncer's login_notify_message.
+_MAX_SESSION_START = 4 << 20
 
 
 class LoginProtocol(asyncio.Protocol):
@@ -128,6 +137,7 @@ class LoginProtocol(asyncio.Protocol):
     def __init__(self, host: str) -> None:
         self.host = host
         self._received = bytearray()
+        self._limit = _MAX_BUFFERED
         self._waiter: asyncio.Future[None] | None = None
         self._end: Exception | None = None
 
@@ -136,9 +146,9 @@ class LoginProtocol(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self._received += data
-        if len(self._received) > _MAX_BUFFERED:
+        if len(self._received) > self._limit:
             self._end = ProtocolError(
-                f"{self.host} sent more than {_MAX_BUFFERED} bytes during authentication, more than any PostgreSQL "
+                f"{self.host} sent more than {self._limit} bytes during authentication, more than any PostgreSQL "
                 "server does. Check the server."
             )
             self.abort()
@@ -167,6 +177,10 @@ class LoginProtocol(asyncio.Protocol):
         if self._end:
             raise self._end
 
+    def expect_session(self) -> None:
+        """Accept as much as the start of a session may contain, which comes together with the end of the exchange."""
+        self._limit = _MAX_SESSION_START
+
     def send(self, payload: bytes) -> None:
         """Send a SASLInitialResponse or SASLResponse."""
         self.transport.write(struct.pack("!ci", b"p", 4 + len(payload)) + payload)
@@ -190,7 +204,7 @@ class LoginProtocol(asyncio.Protocol):
         """
         position, kind = 9 + len(await self._peek(_OK)), b"R"
         while kind != b"Z":
-            kind, body = await self._message(position)
+            kind, body = await self._message(position, limit=_MAX_SESSION_START)
             position += 5 + len(body)
             if kind == b"E":
                 raise server_error(body)
@@ -229,15 +243,15 @@ class LoginProtocol(asyncio.Protocol):
             )
         return body[4:]
 
-    async def _message(self, position: int = 0) -> tuple[bytes, bytes]:
-        """Wait until the message at `position` is complete, and return its type and body."""
+    async def _message(self, position: int = 0, *, limit: int = _MAX_MESSAGE) -> tuple[bytes, bytes]:
+        """Wait until the message at `position`, of at most `limit` bytes, is complete, and return its type and body."""
         while True:
             if len(self._received) >= position + 5:
                 kind, length = struct.unpack_from("!ci", self._received, position)
-                if not 4 <= length <= _MAX_MESSAGE:
+                if not 4 <= length <= limit:
                     raise ProtocolError(
                         f"{self.host} announced a message of {length} bytes during authentication; 4 to "
-                        f"{_MAX_MESSAGE} are accepted. Check the server."
+                        f"{limit} are accepted. Check the server."
                     )
                 if len(self._received) >= position + 1 + length:
                     return kind, bytes(self._received[position + 5 : position + 1 + length])
@@ -251,10 +265,6 @@ class LoginProtocol(asyncio.Protocol):
             self._waiter.set_result(None)
 
 
-# Messages before AuthenticationOk are short: libpq accepts 2,000 bytes, and 30,000 for errors (fe-connect.c). Servers
-# stay far below both.
-_MAX_MESSAGE = 8192
-_MAX_BUFFERED = 8 * _MAX_MESSAGE
 _MAX_NOTICES = 16  # PostgreSQL sends none here
 
 # PostgreSQL documentation, section 54.7, Authentication*.

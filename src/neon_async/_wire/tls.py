@@ -5,6 +5,7 @@ This module decides how a server is verified. It must not know sockets, DSNs or 
 
 # No `from __future__ import annotations`: see `_publish()` of the facade.
 
+import base64
 import functools
 import hashlib
 import re
@@ -13,13 +14,13 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from .._errors import CertificateError, ConfigurationError, InsecureConfigurationError
+from .files import MAX_CERTIFICATES, MAX_REVOCATION_LISTS, read_file, require_file
 from .trust import (
     AnchorSource,
     TrustAnchor,
     distinguished_name,
     find_isrg_root_x1,
     load_trust_anchor,
-    require_regular_file,
 )
 
 # PostgreSQL 17 refuses direct TLS without this protocol name (libpq, ALPN; IANA registry).
@@ -224,10 +225,12 @@ def _require_policy(context: ssl.SSLContext) -> None:
 
 
 def _load_crl(context: ssl.SSLContext, path: str) -> None:
-    reason = "contains no certificate revocation list"
+    reason, complete, deltas = "contains no certificate revocation list", 0, 0
     try:
-        require_regular_file(path)
-        context.load_verify_locations(cafile=path)
+        content = read_file(path, MAX_REVOCATION_LISTS)
+        if content:
+            complete, deltas = _count_lists(content)
+            context.load_verify_locations(cafile=path)
     except ssl.SSLError:
         pass
     except (OSError, ValueError) as error:
@@ -239,15 +242,35 @@ def _load_crl(context: ssl.SSLContext, path: str) -> None:
             f"sslcrl {path!r} contains certificates as well as revocation lists; they would become trusted. Remove "
             "them from the file."
         )
-    if not stored["crl"]:
-        raise ConfigurationError(f"sslcrl {path!r} {reason}. Name a PEM file of 'X509 CRL' blocks.")
+    if deltas and complete:
+        # One that is newer than the complete list would hide what that one revokes.
+        reason = "contains a delta revocation list, which OpenSSL would take for a complete one"
+    elif deltas:
+        reason += ", only a delta"
+    if deltas or not stored["crl"] or stored["crl"] > complete:
+        raise ConfigurationError(f"sslcrl {path!r} {reason}. Name a PEM file of complete 'X509 CRL' blocks.")
     context.verify_flags |= ssl.VERIFY_CRL_CHECK_LEAF
+
+
+def _count_lists(pem: bytes) -> tuple[int, int]:
+    """Return how many complete revocation lists `pem` contains, and how many deltas (RFC 5280, section 5.2.4)."""
+    from asn1crypto.crl import CertificateList  # not needed without revocation lists
+
+    complete = deltas = 0
+    for block in re.findall(rb"-----BEGIN X509 CRL-----([^-]+)-----END X509 CRL-----", pem):
+        try:
+            extensions = CertificateList.load(base64.b64decode(block))["tbs_cert_list"]["crl_extensions"]
+            is_delta = any(extension["extn_id"].native == "delta_crl_indicator" for extension in extensions)
+        except (ValueError, TypeError):
+            continue
+        complete, deltas = complete + (not is_delta), deltas + is_delta
+    return complete, deltas
 
 
 def _load_client_certificate(context: ssl.SSLContext, certificate: ClientCertificate) -> None:
     try:
         for path in filter(None, (certificate.certfile, certificate.keyfile)):
-            require_regular_file(path)
+            require_file(path, MAX_CERTIFICATES)
         # A password function, even without a password: otherwise OpenSSL prompts on the terminal and waits.
         context.load_cert_chain(certificate.certfile, certificate.keyfile, password=lambda: certificate.password)
     except (OSError, ValueError) as error:

@@ -6,7 +6,6 @@ not know DSNs, connections or pools.
 
 from __future__ import annotations
 
-import errno
 import functools
 import hashlib
 import os
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
 from .._errors import ConfigurationError, InsecureConfigurationError
+from .files import MAX_CERTIFICATES, read_file
 
 # https://letsencrypt.org/certs/isrgrootx1.der; trusted by root programmes until 2030-06-04, notAfter 2035-06-04.
 ISRG_ROOT_X1_SHA256 = "96bcec06264976f37460779acf28c5a7cfe8a3c0aae11a8ffcee05c0bddf08c6"
@@ -119,12 +119,6 @@ def survey() -> list[Place]:
     return [_look(name, location) for name, location in (_certifi(), *_SYSTEM_STORES, _WINDOWS_STORE)]
 
 
-def require_regular_file(path: str | os.PathLike[str]) -> None:
-    """Raise `OSError` for anything but a regular file: reading a pipe or a device may never end."""
-    if Path(path).exists() and not Path(path).is_file():
-        raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
-
-
 def distinguished_name(name: object) -> str:
     """Return a name in the form of `getpeercert()` and `get_ca_certs()` as text, most specific attribute first."""
     pairs = [pair for rdn in name for pair in rdn] if isinstance(name, tuple) else []
@@ -169,9 +163,19 @@ def _find_in_file(path: str) -> TrustAnchor:
             "trust_anchor= in code."
         )
     raise ConfigurationError(
-        f"sslrootcert {path!r} cannot be read or contains no certificate. Remove it, or name a PEM file that contains "
-        "ISRG Root X1."
+        f"sslrootcert {path!r} cannot be read or contains no certificate{_reason(path)}. Remove it, or name a PEM "
+        "file that contains ISRG Root X1."
     )
+
+
+def _reason(path: str) -> str:
+    """Return why the file at `path` cannot be read, for a message; nothing if it can be read or is a folder."""
+    try:
+        if not Path(path).is_dir():
+            read_file(path, MAX_CERTIFICATES)
+    except (OSError, ValueError) as error:
+        return f" ({getattr(error, 'strerror', None) or 'not a path'})"
+    return ""
 
 
 def _look(name: str, location: str) -> Place:
@@ -198,14 +202,16 @@ def _certificates(name: str, location: str) -> Iterator[bytes]:
     path = Path(location)
     try:
         files = sorted(path.iterdir()) if path.is_dir() else [path]
-    except OSError:
+    except (OSError, ValueError):
         return
+    left = MAX_CERTIFICATES
     for file in files:
         try:
-            require_regular_file(file)
-            yield from _pem_to_der(file.read_bytes())
+            content = read_file(file, left)
         except (OSError, ValueError):
             continue
+        left -= len(content)
+        yield from _pem_to_der(content)
 
 
 def _windows_certificates() -> Iterator[bytes]:
@@ -230,8 +236,7 @@ def _read_pem(source: AnchorSource) -> tuple[bytes, str]:
             f"trust_anchor must be PEM bytes, PEM text or a path, not a value of type {type(source).__name__}."
         )
     try:
-        require_regular_file(source)
-        return Path(source).read_bytes(), f"trust_anchor {os.fspath(source)!r}"
+        return read_file(source, MAX_CERTIFICATES), f"trust_anchor {os.fspath(source)!r}"
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "not a path"
     raise ConfigurationError(f"trust_anchor {os.fspath(source)!r} cannot be read: {reason}.")

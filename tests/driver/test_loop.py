@@ -347,7 +347,7 @@ async def test_after_a_failed_retry_the_next_dial_waits_for_the_servers_request(
     [
         pytest.param(error_response("endpoint is disabled"), EndpointDisabledError, id="endpoint"),
         pytest.param(error_response("password authentication failed for user 'alex'"), InvalidPasswordError, id="user"),
-        pytest.param(error_response("permission denied", code="42501"), asyncpg.InsufficientPrivilegeError, id="other"),
+        pytest.param(error_response("permission denied", code="42501"), AuthenticationError, id="other"),
     ],
 )
 async def test_an_error_in_place_of_the_offer_causes_no_retry(error: bytes, kind: type[Exception]) -> None:

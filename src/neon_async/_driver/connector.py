@@ -152,7 +152,6 @@ class Connector:
 
         Raises:
             NeonAsyncError: The connection could not be made.
-            asyncpg.PostgresError: The server reported an error that is not about connecting.
             Exception: Whatever a password function raises, unchanged.
         """
         require_asyncio()

@@ -37,8 +37,7 @@ class Attempt:
 def public_error(error: Exception, attempt: Attempt) -> Exception:
     """Return the exception that the caller of `connect()` gets for `error`.
 
-    An error of the server that is not about connecting stays asyncpg's, and what a password function raises stays
-    unchanged.
+    Whatever was raised, it is an error of ours, except what a password function raised, which stays unchanged.
     """
     host, (activity, pending) = attempt.parameters.host, _STEPS[attempt.step]
     if attempt.expired:
@@ -46,6 +45,10 @@ def public_error(error: Exception, attempt: Attempt) -> Exception:
         return ConnectTimeoutError(f"{host} was not ready within {limit}: {pending}.")
     if attempt.step == "password" or isinstance(error, NeonAsyncError):
         return error
+    return _failure(error, attempt, host, activity)
+
+
+def _failure(error: Exception, attempt: Attempt, host: str, activity: str) -> NeonAsyncError:
     match error:
         case ssl.SSLCertVerificationError():
             return certificate_error(error, server_name=host, anchor=attempt.anchor)
@@ -54,16 +57,20 @@ def public_error(error: Exception, attempt: Attempt) -> Exception:
         case socket.gaierror():
             name = attempt.parameters.hostaddr or f"The name {host}"
             return ConnectError(f"{name} cannot be resolved ({error.strerror}). Check host, and this machine's DNS.")
-        case asyncpg.PostgresError() if "sqlstate" in vars(error):  # from the server; asyncpg raises some itself
+        case asyncpg.PostgresError() if _is_from_server(error):
             return _server_error(error, host)
         case ConnectionError() | asyncpg.PostgresConnectionError():
             return ConnectError(f"{host} closed the connection during {activity}. Try again; check the server.")
         case OSError():
             reason = error.strerror or type(error).__name__
             return ConnectError(f"Connecting to {host} failed during {activity} ({reason}). Try again.")
-        case LookupError() | ValueError() if attempt.step == "authentication":
+        case ValueError() if attempt.step == "tls":  # OpenSSL has ended a session that had been established
+            what, advice = _NOT_TLS
+            return TLSError(f"The TLS handshake with {host} failed: {what}. {advice}")
+        case LookupError() | ValueError() | AttributeError() if attempt.step == "authentication":
             return ProtocolError(f"{host} sent settings that asyncpg cannot read ({error}). Check options and server.")
-    return error
+    # Nothing is known of it, so it may pass. Its text may contain anything, and stays in the cause.
+    return ConnectError(f"Connecting to {host} failed during {activity} ({type(error).__name__}). Try again.")
 
 
 # The steps of a dial: what each is doing, and what has not happened when the deadline expires meanwhile.
@@ -109,11 +116,14 @@ _TLS_REASONS = {
 }
 
 
-def _server_error(error: asyncpg.PostgresError, host: str) -> Exception:
-    message = str(error.args[0])
-    verdict = classify(error.sqlstate, message)
-    if verdict is None:
-        return error
+def _is_from_server(error: asyncpg.PostgresError) -> bool:
+    # asyncpg raises errors about connections itself, too. They have no fields.
+    return "sqlstate" in vars(error) or not isinstance(error, asyncpg.PostgresConnectionError)
+
+
+def _server_error(error: asyncpg.PostgresError, host: str) -> NeonAsyncError:
+    message = str(error.args[0]) or "an error without a message"
+    verdict = classify(vars(error).get("sqlstate"), message)
     failure = verdict.error(f"{host}: {message.rstrip('.')}. {verdict.advice}")
     vars(failure).update(vars(error))  # sqlstate, detail, hint and the other fields, as in asyncpg's error
     return failure

@@ -58,6 +58,13 @@ class ConnectionHooks(_Connection):
 
     _protocol: Any
 
+    def __init__(self, *args: Any, **options: Any) -> None:
+        try:
+            super().__init__(*args, **options)
+        except BaseException:
+            self._aborted = True  # else `__del__` looks for what was never set
+            raise
+
     def _abort(self) -> None:
         # asyncpg forgets its protocol here, and a call that comes back between two messages raises AttributeError.
         super()._abort()  # type: ignore[misc]

@@ -32,7 +32,8 @@ class ServerVerdict:
         error: The class to raise.
         advice: What the user can do next: one or two sentences.
         texts: What messages with this meaning contain.
-        sqlstates: The SQLSTATEs with this meaning, for messages whose text is unknown.
+        sqlstates: The SQLSTATEs with this meaning, and the classes of SQLSTATEs (two characters), for messages whose
+            text is unknown.
     """
 
     __slots__ = ("advice", "error", "sqlstates", "texts")
@@ -50,18 +51,20 @@ class ServerVerdict:
         self.sqlstates: Final = sqlstates
 
 
-def classify(sqlstate: str | None, message: str) -> ServerVerdict | None:
-    """Return the meaning of an error that the server reported during login, or None where it is not known.
+def classify(sqlstate: str | None, message: str) -> ServerVerdict:
+    """Return the meaning of an error that the server reported during login.
 
-    A known text decides, because on Neon only the text distinguishes failures; otherwise the SQLSTATE does.
+    A known text decides, because on Neon only the text distinguishes failures; then the SQLSTATE, then its class. What
+    is not known at all may pass: a caller who waits longer loses less than one who is refused for an error that passes.
     """
     for verdict in _VERDICTS:
         if any(_contains(message, text) for text in verdict.texts):
             return verdict
-    for verdict in _VERDICTS:
-        if sqlstate in verdict.sqlstates:
-            return verdict
-    return None
+    for code in (sqlstate, (sqlstate or "")[:2]):
+        for verdict in _VERDICTS:
+            if code in verdict.sqlstates:
+                return verdict
+    return _VERDICTS[-1]
 
 
 def _contains(message: str, text: str | re.Pattern[str]) -> bool:
@@ -71,8 +74,8 @@ def _contains(message: str, text: str | re.Pattern[str]) -> bool:
 _COPY = "Copy the connection string from the Neon console again."
 _WAKING = "The compute may be waking: try again in a few seconds."
 
-# The first row with a text in the message wins. "password authentication failed" comes first, because it quotes the
-# user's name, which may read like any other text.
+# The first row with a text in the message wins, then the first with the SQLSTATE, then the first with its class.
+# "password authentication failed" comes first, because it quotes the user's name, which may read like any other text.
 _VERDICTS = (
     ServerVerdict(
         InvalidPasswordError,
@@ -80,6 +83,7 @@ _VERDICTS = (
         texts=(
             "password authentication failed for user",
             "SASL authentication failed",  # PgBouncer
+            "no such user",  # PgBouncer before 1.17
         ),
         sqlstates=("28P01",),
     ),
@@ -146,6 +150,11 @@ _VERDICTS = (
         texts=("unsupported startup parameter",),
     ),
     ServerVerdict(
+        EndpointError,
+        "Check options and server_settings.",
+        texts=("unrecognized configuration parameter", "invalid value for parameter"),
+    ),
+    ServerVerdict(
         ComputeUnavailableError,
         _WAKING,
         texts=("Couldn't connect to compute node",),
@@ -182,14 +191,44 @@ _VERDICTS = (
         sqlstates=("53300",),
     ),
     ServerVerdict(
+        ComputeUnavailableError,
+        "Every server connection of PgBouncer is in use: try again, or run shorter transactions.",
+        texts=("query_wait_timeout",),  # PgBouncer
+    ),
+    ServerVerdict(
+        ComputeUnavailableError,
+        f"PgBouncer cannot reach the server. {_WAKING}",
+        texts=("server login has been failing", "server conn crashed", "cannot connect to server"),  # PgBouncer
+    ),
+    ServerVerdict(
         DatabaseNotFoundError,
         "Check dbname, or create the database.",
-        texts=(re.compile(r'database "[^"]*" does not exist'),),
-        sqlstates=("3D000",),
+        texts=(re.compile(r'database "[^"]*" does not exist'), "no such database"),  # the latter is PgBouncer's
+        sqlstates=("3D",),
     ),
     ServerVerdict(
         AuthenticationError,
         "Check the role, and what the server's pg_hba.conf allows.",
-        sqlstates=("28000",),
+        texts=(
+            "is not permitted to log in",
+            "no pg_hba.conf entry for",
+            "pg_hba.conf rejects",
+            "permission denied for database",
+            re.compile(r'role "[^"]*" does not exist'),
+        ),
+        sqlstates=("28", "42501"),
+    ),
+    ServerVerdict(
+        EndpointError,
+        "Check user, dbname, options and server_settings.",
+        # What stays as it is until somebody changes something: a feature that is not supported, a value, a schema or a
+        # name that is wrong, and what a login trigger of the database raises.
+        sqlstates=("0A", "22", "3F", "42", "P0"),
+    ),
+    # The last row is also the meaning of whatever no row names.
+    ServerVerdict(
+        ComputeUnavailableError,
+        "This may pass: try again in a few seconds. If it does not, check the server's log.",
+        sqlstates=("08", "53", "57", "58", "XX"),
     ),
 )

@@ -25,6 +25,9 @@ PACKAGE = str(Path(neon_async.__file__).parent)
 PROTOCOLS = pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
 
 ENDPOINT = neon_async.Endpoint("ep-a-b-123456", False, "us-east-2", "aws", "ep-a-b-123456.us-east-2.aws.neon.tech")
+CERTIFICATE = neon_async.ChainCertificate(
+    "CN=leaf", "CN=root", datetime.datetime(2030, 1, 1, tzinfo=datetime.UTC), "00"
+)
 REPORT = neon_async.TLSReport(
     version="TLSv1.3",
     cipher="TLS_AES_256_GCM_SHA384",
@@ -37,11 +40,12 @@ REPORT = neon_async.TLSReport(
     sha256="00",
     anchor="CN=root, from trust_anchor",
     anchor_sha256="00",
+    served=(CERTIFICATE,),
 )
 STATS = neon_async.create_pool(
     "postgresql://alex:s3cret@ep-a-b-123456.us-east-2.aws.neon.tech/neondb?sslmode=verify-full"
 ).stats()
-VALUES = [pytest.param(value, id=type(value).__name__) for value in (ENDPOINT, REPORT, STATS)]
+VALUES = [pytest.param(value, id=type(value).__name__) for value in (ENDPOINT, CERTIFICATE, REPORT, STATS)]
 
 
 def test_every_class_is_in_one_of_the_tables() -> None:

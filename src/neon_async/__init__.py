@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ._config.dsn import harden_dsn
+from ._config.roots import ISRG_ROOT_X1_SHA256, LETS_ENCRYPT_ROOTS
 from ._driver.connection import Connection
 from ._driver.connector import connect, connection_tls_report
 from ._errors import (
@@ -39,15 +40,17 @@ from ._errors import (
 from ._neon.endpoint import Endpoint
 from ._pool.pool import Pool, create_pool
 from ._pool.stats import PoolStats
+from ._wire.chain import ChainCertificate
 from ._wire.tls import TLSReport, create_ssl_context
-from ._wire.trust import ISRG_ROOT_X1_SHA256
 
 __version__ = "0.1.0"
 
 __all__ = (
     "ISRG_ROOT_X1_SHA256",
+    "LETS_ENCRYPT_ROOTS",
     "AuthenticationError",
     "CertificateError",
+    "ChainCertificate",
     "ChannelBindingError",
     "CommitUnknownError",
     "ComputeUnavailableError",

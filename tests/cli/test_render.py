@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import io
 import json
@@ -52,6 +53,7 @@ async def test_the_json_of_a_good_connection_has_the_documented_keys(postgres: L
         "tls",
         "certificate",
         "anchor",
+        "chain",
         "server_version",
         "problem",
     ]
@@ -67,6 +69,11 @@ async def test_the_json_of_a_good_connection_has_the_documented_keys(postgres: L
     assert result.tls is not None
     assert datetime.datetime.fromisoformat(document["certificate"]["not_after"]) == result.tls.not_after
     assert list(document["anchor"]) == ["subject", "source", "sha256"]
+    chain = document["chain"]
+    assert list(chain) == ["served", "verified", "path_ends", "warnings"]
+    assert [each["sha256"] for each in chain["verified"]] == [each.sha256 for each in result.tls.chain]
+    assert chain["verified"][0] == chain["served"][0]
+    assert (chain["verified"][-1]["sha256"], chain["warnings"]) == (document["anchor"]["sha256"], [])
 
 
 async def test_the_json_of_a_refusal_has_the_same_keys_and_the_problem() -> None:
@@ -108,6 +115,16 @@ async def test_the_picture_and_the_json_show_the_same_facts(postgres: LocalPostg
     for name in ("version", "cipher", "negotiation", "server_name", "mechanism", "issuer", "found_in"):
         assert shown[name.replace("_", " ")] == expected[name]
     assert f"{document['certificate']['days_left']} days left" in shown["notAfter"]
+    assert document["chain"]["path_ends"].startswith(shown["path ends"])
+    for name in ("served", "verified"):
+        assert shown[f"as {name}"].startswith(document["chain"][name][0]["subject"])
+
+
+async def test_the_picture_shows_the_warnings_about_the_chain(postgres: LocalPostgres) -> None:
+    result = await check(postgres.dsn, trust_anchor=postgres.trust_anchor)
+    assert result.tls is not None
+    warned = dataclasses.replace(result, tls=dataclasses.replace(result.tls, warnings=("The path ends.",)))
+    assert facts(picture(lambda console: print_check(warned, console)))["WARNING"] == "The path ends."
 
 
 async def test_each_bar_begins_where_the_previous_bar_ends() -> None:

@@ -1,4 +1,4 @@
-"""ISRG Root X1 is found by its fingerprint in any store, nothing else is accepted for it, and an anchor is one root."""
+"""ISRG Root X1 is found by its fingerprint in any store, and nothing but roots is an anchor."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ from pathlib import Path
 import certifi
 import pytest
 from cryptography import x509
-from support.certificates import NOW, issue, look_alike, revocation_list
+from cryptography.hazmat.primitives import hashes
+from support.certificates import DAY, NOW, issue, look_alike, revocation_list
 from support.files import make_huge
+from support.handshakes import assert_policy, handshake, serve
 from support.probes import assert_secret_free
 
 import neon_async
+from neon_async import LETS_ENCRYPT_ROOTS
 from neon_async._wire import trust as _trust
 from neon_async._wire.trust import find_isrg_root_x1, load_trust_anchor, survey
 
@@ -48,8 +51,10 @@ WITHOUT_X1 = pem_of(*(der for der in BUNDLE if der != X1_DER))
 
 @pytest.fixture(autouse=True)
 def empty_cache() -> Iterator[None]:
+    _trust._find_known_roots.cache_clear()
     find_isrg_root_x1.cache_clear()
     yield
+    _trust._find_known_roots.cache_clear()
     find_isrg_root_x1.cache_clear()
 
 
@@ -307,9 +312,9 @@ NO_CA = issue(subject="root", also=[(x509.BasicConstraints(False, None), True)])
 @pytest.mark.parametrize(
     ("source", "reason"),
     [
-        pytest.param(ROOT.pem + OTHER_ROOT.pem, "contains 2 certificates", id="two roots"),
-        pytest.param(ROOT.pem + ROOT.pem, "contains 2 certificates", id="the same root twice"),
-        pytest.param(LEAF.pem + ROOT.pem, "contains 2 certificates", id="leaf and root"),
+        pytest.param(WITHOUT_X1, f"contains {len(BUNDLE) - 1} certificates; .* at most 10 roots", id="a bundle"),
+        pytest.param(LEAF.pem + ROOT.pem, "contains more than self-signed CA", id="leaf and root"),
+        pytest.param(ROOT.pem + INTERMEDIATE.pem, "contains more than self-signed CA", id="root and intermediate"),
         pytest.param(LEAF.pem, "not a self-signed CA certificate", id="a leaf"),
         pytest.param(INTERMEDIATE.pem, "not a self-signed CA certificate", id="an intermediate"),
         pytest.param(NO_CA.pem, "not a self-signed CA certificate", id="self-signed without being a CA"),
@@ -337,7 +342,7 @@ NO_CA = issue(subject="root", also=[(x509.BasicConstraints(False, None), True)])
         pytest.param([ROOT.pem], NO_PEM, id="a list"),
     ],
 )
-def test_anything_but_exactly_one_root_is_refused_as_trust_anchor(source: _trust.AnchorSource, reason: str) -> None:
+def test_anything_but_one_or_a_few_roots_is_refused_as_trust_anchor(source: _trust.AnchorSource, reason: str) -> None:
     for use in (
         load_trust_anchor,
         lambda source: neon_async.create_ssl_context(trust_anchor=source),
@@ -347,6 +352,86 @@ def test_anything_but_exactly_one_root_is_refused_as_trust_anchor(source: _trust
         with pytest.raises(neon_async.ConfigurationError, match=reason) as caught:
             use(source)
         assert_secret_free(caught.value, "s3cret", "BEGIN PRIVATE KEY-----\n")
+
+
+def test_several_roots_are_all_trusted_and_a_repeated_one_counts_once() -> None:
+    anchor = load_trust_anchor(ROOT.pem + OTHER_ROOT.pem + ROOT.pem)
+    assert [root.der for root in anchor.roots] == [ROOT.der, OTHER_ROOT.der]
+    assert str(anchor) == "CN=root, from trust_anchor; CN=other root, from trust_anchor"
+    context = neon_async.create_ssl_context(trust_anchor=ROOT.pem + OTHER_ROOT.pem)
+    assert_policy(context, ROOT.der, OTHER_ROOT.der)
+    for leaf in (LEAF, issue(OTHER_ROOT)):
+        assert handshake(context, serve(leaf))[0].version() == "TLSv1.3"
+    with pytest.raises(ssl.SSLCertVerificationError):
+        handshake(context, serve(issue(issue(subject="root", ca=True))))
+
+
+# The roots of Let's Encrypt
+
+PUBLISHED = Path(__file__).parents[1] / "data" / "letsencrypt"
+FILES = ("gen-y_root-ye", "gen-y_root-yr", "isrg-root-x2", "isrgrootx1")
+ALL_FOUR = b"".join((PUBLISHED / f"{name}.pem").read_bytes() for name in FILES)
+NAMES = ["ISRG Root X1", "ISRG Root X2", "Root YR", "Root YE"]
+
+
+def test_the_set_of_lets_encrypts_roots_is_what_is_published() -> None:
+    published = {cert.fingerprint(hashes.SHA256()).hex(): cert for cert in x509.load_pem_x509_certificates(ALL_FOUR)}
+    assert [root.name for root in LETS_ENCRYPT_ROOTS] == NAMES
+    for root in LETS_ENCRYPT_ROOTS:
+        certificate = published[root.sha256]
+        identifier = certificate.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
+        assert f"CN={root.name}" in certificate.subject.rfc4514_string()
+        assert root.key_identifier == identifier.digest.hex()
+        if root.name != "ISRG Root X1":  # which root programs remove before it expires
+            assert root.ends == certificate.not_valid_after_utc
+
+
+def test_nothing_in_the_set_of_lets_encrypts_roots_ends_within_a_year() -> None:
+    # If this fails, the set needs new roots, and users a release that has them.
+    assert [root.name for root in LETS_ENCRYPT_ROOTS if root.ends - NOW < 365 * DAY] == []
+
+
+def test_the_set_of_roots_shows_its_names() -> None:
+    assert repr(LETS_ENCRYPT_ROOTS) == "<KnownRoots ISRG Root X1, ISRG Root X2, Root YR, Root YE>"
+
+
+def test_the_roots_of_lets_encrypt_are_found_by_their_fingerprints_in_every_place(
+    system: Callable[..., dict[str, Path]], tmp_path: Path
+) -> None:
+    ye, yr, _x2, x1 = ((PUBLISHED / f"{name}.pem").read_bytes() for name in FILES)
+    paths = system(WITHOUT_X1 + x1, Debian=yr + x1 + LOOK_ALIKE.pem)
+    own = tmp_path / "own.pem"
+    own.write_bytes(LEAF.pem + ye)
+    anchor = load_trust_anchor(LETS_ENCRYPT_ROOTS, str(own))
+    assert [root.sha256 for root in anchor.roots] == [root.sha256 for root in LETS_ENCRYPT_ROOTS]
+    assert [root.source.split(" ")[0] for root in anchor.roots] == ["certifi", "certifi", "Debian", "sslrootcert"]
+    only_system = load_trust_anchor(LETS_ENCRYPT_ROOTS, "system")
+    assert [root.source for root in only_system.roots] == [f"Debian ({paths['Debian']})"] * 2
+    context = neon_async.create_ssl_context(trust_anchor=LETS_ENCRYPT_ROOTS)
+    assert_policy(context, *(root.der for root in load_trust_anchor(LETS_ENCRYPT_ROOTS).roots))
+
+
+def test_a_search_for_lets_encrypts_roots_that_finds_none_says_what_to_do(
+    system: Callable[..., dict[str, Path]], tmp_path: Path
+) -> None:
+    system(ROOT.pem)
+    with pytest.raises(neon_async.ConfigurationError, match=r"None of ISRG Root X1, .* was found\. Upgrade certifi"):
+        load_trust_anchor(LETS_ENCRYPT_ROOTS)
+    path = tmp_path / "other.pem"
+    path.write_bytes(ROOT.pem)
+    system(X1_PEM)
+    with pytest.raises(neon_async.ConfigurationError, match=r"other.pem' cannot be read or contains none of ISRG"):
+        load_trust_anchor(LETS_ENCRYPT_ROOTS, str(path))
+
+
+def test_the_roots_of_lets_encrypt_can_be_named_together_with_a_sslrootcert_and_in_code_only(tmp_path: Path) -> None:
+    path = tmp_path / "roots.pem"
+    path.write_bytes(ALL_FOUR)
+    dsn = "postgresql://u:p@db.example.com/d"
+    pool = neon_async.create_pool(dsn, trust_anchor=LETS_ENCRYPT_ROOTS, sslrootcert=path)
+    assert len(pool._connector.anchor.roots) == 4
+    with pytest.raises(neon_async.InsecureConfigurationError, match="trust_anchor"):
+        neon_async.create_pool(f"{dsn}?trust_anchor=LETS_ENCRYPT_ROOTS")
 
 
 def test_a_leaf_hidden_after_the_root_in_one_block_is_refused() -> None:

@@ -86,7 +86,7 @@ class CheckResult:
     Attributes:
         steps: All steps in order, including those that did not run.
         target: The DSN without its password. Known after parse.
-        anchor: The root certificate that is trusted. Known after parse.
+        anchor: The root certificate that is trusted; of several, the one at which the chain ended. Known after parse.
         tls: What was negotiated and verified. Known after tls.
         days_left: Whole days until the server's certificate expires. Known after tls.
         server_version: The version as PostgreSQL writes it. Known after query.
@@ -136,7 +136,7 @@ async def check(dsn: str | None = None, *, trust_anchor: bytes | str | os.PathLi
     return CheckResult(
         steps=timeline.steps(_details(connector, tls, server_version)),
         target=connector.parameters.redacted_dsn,
-        anchor=connector.anchor,
+        anchor=(connector.anchor.root(tls.anchor_sha256) if tls else None) or connector.anchor,
         tls=tls,
         days_left=(tls.not_after - datetime.datetime.now(datetime.UTC)).days if tls else None,
         server_version=server_version,

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
+    from .._wire.chain import ChainCertificate
+    from .._wire.tls import TLSReport
     from .._wire.trust import Place
     from .check import CheckResult, Step
 
@@ -48,7 +50,10 @@ def check_to_json(result: CheckResult) -> str:
     - `tls`: `version`, `cipher`, `alpn`, `negotiation` ("direct" or "postgres"), `server_name` and `mechanism` (of the
       login inside TLS; null if the check ended before it), or null
     - `certificate`: of the server: `subject`, `issuer`, `not_after` (ISO 8601), `days_left`, `sha256`, or null
-    - `anchor`: `subject`, `source` (where it was found) and `sha256`, or null
+    - `anchor`: `subject`, `source` (where it was found) and `sha256`, or null; of the root at which the chain ended, or
+      of the first one that is trusted
+    - `chain`: `served` and `verified` (each a list of `subject`, `issuer`, `not_after` and `sha256`, the leaf first),
+      `path_ends` (ISO 8601: until when the anchor and the cross-signs below it are trusted) and `warnings`, or null
     - `server_version`: as PostgreSQL writes it, or null
     - `problem`: `step`, `type` (the error's class), `message` and `retryable`, or null
     """
@@ -67,6 +72,7 @@ def check_to_json(result: CheckResult) -> str:
             "sha256": tls.sha256,
         },
         "anchor": anchor and _pick(anchor, "subject", "source", "sha256"),
+        "chain": tls and _chain(tls),
         "server_version": result.server_version,
         "problem": problem and _pick(problem, "step", "type", "message", "retryable"),
     }
@@ -88,6 +94,21 @@ def roots_to_json(places: Sequence[Place]) -> str:
         "places": [_pick(place, "name", "location", "certificates", "found") for place in places],
     }
     return json.dumps(document, indent=2)
+
+
+def _chain(tls: TLSReport) -> dict[str, Any]:
+    def listed(certificates: Iterable[ChainCertificate]) -> list[dict[str, Any]]:
+        return [
+            _pick(each, "subject", "issuer", "sha256") | {"not_after": each.not_after and each.not_after.isoformat()}
+            for each in certificates
+        ]
+
+    return {
+        "served": listed(tls.served),
+        "verified": listed(tls.chain),
+        "path_ends": tls.path_ends and tls.path_ends.isoformat(),
+        "warnings": list(tls.warnings),
+    }
 
 
 def _pick(source: object, *names: str) -> dict[str, Any]:
@@ -240,5 +261,17 @@ def _facts(result: CheckResult) -> Iterable[tuple[str, Sequence[tuple[str, str]]
                 ("SHA-256", tls.sha256),
             ),
         )
+        yield "Chain", tuple(_chain_facts(tls))
     if anchor is not None:
         yield "Trust anchor", (("subject", anchor.subject), ("found in", anchor.source), ("SHA-256", anchor.sha256))
+
+
+def _chain_facts(tls: TLSReport) -> Iterable[tuple[str, str]]:
+    for name, certificates in (("as served", tls.served), ("as verified", tls.chain)):
+        for number, each in enumerate(certificates):
+            until = f", until {each.not_after:%Y-%m-%d}" if each.not_after else ""
+            yield ("" if number else name), f"{each.subject or 'no name'}{until}"
+    if tls.path_ends is not None:
+        yield "path ends", f"{tls.path_ends:%Y-%m-%d}"
+    for warning in tls.warnings:
+        yield "WARNING", warning

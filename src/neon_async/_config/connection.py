@@ -18,6 +18,7 @@ from .dsn import decode, harden_dsn, redact, split
 from .keywords import BY_DSN_NAME, BY_NAME, KEYWORDS, Keyword
 from .password import Password, PasswordSource
 from .readers import Given
+from .roots import KnownRoots
 from .startup import check_startup_size, startup_settings
 
 
@@ -52,7 +53,7 @@ class ConnectionParameters:
     sslcert: str | None
     sslkey: str | None
     sslpassword: str | None
-    trust_anchor: str | bytes | os.PathLike[str] | None
+    trust_anchor: str | bytes | os.PathLike[str] | KnownRoots | None
     channel_binding: str
     startup_settings: Mapping[str, str]
     command_timeout: float | None
@@ -233,8 +234,14 @@ def _refuse_outside_code(keyword: Keyword, key: str, source: str) -> NoReturn:
 
 
 def _require_one_root(given: Mapping[str, Given]) -> None:
-    """Refuse two roots in code. A sslrootcert from another source does not replace the trust_anchor, so it may stay."""
-    if "trust_anchor" in given and "sslrootcert" in given and given["sslrootcert"].source == _CODE:
+    """Refuse two roots in code. A sslrootcert from another source does not replace the trust_anchor, so it may stay.
+
+    A set of known roots is not in a file of its own: sslrootcert is one more place in which to find it.
+    """
+    anchor, place = given.get("trust_anchor"), given.get("sslrootcert")
+    if anchor is None or place is None or isinstance(anchor.value, KnownRoots):
+        return
+    if place.source == _CODE:
         raise ConfigurationError(
             "trust_anchor and sslrootcert are both given, and name different roots. Write one of them."
         )

@@ -289,7 +289,8 @@ KEYWORDS: tuple[Keyword, ...] = (
         reader=PEM(),
         code_only=True,
         insecure_as_text=True,
-        note="The root certificate to trust instead of ISRG Root X1. Not together with sslrootcert.",
+        note="The root certificates to trust instead of ISRG Root X1. Together with sslrootcert only where they are "
+        "LETS_ENCRYPT_ROOTS, which are searched there, too.",
     ),
     # -----------------------------------------------------------------------------------------------------------------
     # Authentication

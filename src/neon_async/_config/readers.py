@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Final, Generic, NoReturn, TypeVar
 
 from .._errors import ConfigurationError, InsecureConfigurationError
+from .roots import KnownRoots
 
 _T = TypeVar("_T")
 _T_co = TypeVar("_T_co", covariant=True)
@@ -483,8 +484,8 @@ _WEAK_SSLMODES = {
 }
 
 
-class PEM(Reader[str | bytes | os.PathLike[str]]):
-    """Certificates in PEM: as bytes, as text, or in a file."""
+class PEM(Reader[str | bytes | os.PathLike[str] | KnownRoots]):
+    """Certificates in PEM, as bytes, as text or in a file; or a set of roots that are known by their fingerprints."""
 
     __slots__ = ()
 
@@ -492,7 +493,7 @@ class PEM(Reader[str | bytes | os.PathLike[str]]):
     def expected(self) -> str:
         return "PEM bytes, PEM text or a path"
 
-    def read(self, given: Given) -> str | bytes | os.PathLike[str]:
-        if not isinstance(given.value, (str, bytes, os.PathLike)):
+    def read(self, given: Given) -> str | bytes | os.PathLike[str] | KnownRoots:
+        if not isinstance(given.value, (str, bytes, os.PathLike, KnownRoots)):
             given.must_be(self.expected)
         return given.value

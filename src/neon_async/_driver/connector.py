@@ -54,8 +54,8 @@ def connect(
 
     Args:
         dsn: The connection string. Default: the keywords and the environment variables of libpq (`PG*`).
-        trust_anchor: The root certificate to trust instead of ISRG Root X1: PEM bytes, PEM text, or the path of a PEM
-            file.
+        trust_anchor: The root certificates to trust instead of ISRG Root X1: PEM bytes, PEM text, or the path of a PEM
+            file, with at most ten roots; or `LETS_ENCRYPT_ROOTS`.
         connection_class: A subclass of `asyncpg.Connection`.
         record_class: A subclass of `asyncpg.Record`.
         **keywords: The connection keywords of `create_pool()`; each wins over the DSN, which wins over the environment.
@@ -99,7 +99,7 @@ def prepare(dsn: str | None, *, trust_anchor: AnchorSource | None = None, **keyw
     """
     parameters = parse(dsn, keywords | {"trust_anchor": trust_anchor}, os.environ)
     if parameters.trust_anchor is not None:
-        anchor = load_trust_anchor(parameters.trust_anchor)
+        anchor = load_trust_anchor(parameters.trust_anchor, parameters.sslrootcert)
     else:
         anchor = find_isrg_root_x1(parameters.sslrootcert)
     # scramp takes 50 ms to import: here, rather than with neon_async or, worse, on the event loop in the first dial.

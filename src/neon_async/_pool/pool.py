@@ -657,8 +657,9 @@ def create_pool(
         dsn: A connection URL, as the Neon console shows it. What it does not contain comes from libpq's `PG*`
             variables. Any keyword of libpq or asyncpg may be given besides, and wins. No `sslmode` means verify-full; a
             weaker one is refused.
-        trust_anchor: The root certificate to trust in place of ISRG Root X1, for a private endpoint or a test: PEM
-            bytes, PEM text, or a path.
+        trust_anchor: The root certificates to trust in place of ISRG Root X1, for a private endpoint or a test: PEM
+            bytes, PEM text, or a path, with at most ten roots. Or `LETS_ENCRYPT_ROOTS`: ISRG Root X1 and X2, Root YR
+            and YE, by their fingerprints, which is more trust than Neon needs today.
         **keywords: Options of the pool, and parameters of its connections.
 
     Raises:

@@ -7,19 +7,29 @@ This module decides how a server is verified. It must not know sockets, DSNs or 
 
 import base64
 import functools
-import hashlib
 import re
 import ssl
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
+from .._config.roots import KnownRoot
 from .._errors import CertificateError, ConfigurationError, InsecureConfigurationError
+from .chain import (
+    ChainCertificate,
+    ChainRefusedError,
+    RecordingSSLObject,
+    chain_of,
+    path_warning,
+    read_chain,
+    root_without_cross_sign,
+)
 from .files import MAX_CERTIFICATES, MAX_REVOCATION_LISTS, read_file, require_file
 from .trust import (
     AnchorSource,
     TrustAnchor,
     distinguished_name,
     find_isrg_root_x1,
+    fingerprint,
     load_trust_anchor,
 )
 
@@ -45,6 +55,12 @@ class TLSReport:
         anchor_sha256: The fingerprint of the trust anchor, in hexadecimal digits.
         mechanism: The SASL mechanism of the login; `SCRAM-SHA-256-PLUS` is bound to this TLS channel. None before the
             login has succeeded.
+        served: The certificates that the server sent, the leaf first.
+        chain: The certificates that were verified, from the leaf to the trust anchor.
+        path_ends: When the trust anchor or a cross-sign that leads to it stops being trusted, in UTC. Root programs
+            trust ISRG Root X1 until 2030-06-04, and the cross-signs below it end on 2032-09-02.
+        warnings: What will go wrong, or goes wrong for other clients: a path that ends within a year, and a served
+            chain without the cross-sign that leads to ISRG Root X1.
     """
 
     version: str
@@ -59,6 +75,10 @@ class TLSReport:
     anchor: str
     anchor_sha256: str
     mechanism: str | None = None
+    served: tuple[ChainCertificate, ...] = ()
+    chain: tuple[ChainCertificate, ...] = ()
+    path_ends: datetime | None = None
+    warnings: tuple[str, ...] = ()
 
 
 class ClientCertificate:
@@ -75,13 +95,13 @@ class ClientCertificate:
 def create_ssl_context(*, trust_anchor: AnchorSource | None = None, crl: str | None = None) -> ssl.SSLContext:
     """Return a new `SSLContext` with the TLS policy of neon-async.
 
-    The context accepts TLS 1.3 only, and only a certificate that covers the host name and chains to the one trust
-    anchor. The policy is tested against x509-limbo, BetterTLS and libpq. `ssl.create_default_context()` is not used,
-    because it obeys the environment variables SSL_CERT_FILE and SSLKEYLOGFILE.
+    The context accepts TLS 1.3 only, and only a certificate that covers the host name and chains to the trust anchor.
+    The policy is tested against x509-limbo, BetterTLS and libpq. `ssl.create_default_context()` is not used, because it
+    obeys the environment variables SSL_CERT_FILE and SSLKEYLOGFILE.
 
     Args:
         trust_anchor: The root to trust instead of ISRG Root X1: PEM bytes, PEM text, or the path of a PEM file, with
-            exactly one certificate. Default: ISRG Root X1.
+            at most ten self-signed roots; or `LETS_ENCRYPT_ROOTS`. Default: ISRG Root X1.
         crl: The path of a PEM file of certificate revocation lists. With it, a current list must cover the server's
             certificate. Default: no check of revocation.
 
@@ -113,12 +133,13 @@ def build_context(
     context.set_ciphers("ECDHE+AESGCM:@SECLEVEL=2")
     context.options &= ~_LEGACY_OPTIONS
     context.set_alpn_protocols([ALPN])
-    context.load_verify_locations(cadata=anchor.der)
+    context.load_verify_locations(cadata=b"".join(root.der for root in anchor.roots))
+    context.sslobject_class = RecordingSSLObject
     if crl is not None:
         _load_crl(context, crl)
     if client_certificate is not None:
         _load_client_certificate(context, client_certificate)
-    _require_policy(context)
+    _require_policy(context, anchor)
     return context
 
 
@@ -131,7 +152,7 @@ def check_handshake(
         CertificateError: The session has another context, version or name, or no verified certificate.
         InsecureConfigurationError: The context was weakened meanwhile.
     """
-    _require_policy(context)
+    _require_policy(context, anchor)
     der, facts, cipher = tls.getpeercert(binary_form=True), tls.getpeercert(), tls.cipher()
     if tls.context is not context or tls.version() != "TLSv1.3" or tls.server_hostname != server_name:
         raise CertificateError(f"The TLS session with {server_name} is not the requested one and is not used.")
@@ -139,6 +160,12 @@ def check_handshake(
         raise CertificateError(
             f"The TLS session with {server_name} lacks a verified certificate or encryption and is not used."
         )
+    chain = chain_of(tls)
+    root = anchor.root(fingerprint(chain.verified[-1])) if chain.verified and chain.verified[0] == der else None
+    if root is None:
+        raise CertificateError(f"The chain of {server_name} does not end at the trust anchor and is not used.")
+    read = read_chain(chain)
+    warnings = (path_warning(read.path_ends, root.sha256, datetime.now(UTC)), read.advice)
     return TLSReport(
         version="TLSv1.3",
         cipher=cipher[0],
@@ -148,9 +175,13 @@ def check_handshake(
         subject=distinguished_name(facts["subject"]),
         issuer=distinguished_name(facts["issuer"]),
         not_after=_parse_time(str(facts["notAfter"])),
-        sha256=hashlib.sha256(der).hexdigest(),
-        anchor=str(anchor),
-        anchor_sha256=anchor.sha256,
+        sha256=fingerprint(der),
+        anchor=str(root),
+        anchor_sha256=root.sha256,
+        served=read.served,
+        chain=read.verified,
+        path_ends=read.path_ends,
+        warnings=tuple(filter(None, warnings)),
     )
 
 
@@ -161,6 +192,8 @@ def certificate_error(
     code = getattr(error, "verify_code", 0)
     detail = getattr(error, "verify_message", "") or "verification failed"
     reason, advice = _VERIFY_CODES.get(code, (detail, _ODD_CERTIFICATE))
+    if code in _NO_ISSUER and isinstance(error, ChainRefusedError) and (root := root_without_cross_sign(error.served)):
+        reason, advice = _explain_missing_cross_sign(root, anchor)
     failure = CertificateError(
         f"The certificate of {server_name} was refused: {reason} (OpenSSL: {detail}). Trust anchor: {anchor}. {advice}"
     )
@@ -198,7 +231,7 @@ _CIPHERS = {
 _LEGACY_OPTIONS = 0x4 | 0x40000
 
 
-def _require_policy(context: ssl.SSLContext) -> None:
+def _require_policy(context: ssl.SSLContext, anchor: TrustAnchor) -> None:
     """Refuse a context that verifies less than it must, because of OPENSSL_CONF, a patch or a later Python."""
     suites = {cipher["name"] for cipher in context.get_ciphers() if cipher["protocol"] == "TLSv1.3"}
     flags, roots = context.verify_flags, context.cert_store_stats()["x509"]
@@ -212,7 +245,7 @@ def _require_policy(context: ssl.SSLContext) -> None:
         f"the security level is {context.security_level}, below 2": context.security_level >= 2,
         f"the weak cipher suite {', '.join(sorted(suites - _CIPHERS))} is on": suites <= _CIPHERS,
         "no cipher suite of TLS 1.3 is on": suites,
-        f"{roots} root certificates are trusted, not exactly one": roots == 1,
+        f"{roots} root certificates are trusted, not {len(anchor.roots)}": roots == len(anchor.roots),
         "the session keys are written to a file": context.keylog_filename is None,
     }
     differences = [difference for difference, is_kept in kept.items() if not is_kept]
@@ -226,6 +259,7 @@ def _require_policy(context: ssl.SSLContext) -> None:
 
 def _load_crl(context: ssl.SSLContext, path: str) -> None:
     reason, complete, deltas = "contains no certificate revocation list", 0, 0
+    trusted = context.cert_store_stats()["x509"]
     try:
         content = read_file(path, MAX_REVOCATION_LISTS)
         if content:
@@ -236,7 +270,7 @@ def _load_crl(context: ssl.SSLContext, path: str) -> None:
     except (OSError, ValueError) as error:
         reason = f"cannot be read: {getattr(error, 'strerror', None) or 'not a path'}"
     stored = context.cert_store_stats()
-    if stored["x509"] > 1:
+    if stored["x509"] > trusted:
         # OpenSSL trusts every certificate that it finds in the file.
         raise InsecureConfigurationError(
             f"sslcrl {path!r} contains certificates as well as revocation lists; they would become trusted. Remove "
@@ -311,3 +345,18 @@ _VERIFY_CODES = {
     62: ("it is for another name", "Check the host; this name is verified, wherever hostaddr leads."),
     79: ("one of its issuers is not a CA", _ASK_OPERATOR),
 }
+# What OpenSSL reports where the chain that a server sent does not lead to the trust anchor.
+_NO_ISSUER = (2, 18, 19, 20, 21)
+
+
+def _explain_missing_cross_sign(root: KnownRoot, anchor: TrustAnchor) -> tuple[str, str]:
+    """Return the reason and the advice for a chain that ends below a root of Let's Encrypt that is not trusted."""
+    reason = f"its chain ends at {root.name}, and the server sent no cross-sign that leads from there to ISRG Root X1"
+    store = f"a PEM file that contains {root.name} ({root.url})"
+    if len(anchor.roots) > 1:
+        return reason, f"{root.name} was not found on this system: name {store} with sslrootcert=."
+    return reason, (
+        "To connect nevertheless, pass trust_anchor=neon_async.LETS_ENCRYPT_ROOTS in code, which trusts the further "
+        f"roots of Let's Encrypt, too; where certifi lacks {root.name}, name {store} with sslrootcert=. Report this to "
+        "the operator of the server, who must send the cross-sign."
+    )

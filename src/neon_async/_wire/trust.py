@@ -1,4 +1,4 @@
-"""Find the trust anchor: ISRG Root X1, or the root certificate that the caller's code names.
+"""Find the trust anchor: ISRG Root X1, or the root certificates that the caller's code names.
 
 A root is recognised by the SHA-256 of its DER bytes, never by its name or location. This module reads files, and must
 not know DSNs, connections or pools.
@@ -12,39 +12,48 @@ import os
 import re
 import ssl
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
+from .._config.roots import ISRG_ROOT_X1_SHA256, KnownRoots
 from .._errors import ConfigurationError, InsecureConfigurationError
 from .files import MAX_CERTIFICATES, read_file
 
-# https://letsencrypt.org/certs/isrgrootx1.der; trusted by root programmes until 2030-06-04, notAfter 2035-06-04.
-ISRG_ROOT_X1_SHA256 = "96bcec06264976f37460779acf28c5a7cfe8a3c0aae11a8ffcee05c0bddf08c6"
-
-AnchorSource: TypeAlias = str | bytes | os.PathLike[str]
+AnchorSource: TypeAlias = str | bytes | os.PathLike[str] | KnownRoots
 
 
 class TrustAnchor(NamedTuple):
-    """The root certificate that every accepted chain ends at.
+    """The root certificate that every accepted chain ends at, or one of several.
 
     Attributes:
         subject: The distinguished name.
         source: Where the certificate was found.
         sha256: The fingerprint of the DER bytes, in hexadecimal digits.
         der: The DER bytes.
+        others: The further roots at which a chain may end, each without others.
     """
 
     subject: str
     source: str
     sha256: str
     der: bytes
+    others: tuple[TrustAnchor, ...] = ()
 
     def __repr__(self) -> str:
         return f"<TrustAnchor {self}>"
 
     def __str__(self) -> str:
-        return f"{self.subject}, from {self.source}"
+        return "; ".join(f"{root.subject}, from {root.source}" for root in self.roots)
+
+    @property
+    def roots(self) -> tuple[TrustAnchor, ...]:
+        """All roots, each without others."""
+        return (self._replace(others=()), *self.others)
+
+    def root(self, sha256: str) -> TrustAnchor | None:
+        """Return the root with this fingerprint, or None where it is not one of them."""
+        return next((root for root in self.roots if root.sha256 == sha256), None)
 
 
 class Place(NamedTuple):
@@ -83,7 +92,7 @@ def find_isrg_root_x1(sslrootcert: str | None = None) -> TrustAnchor:
         return _find_in_file(sslrootcert)
     for name, location in places:
         for der in _certificates(name, location):
-            if _fingerprint(der) == ISRG_ROOT_X1_SHA256:
+            if fingerprint(der) == ISRG_ROOT_X1_SHA256:
                 return _anchor(der, f"{name} ({location})")
     searched = ", ".join(location for _, location in places)
     raise ConfigurationError(
@@ -92,31 +101,41 @@ def find_isrg_root_x1(sslrootcert: str | None = None) -> TrustAnchor:
     )
 
 
-def load_trust_anchor(source: AnchorSource) -> TrustAnchor:
-    """Return the one root certificate in `source`.
+def load_trust_anchor(source: AnchorSource, sslrootcert: str | None = None) -> TrustAnchor:
+    """Return the root certificates in `source`.
 
     Args:
-        source: PEM bytes, PEM text, or the path of a PEM file.
+        source: PEM bytes, PEM text, the path of a PEM file, or a set of known roots.
+        sslrootcert: Where to look for known roots, besides certifi and the system's stores.
 
     Raises:
-        ConfigurationError: `source` cannot be read, or does not contain exactly one self-signed CA certificate.
-            OpenSSL ends a chain at a self-signed certificate only, and a second anchor would be another party to trust.
+        ConfigurationError: `source` cannot be read, or contains anything but one or a few self-signed CA certificates.
+            OpenSSL ends a chain at a self-signed certificate only, and every further one is another party to trust.
     """
+    if isinstance(source, KnownRoots):
+        return _find_known_roots(source, sslrootcert)
     pem, name = _read_pem(source)
-    blocks = _pem_to_der(pem)
-    if len(blocks) != 1:
+    blocks = list(dict.fromkeys(_pem_to_der(pem)))
+    if not 1 <= len(blocks) <= _MAX_ROOTS:
         found = f"{len(blocks)} certificates" if blocks else "no certificate"
-        raise ConfigurationError(f"{name} contains {found}; pass exactly one: the root of your CA, in PEM format.")
+        advice = f"pass the root of your CA, in PEM format, or at most {_MAX_ROOTS} roots."
+        raise ConfigurationError(f"{name} contains {found}; {advice}")
     try:
-        return _anchor(blocks[0], name)
+        return _join([_anchor(block, name) for block in blocks])
     except (ssl.SSLError, ValueError):
         pass
-    raise ConfigurationError(f"{name} is not a self-signed CA certificate; pass the root of your CA, in PEM format.")
+    what = "is not a self-signed CA certificate" if len(blocks) == 1 else "contains more than self-signed CA roots"
+    raise ConfigurationError(f"{name} {what}; pass the root of your CA, in PEM format.")
 
 
 def survey() -> list[Place]:
     """Return certifi and every system store: whether it exists here, and whether it contains ISRG Root X1."""
     return [_look(name, location) for name, location in (_certifi(), *_SYSTEM_STORES, _WINDOWS_STORE)]
+
+
+def fingerprint(der: bytes) -> str:
+    """Return the SHA-256 of a certificate, in hexadecimal digits."""
+    return hashlib.sha256(der).hexdigest()
 
 
 def distinguished_name(name: object) -> str:
@@ -137,6 +156,53 @@ _SHORT_NAMES = {
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Several roots
+
+# A private PKI has one or two roots, and two more while it replaces them. A bundle of public roots would let any CA in
+# the world vouch for the server.
+_MAX_ROOTS = 10
+
+
+@functools.cache  # as for ISRG Root X1
+def _find_known_roots(known: KnownRoots, sslrootcert: str | None) -> TrustAnchor:
+    """Return those of the `known` roots that are found, in the order of the set.
+
+    A store may lack the younger ones. A chain that needs a missing one is refused, and the error says so.
+    """
+    places = _system_places() if sslrootcert == "system" else [_certifi(), *_system_places()]
+    found = _search(known, places)
+    if sslrootcert not in (None, "system"):
+        given = _search(known, [("sslrootcert", sslrootcert)])
+        if not given:
+            raise ConfigurationError(
+                f"sslrootcert {sslrootcert!r} cannot be read or contains none of {known}. Remove it, or name a PEM "
+                "file that contains one of them."
+            )
+        found |= given
+    if not found:
+        raise ConfigurationError(f"None of {known} was found. Upgrade certifi, or name a PEM file with sslrootcert=.")
+    return _join([found[root.sha256] for root in known if root.sha256 in found])
+
+
+def _search(known: KnownRoots, places: Iterable[tuple[str, str]]) -> dict[str, TrustAnchor]:
+    """Return the `known` roots that one of the places contains, by fingerprint; the first place wins."""
+    found: dict[str, TrustAnchor] = {}
+    for name, location in places:
+        for der in _certificates(name, location):
+            sha256 = fingerprint(der)
+            if sha256 not in found and any(root.sha256 == sha256 for root in known):
+                found[sha256] = _anchor(der, f"{name} ({location})")
+        if len(found) == len(known):
+            break
+    return found
+
+
+def _join(roots: list[TrustAnchor]) -> TrustAnchor:
+    first, *others = roots
+    return first._replace(others=tuple(others))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # ISRG Root X1
 
 # The root stores of the systems; Go's crypto/x509 (root_linux.go, root_bsd.go) lists the same files.
@@ -154,7 +220,7 @@ def _find_in_file(path: str) -> TrustAnchor:
     count = 0
     for der in _certificates("sslrootcert", path):
         count += 1
-        if _fingerprint(der) == ISRG_ROOT_X1_SHA256:
+        if fingerprint(der) == ISRG_ROOT_X1_SHA256:
             return _anchor(der, f"sslrootcert ({path})")
     if count:
         found = "1 certificate, which is not" if count == 1 else f"{count} certificates, none of them"
@@ -180,7 +246,7 @@ def _reason(path: str) -> str:
 
 def _look(name: str, location: str) -> Place:
     exists = sys.platform == "win32" if (name, location) == _WINDOWS_STORE else Path(location).exists()
-    found = [_fingerprint(der) for der in _certificates(name, location)] if exists else []
+    found = [fingerprint(der) for der in _certificates(name, location)] if exists else []
     return Place(name, location, len(found) if exists else None, ISRG_ROOT_X1_SHA256 in found)
 
 
@@ -258,8 +324,4 @@ def _anchor(der: bytes, source: str) -> TrustAnchor:
     roots = context.get_ca_certs()  # CA certificates only
     if len(roots) != 1 or roots[0]["subject"] != roots[0]["issuer"]:
         raise ValueError("not a root certificate")
-    return TrustAnchor(distinguished_name(roots[0]["subject"]), source, _fingerprint(der), der)
-
-
-def _fingerprint(der: bytes) -> str:
-    return hashlib.sha256(der).hexdigest()
+    return TrustAnchor(distinguished_name(roots[0]["subject"]), source, fingerprint(der), der)

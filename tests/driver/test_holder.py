@@ -364,6 +364,17 @@ class TestStatements:
             await holder.send(connection, "SELECT 1")
 
     @pins("_transport", "_protocol")
+    @pins("_server_caps")
+    async def test_asyncpg_can_be_kept_from_turning_jit_off(self, connection: Any) -> None:
+        for before, expected in ((False, 3), (True, 1)):  # jit off, the question, jit on again; or the question alone
+            await connection.reload_schema_state()
+            if before:
+                holder.leave_jit_alone(connection)
+            assert connection._server_caps.jit is not before
+            count = holder.queries_run(connection)
+            await connection.fetch(f"SELECT NULL::information_schema.tables AS {'b' if before else 'a'}")
+            assert holder.queries_run(connection) - count == expected + 1
+
     async def test_writes_and_statements_are_counted(self, connection: Any) -> None:
         writes, queries = holder.writes(connection), holder.queries_run(connection)
         connection.add_log_listener(listener := lambda *_: None)

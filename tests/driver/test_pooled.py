@@ -237,7 +237,8 @@ class TestHealing:
         async with opened(connector_to(pgbouncer)) as connection:
             with pytest.raises(asyncpg.InvalidCachedStatementError):
                 await connection.execute(
-                    f"INSERT INTO {TABLE} VALUES (4); COMMIT; PREPARE {name} AS SELECT * FROM {TABLE};"
+                    f"INSERT INTO {TABLE} VALUES (4); COMMIT; "
+                    f"DO $$ BEGIN EXECUTE 'PREPARE {name} AS SELECT * FROM {TABLE}'; END $$;"
                     f"ALTER TABLE {TABLE} ADD COLUMN b int; EXECUTE {name}"
                 )
             assert await direct.fetchval(f"SELECT count(*) FROM {TABLE} WHERE a = 4") == 1

@@ -25,7 +25,7 @@ from .._wire.login import LoginCache, Secret
 from .._wire.tls import TLSReport
 from .._wire.trust import AnchorSource, TrustAnchor, find_isrg_root_x1, load_trust_anchor
 from .connection import Connection, combine
-from .holder import begin_session, session_of
+from .holder import begin_session, leave_jit_alone, session_of
 from .loop import LoopAdapter
 from .pooled import PooledConnection, is_pooled, tracked_settings
 from .protocol import SessionProtocol
@@ -204,6 +204,7 @@ class Connector:
         )
         if is_pooled(connection):
             session.initial_settings = tracked_settings(connection)
+            leave_jit_alone(connection)  # behind a pooler the session can be another client's before it is on again
         begin_session(connection, session, functools.partial(SessionProtocol, host=session.host))
 
     def _class_for(self, base: type[Any]) -> type[Any]:

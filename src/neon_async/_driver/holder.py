@@ -179,6 +179,11 @@ def begin_session(
     connection._loop = connection._stmt_cache._loop = asyncio.get_running_loop()
 
 
+def leave_jit_alone(connection: Any) -> None:
+    """Have asyncpg not turn `jit` off for the session while it asks the server about types."""
+    connection._server_caps = connection._server_caps._replace(jit=False)
+
+
 async def send(connection: Any, sql: str) -> None:
     """Run `sql` for the pool itself: no query logger and no tracer sees it."""
     await connection._protocol.query(sql, None)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import Any, NoReturn
 
 import asyncpg
@@ -42,7 +42,7 @@ class PooledConnection(StatementHooks, Connection):
 
     async def execute(self, query: str, *args: Any, **options: Any) -> str:
         """Execute SQL, as asyncpg does; `PooledHostError` where it needs a session of its own."""
-        session = refuse_session_features(self, query)
+        session = refuse_session_features(self, query, args)
         if args:
             return await super().execute(query, *args, **options)
         with _HeldServer(session):
@@ -55,17 +55,17 @@ class PooledConnection(StatementHooks, Connection):
 
     async def fetch(self, query: str, *args: Any, **options: Any) -> Any:
         """Return all rows, as asyncpg does; `PooledHostError` where the query needs a session of its own."""
-        refuse_session_features(self, query)
+        refuse_session_features(self, query, args)
         return await super().fetch(query, *args, **options)
 
     async def fetchval(self, query: str, *args: Any, **options: Any) -> Any:
         """Return one value, as asyncpg does; `PooledHostError` where the query needs a session of its own."""
-        refuse_session_features(self, query)
+        refuse_session_features(self, query, args)
         return await super().fetchval(query, *args, **options)
 
     async def fetchrow(self, query: str, *args: Any, **options: Any) -> Any:
         """Return one row, as asyncpg does; `PooledHostError` where the query needs a session of its own."""
-        refuse_session_features(self, query)
+        refuse_session_features(self, query, args)
         return await super().fetchrow(query, *args, **options)
 
     async def fetchmany(self, query: str, args: Any, **options: Any) -> Any:
@@ -83,12 +83,12 @@ class PooledConnection(StatementHooks, Connection):
 
     def cursor(self, query: str, *args: Any, **options: Any) -> Any:
         """Return a cursor factory, as asyncpg does; `PooledHostError` where the query needs a session of its own."""
-        refuse_session_features(self, query)
+        refuse_session_features(self, query, args)
         return _noting_factory(super().cursor(query, *args, **options))
 
     async def copy_from_query(self, query: str, *args: Any, **options: Any) -> Any:
         """Copy the rows of a query, as asyncpg does; `PooledHostError` where it needs a session of its own."""
-        with _HeldServer(refuse_session_features(self, query)):
+        with _HeldServer(refuse_session_features(self, query, args)):
             return await super().copy_from_query(query, *args, **options)
 
     async def copy_from_table(self, table_name: str, **options: Any) -> Any:
@@ -96,15 +96,15 @@ class PooledConnection(StatementHooks, Connection):
         with _HeldServer(own_session(self)):
             return await super().copy_from_table(table_name, **options)
 
-    async def copy_to_table(self, table_name: str, **options: Any) -> Any:
-        """Copy data to a table, as asyncpg does."""
-        with _HeldServer(own_session(self)):
-            return await super().copy_to_table(table_name, **options)
+    async def copy_to_table(self, table_name: str, *, where: str | None = None, **options: Any) -> Any:
+        """Copy data to a table, as asyncpg does; `PooledHostError` where `where` needs a session of its own."""
+        with _HeldServer(refuse_session_features(self, f"SELECT {where}")):
+            return await super().copy_to_table(table_name, where=where, **options)
 
-    async def copy_records_to_table(self, table_name: str, **options: Any) -> Any:
-        """Copy records to a table, as asyncpg does."""
-        with _HeldServer(own_session(self)):
-            return await super().copy_records_to_table(table_name, **options)
+    async def copy_records_to_table(self, table_name: str, *, where: str | None = None, **options: Any) -> Any:
+        """Copy records to a table, as asyncpg does; `PooledHostError` where `where` needs a session of its own."""
+        with _HeldServer(refuse_session_features(self, f"SELECT {where}")):
+            return await super().copy_records_to_table(table_name, where=where, **options)
 
     async def add_listener(self, *_: Any, **__: Any) -> NoReturn:
         """Raise `PooledHostError`: LISTEN needs a session of its own."""
@@ -296,14 +296,19 @@ def note_stale(session: Session, stale: str | None) -> None:
         )
 
 
-def refuse_session_features(connection: object, query: object) -> Session:
+def refuse_session_features(connection: object, query: object, args: Sequence[object] = ()) -> Session:
     """Return the session of `connection`.
+
+    Args:
+        connection: A connection of ours.
+        query: The SQL to execute.
+        args: The values of its parameters, as far as they are known.
 
     Raises:
         PooledHostError: `query` needs a session of its own.
     """
     session = own_session(connection)
-    feature = session_feature(query) if isinstance(query, str) else None
+    feature = session_feature(query, args) if isinstance(query, str) else None
     if feature is not None:
         _refuse(session, feature.name, f"Write {feature.instead}, or use" if feature.instead else "Use")
     return session

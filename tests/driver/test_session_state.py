@@ -1,0 +1,212 @@
+"""On a pooled host what would stay in the session is refused, and what ends with its transaction works.
+
+Each refused statement is shown to be right: on a session of its own it leaves something behind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import pytest
+from support.pgbouncer import LocalPgBouncer
+from support.pooled import TABLE, connector_to, opened
+from support.probes import HANG
+
+import neon_async
+from neon_async.testing import LocalPostgres
+
+pytestmark = pytest.mark.anyio
+
+SETTING = "SELECT nullif(current_setting('app.tenant', true), '')"
+LOCK = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND pid = pg_backend_pid() HAVING count(*) > 0"
+PREPARED = "SELECT name FROM pg_prepared_statements WHERE from_sql"
+CURSOR = "SELECT name FROM pg_cursors WHERE is_holdable"
+PATH = "SELECT nullif(current_setting('search_path'), '\"$user\", public')"
+TEMPORARY = "SELECT relname FROM pg_class WHERE relnamespace = pg_my_temp_schema() AND relkind <> 'i'"
+TEMPORARY_FUNCTION = "SELECT proname FROM pg_proc WHERE pronamespace = pg_my_temp_schema()"
+BODY = "CREATE FUNCTION bodied() RETURNS int BEGIN ATOMIC SELECT CASE WHEN true THEN 1 END; END"
+XML = "SELECT nullif(current_setting('xmloption'), 'content')"
+
+
+def rows(*cases: tuple[str, tuple[object, ...], str]) -> list[Any]:
+    return [pytest.param(*case, id=f"{case[0]} {case[1] or ''}".strip()) for case in cases]
+
+
+LEAKS = rows(
+    # set_config()
+    ("SELECT set_config('app.tenant', 'a', false)", (), SETTING),
+    ("SELECT set_config($1, $2, false)", ("app.tenant", "a"), SETTING),
+    ("SELECT set_config($1, $2, $3)", ("app.tenant", "a", False), SETTING),
+    ("SELECT set_config($1, $2, $3)", ("app.tenant", "a", None), SETTING),
+    ("SELECT set_config('app.tenant', 'a', 'f')", (), SETTING),
+    ("SELECT set_config('app.tenant', 'a', false::bool)", (), SETTING),
+    ("SELECT set_config('app.tenant', 'a', NOT true)", (), SETTING),
+    ("SELECT set_config('app.tenant', 'a', (true) AND (false))", (), SETTING),
+    ("SELECT set_config('app.tenant', 'a', CAST('off' AS boolean))", (), SETTING),
+    ("SELECT set_config('app.tenant', 'a', NULL)", (), SETTING),
+    ("SELECT set_config('app.' || 'tenant', 'a', false)", (), SETTING),
+    ("SELECT set_config(E'app.tenant', 'a', false)", (), SETTING),
+    ("SELECT set_config(/* b */'app.tenant',--\n'a',\nFALSE)", (), SETTING),
+    ("SELECT \"set_config\"('app.tenant', 'a', false)", (), SETTING),
+    ("SELECT \"pg_catalog\".\"set_config\"('app.tenant', 'a', false)", (), SETTING),
+    ("SELECT U&\"set\\005fconfig\"('app.tenant', 'a', false)", (), SETTING),
+    ("SELECT U&\"set!005fconfig\" UESCAPE '!' ('app.tenant', 'a', false)", (), SETTING),
+    ("EXPLAIN ANALYZE SELECT set_config('app.tenant', 'a', false)", (), SETTING),
+    ("EXPLAIN (BUFFERS, ANALYZE) SELECT set_config('app.tenant', 'a', false)", (), SETTING),
+    ("SELECT 1 WHERE set_config('app.tenant', 'a', false) IS NULL", (), SETTING),
+    ("VALUES (set_config('app.tenant', 'a', false))", (), SETTING),
+    # SET
+    ("SET app.tenant = 'a'", (), SETTING),
+    ("/**/SET/**/app.tenant='a'", (), SETTING),
+    ("SET\tSESSION\napp.tenant TO 'a'", (), SETTING),
+    ('SET "app"."tenant" = a', (), SETTING),
+    ('SET U&"\\0061pp".tenant = a', (), SETTING),
+    ("SELECT 1;SET app.tenant='a'", (), SETTING),
+    ("SET local.x = 'a'", (), "SELECT nullif(current_setting('local.x', true), '')"),
+    ('SET "local"."x" = \'a\'', (), "SELECT nullif(current_setting('local.x', true), '')"),
+    ("SET session.x = 'a'", (), "SELECT nullif(current_setting('session.x', true), '')"),
+    ("SET a.b.c = 'a'", (), "SELECT nullif(current_setting('a.b.c', true), '')"),
+    ('SET search_path = "default"', (), PATH),
+    ("SET XML OPTION DOCUMENT", (), XML),
+    ("SET SESSION XML OPTION DOCUMENT", (), XML),
+    ("BEGIN; SET LOCAL app.tenant = 'a'; SET app.tenant FROM CURRENT; COMMIT", (), SETTING),
+    ("UPDATE pg_settings SET setting = 'a' WHERE name = 'search_path'", (), PATH),
+    ("UPDATE ONLY pg_catalog.pg_settings SET setting = 'a' WHERE name = 'search_path'", (), PATH),
+    # Locks
+    ('SELECT "pg_advisory_lock"(1)', (), LOCK),
+    ("SELECT pg_advisory_lock/**/(1)", (), LOCK),
+    ('SELECT pg_catalog."pg_try_advisory_lock_shared"(1)', (), LOCK),
+    # Temporary objects
+    ("CREATE TEMP TABLE a (b int)", (), TEMPORARY),
+    ("CREATE/**/TEMPORARY/**/TABLE a (b int) ON COMMIT DELETE ROWS", (), TEMPORARY),
+    ("CREATE LOCAL TEMP TABLE a AS SELECT 1", (), TEMPORARY),
+    ("CREATE GLOBAL TEMPORARY TABLE IF NOT EXISTS a (b int)", (), TEMPORARY),
+    ("CREATE OR REPLACE TEMP VIEW a AS SELECT 1", (), TEMPORARY),
+    ("CREATE TEMP RECURSIVE VIEW a (b) AS SELECT 1", (), TEMPORARY),
+    ("CREATE TEMP SEQUENCE a", (), TEMPORARY),
+    ("CREATE TABLE pg_temp.a (b int)", (), TEMPORARY),
+    ('CREATE TABLE "pg_temp"."a" (b int)', (), TEMPORARY),
+    ("CREATE VIEW pg_temp.a AS SELECT 1", (), TEMPORARY),
+    ("CREATE FUNCTION pg_temp.a() RETURNS int LANGUAGE sql AS 'SELECT 1'", (), TEMPORARY_FUNCTION),
+    ("SELECT 1 AS b INTO TEMP a", (), TEMPORARY),
+    ("SELECT 1 AS b INTO TEMPORARY TABLE a", (), TEMPORARY),
+    ("SELECT 1 AS b INTO LOCAL TEMP a", (), TEMPORARY),
+    ("SELECT 1 AS b INTO pg_temp.a", (), TEMPORARY),
+    # Statements and cursors
+    ("PREPARE a AS SELECT 1", (), PREPARED),
+    ("PREPARE a (int) AS SELECT $1", (), PREPARED),
+    ("PREPARE transaction AS SELECT 1", (), PREPARED),
+    ("BEGIN; DECLARE a CURSOR WITH HOLD FOR SELECT 1; COMMIT", (), CURSOR),
+    ("BEGIN; DECLARE a BINARY INSENSITIVE NO SCROLL CURSOR/**/WITH/**/HOLD FOR SELECT 1; COMMIT", (), CURSOR),
+    # After the body of a function
+    ("BEGIN; " + BODY + "; ROLLBACK; SET app.tenant = 'a'", (), SETTING),
+)
+
+LOCAL = rows(
+    ("SELECT set_config('app.tenant', 'a', true)", (), SETTING),
+    ("SELECT set_config('app.tenant', $1, TRUE::boolean)", ("a",), SETTING),
+    ("SELECT set_config($1, $2, true)", ("app.tenant", "a"), SETTING),
+    ("SELECT set_config($1, $2, $3)", ("app.tenant", "a", True), SETTING),
+    ("SELECT set_config($1, $2, ($3)::bool)", ("app.tenant", "a", True), SETTING),
+    ("SELECT set_config('app.tenant', 'a', 't')", (), SETTING),
+    ("SELECT set_config('app.tenant', 'a', CAST('yes' AS bool))", (), SETTING),
+    ("SELECT set_config('app.tenant', 'a', bool 'on')", (), SETTING),
+    ("BEGIN; SET LOCAL app.tenant = 'a'; SET LOCAL local.x = 'a'; COMMIT", (), SETTING),
+    ("CREATE TEMP TABLE a (b int) ON COMMIT DROP", (), TEMPORARY),
+    ("BEGIN; CREATE TEMP TABLE a ON COMMIT DROP AS SELECT 1 AS b; SELECT * FROM a; COMMIT", (), TEMPORARY),
+    ("BEGIN; CREATE TABLE pg_temp.a (b int) ON COMMIT DROP; CREATE INDEX ON pg_temp.a (b); COMMIT", (), TEMPORARY),
+    ("BEGIN; DECLARE a CURSOR WITHOUT HOLD FOR SELECT 1; DECLARE b CURSOR FOR SELECT 1; COMMIT", (), CURSOR),
+    ("SELECT pg_advisory_xact_lock(1)", (), LOCK),
+    ("EXPLAIN SELECT pg_advisory_lock(1)", (), LOCK),
+    ("EXPLAIN (ANALYZE off) SELECT pg_advisory_lock(1)", (), LOCK),
+    ("DEALLOCATE ALL", (), PREPARED),
+    ("DISCARD TEMP", (), TEMPORARY),
+)
+
+
+@contextlib.asynccontextmanager
+async def session(postgres: LocalPostgres) -> AsyncIterator[Any]:
+    """A session that no other test uses."""
+    connection = await neon_async.connect(postgres.dsn, trust_anchor=postgres.trust_anchor)
+    try:
+        yield connection
+    finally:
+        await connection.close(timeout=HANG)
+
+
+async def run(connection: Any, query: str, args: tuple[object, ...]) -> None:
+    """Run a query as the callers of asyncpg do: with arguments, it is one statement."""
+    await (connection.fetch(query, *args) if args else connection.execute(query))
+
+
+@pytest.mark.parametrize(("query", "args", "probe"), LEAKS)
+async def test_what_stays_in_a_session_is_refused_on_a_pooled_host(
+    pgbouncer: LocalPgBouncer, postgres: LocalPostgres, query: str, args: tuple[object, ...], probe: str
+) -> None:
+    async with session(postgres) as own:
+        assert await own.fetchval(probe) is None
+        await run(own, query, args)
+        assert await own.fetchval(probe) is not None  # so the refusal is right
+    async with opened(connector_to(pgbouncer)) as connection:
+        with pytest.raises(neon_async.PooledHostError, match="needs a session of its own"):
+            await run(connection, query, args)
+
+
+@pytest.mark.parametrize(("query", "args", "probe"), LOCAL)
+async def test_what_ends_with_its_transaction_works_on_a_pooled_host(
+    pgbouncer: LocalPgBouncer, postgres: LocalPostgres, query: str, args: tuple[object, ...], probe: str
+) -> None:
+    async with session(postgres) as own:
+        await run(own, query, args)
+        assert await own.fetchval(probe) is None
+    async with opened(connector_to(pgbouncer)) as connection:
+        await run(connection, query, args)
+
+
+ARGUMENTS = ("app.tenant", "a", False)
+CALLS = [
+    pytest.param(lambda c, q: c.execute(q, *ARGUMENTS), id="execute"),
+    pytest.param(lambda c, q: c.fetch(q, *ARGUMENTS), id="fetch"),
+    pytest.param(lambda c, q: c.fetchval(q, *ARGUMENTS), id="fetchval"),
+    pytest.param(lambda c, q: c.fetchrow(q, *ARGUMENTS), id="fetchrow"),
+    pytest.param(lambda c, q: c.executemany(q, [("app.tenant", "a", True)]), id="executemany, whose rows are not read"),
+    pytest.param(lambda c, q: c.fetchmany(q, [("app.tenant", "a", True)]), id="fetchmany"),
+    pytest.param(lambda c, q: c.prepare(q), id="prepare, whose arguments come later"),
+    pytest.param(lambda c, q: c.cursor(q, *ARGUMENTS), id="cursor"),
+    pytest.param(
+        lambda c, q: c.copy_from_query(q, "app.tenant", "a", False, output=io.BytesIO()), id="copy_from_query"
+    ),
+]
+
+
+@pytest.mark.parametrize("call", CALLS)
+async def test_every_call_judges_its_arguments(
+    pgbouncer: LocalPgBouncer, call: Callable[[Any, str], Awaitable[object]]
+) -> None:
+    async with opened(connector_to(pgbouncer)) as connection, connection.transaction():
+        with pytest.raises(neon_async.PooledHostError, match=r"set_config\(\$1, \.\.\., \$3\) needs"):
+            await call(connection, "SELECT set_config($1, $2, $3)")
+
+
+@pytest.mark.parametrize("name", ["copy_to_table", "copy_records_to_table"])
+async def test_the_condition_of_a_copy_is_judged(pgbouncer: LocalPgBouncer, direct: Any, name: str) -> None:
+    source: dict[str, Any] = {"source": io.BytesIO(b"5\n")} if name == "copy_to_table" else {"records": [(5,)]}
+    async with opened(connector_to(pgbouncer)) as connection:
+        for where in ("set_config('app.tenant', 'a', false) = 'a'", "true; SET app.tenant = 'a'"):
+            with pytest.raises(neon_async.PooledHostError):
+                await getattr(connection, name)(TABLE, where=where, **source)
+        await getattr(connection, name)(TABLE, where="a > 4", **source)
+    assert await direct.fetchval(f"SELECT count(*) FROM {TABLE}") == 4
+
+
+@pytest.mark.usefixtures("pgbouncer_installed")
+async def test_asking_the_server_about_types_changes_no_setting(postgres: LocalPostgres) -> None:
+    """asyncpg turns jit off for the session meanwhile, and behind PgBouncer that can be another client's."""
+    async with LocalPgBouncer(postgres, default_pool_size=1) as bouncer, opened(connector_to(bouncer)) as connection:
+        assert await connection.fetchval("SELECT NULL::information_schema.tables") is None
+        texts = await connection.fetchval("SELECT string_agg(statement, '') FROM pg_prepared_statements")
+        assert "typeinfo_tree" in texts  # it has asked
+        assert "set_config" not in texts

@@ -110,7 +110,7 @@ SOURCES = pytest.mark.parametrize("source", [from_connect, from_pool], ids=["con
 
 def itself(connection: Any) -> Any:
     """Return a connection without the proxy that a pool lends."""
-    return connection.transaction().connection
+    return getattr(connection, "_con", connection)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -316,8 +316,8 @@ class TestStatements:
         async with connection.transaction():
             factory = connection.cursor("SELECT 1")
             opened = await connection.cursor("SELECT 1")
-            for resource in (statement, factory, statement.cursor(), aiter(factory), opened):
-                assert holder.connection_of(resource) is connection
+            for resource in (statement, factory, statement.cursor(), aiter(factory)._rows, opened._opened):
+                assert holder.use_of(resource).session is session_of(connection)
 
     @pytest.mark.parametrize(
         ("command_timeout", "own", "expected"),
@@ -442,7 +442,7 @@ class TestLeftovers:
             loop.set_exception_handler(None)
         assert reported == []
 
-    @pins("_listeners", "_log_listeners", "_query_loggers")
+    @pins("_listeners", "_log_listeners", "_query_loggers", "_termination_listeners")
     async def test_callbacks_are_seen_and_set_back(self, connection: Any) -> None:
         def hear(*_: object) -> None:
             raise AssertionError("a callback that was forgotten has been called")
@@ -454,12 +454,11 @@ class TestLeftovers:
         assert not holder.callbacks_of(connection).log_listeners
         connection.add_log_listener(hear)
         connection.add_query_logger(hear)
+        connection.add_termination_listener(hear)
         assert holder.callbacks_of(connection).log_listeners
         hearing = holder.callbacks_of(connection)
         assert list(hearing.listeners) == ["news"]
-        assert [len(one) for one in (hearing.listeners["news"], hearing.log_listeners, hearing.query_loggers)] == [
-            1
-        ] * 3
+        assert [len(one) for one in (hearing.listeners["news"], *hearing[1:])] == [1] * 4
         writes = holder.writes(connection)
         holder.set_callbacks(connection, before)
         assert holder.writes(connection) == writes

@@ -32,6 +32,7 @@ HOLDER = "_driver.holder"
 
 # Attributes whose names are computed: what a search in the source cannot see.
 COMPUTED = {
+    HOLDER: {"Proxy.__getattr__"},  # all of a connection's, for the caller
     "_driver.loop": {"LoopAdapter.__getattr__"},  # the running loop's
     "_driver.pooled": {"tracked_settings"},  # names of PostgreSQL's settings
     "_driver.protocol": {"SessionProtocol.__getattr__"},  # all of asyncpg's protocol, for asyncpg
@@ -43,7 +44,7 @@ COMPUTED = {
 IMPORTS = {
     HOLDER: {"asyncpg.pool.PoolConnectionHolder", "asyncpg.pool.PoolConnectionProxy"},
     "_driver.connector": {"asyncpg.pool.PoolConnectionProxy"},  # for type checkers
-    "_driver.pooled": {"asyncpg.cursor", "asyncpg.prepared_stmt"},
+    "_driver.resources": {"asyncpg.connresource.guarded", "asyncpg.cursor", "asyncpg.prepared_stmt"},
     "_driver.transaction": {
         "asyncpg.connresource.guarded",
         "asyncpg.transaction.ISOLATION_LEVELS",

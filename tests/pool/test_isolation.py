@@ -70,6 +70,7 @@ async def look(connection: Any) -> dict[str, Any]:
         "listeners": {channel: len(callbacks) for channel, callbacks in inside._listeners.items()},
         "log listeners": len(inside._log_listeners),
         "query loggers": len(inside._query_loggers),
+        "termination listeners": len(inside._termination_listeners),
         "known settings": {name: getattr(known, name) for name in ("TimeZone", "DateStyle", "application_name")},
         "encoding": codecs.lookup(known.client_encoding.strip("'")).name,
     }
@@ -193,6 +194,10 @@ ACTIONS: dict[str, Action] = {
     "log listener of init removed": lambda connection: made(connection.remove_log_listener, hear_for_init),
     "query logger": lambda connection: made(connection.add_query_logger, hear),
     "query logger of init removed": lambda connection: made(connection.remove_query_logger, hear_for_init),
+    "termination listener": lambda connection: made(connection.add_termination_listener, hear),
+    "termination listener of init removed": lambda connection: made(
+        connection.remove_termination_listener, hear_for_init
+    ),
     "COPY": lambda connection: connection.copy_from_query("SELECT 1", output=io.BytesIO()),
 }
 
@@ -228,6 +233,7 @@ async def set_up(connection: Any) -> None:
     await connection.add_listener("init", hear_for_init)
     connection.add_log_listener(hear_for_init)
     connection.add_query_logger(hear_for_init)
+    connection.add_termination_listener(hear_for_init)
 
 
 @dataclass
@@ -443,6 +449,7 @@ async def set_up_pooled(connection: Any) -> None:
     await set_json(connection)
     connection.add_query_logger(hear_for_init)
     connection.add_log_listener(hear_for_init)
+    connection.add_termination_listener(hear_for_init)
 
 
 @pytest.fixture(scope="module", params=[None, set_up_pooled], ids=["without init", "with init"])

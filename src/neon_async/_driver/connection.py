@@ -15,7 +15,8 @@ from typing import Any, TypeVar, cast
 
 import asyncpg
 
-from .holder import ConnectionHooks, own_session
+from .holder import ConnectionHooks, Use, own_session
+from .resources import adopt_factory, adopt_statement
 from .session import Codec
 from .transaction import Transaction
 
@@ -82,6 +83,18 @@ class Connection(ConnectionHooks):
         """Reset the codec of a type to the default, as asyncpg does. At the end of a loan that is undone."""
         await super().reset_type_codec(typename, schema=schema)
         own_session(self).codecs.pop((schema, typename), None)
+
+    async def prepare(self, query: str, **options: Any) -> Any:
+        """Return a prepared statement, as asyncpg does. It cannot be used after the loan of the connection."""
+        return adopt_statement(await super().prepare(query, **options))
+
+    def cursor(self, query: str, *args: Any, **options: Any) -> Any:
+        """Return a cursor factory, as asyncpg does. It cannot be used after the loan of the connection."""
+        return adopt_factory(super().cursor(query, *args, **options))
+
+    def use_of(self, resource: object) -> Use:
+        """Return a call on a prepared statement, a cursor or a transaction of this connection."""
+        return Use(own_session(self))
 
     async def executemany(self, command: str, args: Any, **options: Any) -> Any:
         """Run `command` for each sequence of arguments, as asyncpg does; one cancellation ends it."""

@@ -10,9 +10,11 @@ Knows no slots, no waiters and no deadlines, and decides nothing.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
+import inspect
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import asyncpg
@@ -155,9 +157,30 @@ class StatementHooks(_Connection):
         return await self.run_statement(query, executor, timeout, **options)
 
 
-def connection_of(resource: Any) -> Any:
-    """Return the connection that a prepared statement, cursor or transaction belongs to."""
-    return resource._connection
+class Use:
+    """A call of a caller on a connection's resource: it is under way from its first step to its end."""
+
+    __slots__ = ("session",)
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+
+    def __enter__(self) -> None:
+        self.session.calls += 1
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        self.session.end_call()
+
+
+def use_of(resource: Any) -> Use:
+    """Return one use of a prepared statement, cursor or transaction, as its connection wants it."""
+    use: Use = resource._connection.use_of(resource)
+    return use
+
+
+def lent(connection: Any) -> Any:
+    """Return what a caller may have of a connection: the proxy of the loan, or the connection where no pool lent it."""
+    return connection if connection._proxy is None else connection._proxy
 
 
 def begin_session(
@@ -243,6 +266,7 @@ def callbacks_of(connection: Any) -> Callbacks:
         {channel: frozenset(callbacks) for channel, callbacks in connection._listeners.items()},
         frozenset(connection._log_listeners),
         frozenset(connection._query_loggers),
+        frozenset(connection._termination_listeners),
     )
 
 
@@ -251,6 +275,7 @@ def set_callbacks(connection: Any, callbacks: Callbacks) -> None:
     connection._listeners = {channel: set(kept) for channel, kept in callbacks.listeners.items()}
     connection._log_listeners = set(callbacks.log_listeners)
     connection._query_loggers = set(callbacks.query_loggers)
+    connection._termination_listeners = set(callbacks.termination_listeners)
 
 
 def _keep_only_others(connection: Any, callbacks: Callbacks) -> None:
@@ -263,6 +288,29 @@ def _keep_only_others(connection: Any, callbacks: Callbacks) -> None:
 def listens_otherwise(connection: Any, callbacks: Callbacks) -> bool:
     """Return whether the connection listens to other channels than `callbacks` has."""
     return bool(connection._listeners.keys() != callbacks.listeners.keys())
+
+
+async def end_calls(connection: Any) -> None:
+    """Wait until the calls of a finished loan have ended. They send nothing more: see `Holder.recall()`.
+
+    Raises:
+        asyncpg.InterfaceError: The server still runs a statement of one of them.
+    """
+    session = own_session(connection)
+    if session.calls:
+        if connection._protocol.is_running:
+            raise asyncpg.InterfaceError(
+                f"A connection of {session.name} was released while another operation was in progress on it, and was "
+                "terminated. Await every call before the release."
+            )
+        ended = asyncio.Event()
+        session.on_last_call = ended.set
+        try:
+            await ended.wait()
+        finally:
+            session.on_last_call = None
+    if not connection.is_closed():
+        connection._protocol.is_recalled = False
 
 
 async def end_cancellation(connection: Any) -> None:
@@ -315,8 +363,38 @@ class Proxy(_Proxy):
         return connection
 
     async def _call(self, method: Callable[..., Awaitable[Any]], args: Any, keywords: Any) -> Any:
-        self._lent(method.__name__)
-        return await method(*args, **keywords)
+        session = own_session(self._lent(method.__name__))
+        session.calls += 1
+        try:
+            return await method(*args, **keywords)
+        finally:
+            session.end_call()
+
+    async def _call_own(self, method: Callable[..., Awaitable[Any]], *args: Any, **keywords: Any) -> Any:
+        return await self._call(method, args, keywords)
+
+    async def _iterate_own(
+        self, method: Callable[..., AsyncGenerator[Any, Any]], *args: Any, **keywords: Any
+    ) -> AsyncGenerator[Any, Any]:
+        async with contextlib.aclosing(method(*args, **keywords)) as items:
+            while True:
+                try:
+                    item = await self._call(items.__anext__, (), {})
+                except StopAsyncIteration:
+                    return
+                yield item
+
+    def __getattr__(self, name: str) -> Any:
+        """Return what a caller's own class has besides asyncpg's methods. Its coroutines belong to the loan, too."""
+        connection = self._con
+        value = getattr(connection, name)
+        if connection is None or getattr(value, "__self__", None) is not connection:
+            return value
+        if inspect.iscoroutinefunction(value):
+            return functools.update_wrapper(functools.partial(self._call_own, value), value)
+        if inspect.isasyncgenfunction(value):
+            return functools.update_wrapper(functools.partial(self._iterate_own, value), value)
+        return value
 
     if not TYPE_CHECKING:  # asyncpg-stubs has the signatures; `wraps` also copies the mark of a coroutine function
 
@@ -396,6 +474,17 @@ class Proxy(_Proxy):
         def close(self, *args, **keywords):
             return self._call(self._lent("close").close, args, keywords)
 
+        @contextlib.contextmanager
+        @functools.wraps(PoolConnectionProxy.query_logger)
+        def query_logger(self, callback):
+            # asyncpg's registers it on the connection when the block is entered, whoever has the connection by then.
+            self.add_query_logger(callback)
+            try:
+                yield
+            finally:
+                if self._con is not None:  # else the end of the loan has removed it
+                    self.remove_query_logger(callback)
+
 
 class Holder(PoolConnectionHolder):
     """asyncpg's holder: what its proxies and its pool know of a connection of the pool. A slot owns it.
@@ -428,30 +517,39 @@ class Holder(PoolConnectionHolder):
         return proxy
 
     def recall(self) -> None:
-        """Make the proxy useless to its caller, with its cursors and statements.
+        """Make the proxy useless to its caller, with its cursors and statements, and calls that are under way.
 
         Callbacks that the caller registered are forgotten. Warns of listeners among them; the warning can be an
         exception.
         """
         connection, proxy = self._con, self._proxy
         self._proxy = None
-        kept = own_session(connection).snapshot.callbacks
+        session = own_session(connection)
+        if session.calls:
+            connection._protocol.is_recalled = True
+        kept = session.snapshot.callbacks
         keeps = bool(kept)
         try:
             if keeps:
                 _keep_only_others(connection, kept)  # asyncpg would warn of those that `init` registered, too
             connection._on_release()
         finally:
-            if keeps or connection._listeners or connection._log_listeners or connection._query_loggers:
+            if (
+                keeps
+                or connection._listeners
+                or connection._log_listeners
+                or connection._query_loggers
+                or connection._termination_listeners
+            ):
                 set_callbacks(connection, kept)
             if proxy is not None:
-                proxy._detach()  # type: ignore[attr-defined]
+                proxy._detach()
 
     def mark_closed(self) -> None:
         """Forget a connection that has ended."""
         proxy, self._proxy = self._proxy, None
         if proxy is not None:
-            proxy._detach()  # type: ignore[attr-defined]
+            proxy._detach()
         self._con = None
 
     def terminate(self) -> None:

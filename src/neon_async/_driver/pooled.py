@@ -13,17 +13,17 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NoReturn
 
 import asyncpg
-from asyncpg import cursor, prepared_stmt
 
 from .._errors import PooledHostError
 from .._neon.sql import REPORTED_SETTINGS, quote, session_feature
 from .connection import Connection
-from .holder import StatementHooks, connection_of, own_session, timeout_of
+from .holder import StatementHooks, Use, own_session, timeout_of
 from .session import Session
+from .transaction import Transaction
 
 _log = logging.getLogger("neon_async")
 
@@ -76,15 +76,17 @@ class PooledConnection(StatementHooks, Connection):
     async def prepare(self, query: str, **options: Any) -> Any:
         """Return a prepared statement, as asyncpg does; `PooledHostError` where it needs a session of its own."""
         refuse_session_features(self, query)
-        statement = await super().prepare(query, **options)
-        if type(statement) is prepared_stmt.PreparedStatement:
-            statement.__class__ = PreparedStatement
-        return statement
+        return await super().prepare(query, **options)
 
     def cursor(self, query: str, *args: Any, **options: Any) -> Any:
         """Return a cursor factory, as asyncpg does; `PooledHostError` where the query needs a session of its own."""
         refuse_session_features(self, query, args)
-        return _noting_factory(super().cursor(query, *args, **options))
+        return super().cursor(query, *args, **options)
+
+    def use_of(self, resource: object) -> Use:
+        """Return a call on a prepared statement, a cursor or a transaction of this connection."""
+        session = own_session(self)
+        return Use(session) if isinstance(resource, Transaction) else _ResourceUse(session)
 
     async def copy_from_query(self, query: str, *args: Any, **options: Any) -> Any:
         """Copy the rows of a query, as asyncpg does; `PooledHostError` where it needs a session of its own."""
@@ -197,90 +199,21 @@ class _Retry:
             note_stale(self._session, self._token)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Statements and cursors: they cannot be healed, and report what is stale, so that the next ones are
-
-
-class PreparedStatement(prepared_stmt.PreparedStatement):
-    """asyncpg's prepared statement, which reports that it is stale."""
+class _ResourceUse(Use):
+    """A call on a prepared statement or cursor, which cannot be healed: it reports that it is stale."""
 
     __slots__ = ()
 
-    async def fetch(self, *args: Any, **options: Any) -> Any:
-        """Return all rows, as asyncpg does."""
-        with _Noting(self):
-            return await super().fetch(*args, **options)
-
-    async def fetchval(self, *args: Any, **options: Any) -> Any:
-        """Return one value, as asyncpg does."""
-        with _Noting(self):
-            return await super().fetchval(*args, **options)
-
-    async def fetchrow(self, *args: Any, **options: Any) -> Any:
-        """Return one row, as asyncpg does."""
-        with _Noting(self):
-            return await super().fetchrow(*args, **options)
-
-    async def fetchmany(self, args: Any, **options: Any) -> Any:
-        """Return the rows of all runs, as asyncpg does."""
-        with _Noting(self):
-            return await super().fetchmany(args, **options)
-
-    async def executemany(self, args: Any, **options: Any) -> Any:
-        """Execute the statement for each sequence of arguments, as asyncpg does."""
-        with _Noting(self):
-            return await super().executemany(args, **options)
-
-    def cursor(self, *args: Any, **options: Any) -> Any:
-        """Return a cursor factory, as asyncpg does."""
-        return _noting_factory(super().cursor(*args, **options))
-
-
-class CursorFactory(cursor.CursorFactory):
-    """asyncpg's cursor factory, whose cursors report that they are stale."""
-
-    __slots__ = ()
-
-    def __aiter__(self) -> Any:
-        return CursorIterator(super().__aiter__())
-
-    def __await__(self) -> Generator[Any, Any, Any]:
-        with _Noting(self):
-            return (yield from super().__await__())
-
-
-class CursorIterator:
-    """The rows of a cursor, which reports that it is stale. asyncpg's iterator keeps its class: tracers look at it."""
-
-    __slots__ = ("_rows",)
-
-    def __init__(self, rows: Any) -> None:
-        self._rows = rows
-
-    def __aiter__(self) -> CursorIterator:
-        return self
-
-    async def __anext__(self) -> Any:
-        with _Noting(self._rows):
-            return await self._rows.__anext__()
-
-
-def _noting_factory(factory: Any) -> Any:
-    if type(factory) is cursor.CursorFactory:
-        factory.__class__ = CursorFactory
-    return factory
-
-
-class _Noting(_HeldServer):
-    """A use of `resource`, which reports that it is stale, and lets the error pass."""
-
-    def __init__(self, resource: object) -> None:
-        super().__init__(own_session(connection_of(resource)))
+    def __enter__(self) -> None:
+        super().__enter__()
+        self.session.holds_server = True
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if error is None:
+            self.session.holds_server = False
+        elif isinstance(error, _STALE):
+            note_stale(self.session, getattr(error, "query", None))
         super().__exit__(kind, error, traceback)
-        if isinstance(error, _STALE):
-            note_stale(self._session, getattr(error, "query", None))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

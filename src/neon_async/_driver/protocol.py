@@ -48,6 +48,7 @@ class SessionProtocol:
         "_transport",
         "get_settings",
         "is_connected",
+        "is_recalled",
         "mentioned",
     )
 
@@ -60,6 +61,7 @@ class SessionProtocol:
         self._begun = False  # a BEGIN went ahead, and asyncpg has not seen a ReadyForQuery since
         self._failure: ServerError | None = None  # of a BEGIN that went ahead
         self._reset_failure: ServerError | None = None
+        self.is_recalled = False  # the loan has ended, and calls of it are still under way: they send nothing more
         # Dotted names in texts and arguments, where someone collects them: what may be custom settings.
         self.mentioned: set[str] | None = None
         self.is_connected = protocol.is_connected
@@ -82,6 +84,11 @@ class SessionProtocol:
             and self._asyncpg.is_connected()
             and not holder.has_cancelled(self._asyncpg)
         )
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the server runs a statement, as far as is known."""
+        return self._running > 0
 
     def is_in_transaction(self) -> bool:
         """Return whether a transaction is open, one whose BEGIN went ahead included."""
@@ -137,6 +144,7 @@ class SessionProtocol:
     async def query(self, query: str, timeout: float | None) -> Any:
         """Run a simple query, or send it ahead; see `replacing()`."""
         self._note(query)
+        self._require_loan()
         if self._ahead is not None and self._ahead[0] == query:
             query = self._ahead[1]
             if self.is_idle() and not self._transport.is_in_failed_transaction:
@@ -213,6 +221,9 @@ class SessionProtocol:
             ready: Whether it ends with ReadyForQuery.
             rolls_back: Whether it succeeds also where the statement ahead has failed.
         """
+        if self.is_recalled:
+            call.close()
+            self._require_loan()
         self._running += 1
         try:
             result = await call
@@ -229,6 +240,13 @@ class SessionProtocol:
             raise self._take_failure()
         self._failure = None
         return result
+
+    def _require_loan(self) -> None:
+        if self.is_recalled:
+            raise asyncpg.InterfaceError(
+                "cannot perform operation: the connection has been released back to the pool. Nothing of this step was "
+                "sent. Await every call before the release."
+            )
 
     def _note(self, *texts: object) -> None:
         if self.mentioned is not None:

@@ -69,14 +69,16 @@ class Callbacks(NamedTuple):
         listeners: Of notifications, by channel.
         log_listeners: Of log messages.
         query_loggers: Of statements.
+        termination_listeners: Of the end of the connection.
     """
 
     listeners: Mapping[str, frozenset[Any]] = _NOTHING
     log_listeners: frozenset[Any] = frozenset()
     query_loggers: frozenset[Any] = frozenset()
+    termination_listeners: frozenset[Any] = frozenset()
 
     def __bool__(self) -> bool:
-        return bool(self.listeners or self.log_listeners or self.query_loggers)
+        return any(self)
 
 
 # Everything a borrower can leave in a session, in an order that works: first the rights of the login, then settings,
@@ -142,12 +144,15 @@ class Session:
         reset_query: The SQL that restores it.
         codecs: The type codecs that are registered now, by schema and type.
         initial_settings: The settings that PgBouncer tracks, as they were after the login and after the pool's `init`.
+        calls: How many calls on the connection, and on what it handed out, are under way.
+        on_last_call: Called when the last of them has ended, and when the connection is closed.
         holds_server: Whether PgBouncer may reserve a server connection for this client although no transaction is
             open. asyncpg ends a prepare with Flush, and the server connection stays reserved, with its locks on tables,
             until something is executed.
     """
 
     __slots__ = (
+        "calls",
         "cancel",
         "codecs",
         "endpoint",
@@ -156,6 +161,7 @@ class Session:
         "host",
         "initial_settings",
         "on_closed",
+        "on_last_call",
         "report",
         "reset_query",
         "snapshot",
@@ -180,6 +186,14 @@ class Session:
         self.codecs: dict[tuple[str, str], Codec] = {}
         self.initial_settings: dict[str, str] = {}
         self.holds_server = False
+        self.calls = 0
+        self.on_last_call: Callable[[], None] | None = None
+
+    def end_call(self) -> None:
+        """Note that a call has ended."""
+        self.calls -= 1
+        if self.on_last_call is not None and not self.calls:
+            self.on_last_call()
 
     def remember(self, snapshot: Snapshot) -> None:
         """Have every reset restore `snapshot`."""
@@ -196,3 +210,5 @@ class Session:
         callback, self.on_closed = self.on_closed, None
         if callback is not None:
             callback()
+        if self.on_last_call is not None:
+            self.on_last_call()

@@ -30,7 +30,7 @@ from .._errors import (
 )
 from .._neon.sql import quote, quote_name
 from .._timing import backoff
-from .holder import protocol_of
+from .holder import lent, protocol_of, use_of
 
 if TYPE_CHECKING:
     from .connection import Connection
@@ -78,7 +78,7 @@ class Transaction(AsyncpgTransaction):
         settings: As in `Connection.transaction()`.
     """
 
-    __slots__ = ("_observed",)
+    __slots__ = ("_lent", "_observed")
 
     def __init__(
         self,
@@ -89,20 +89,43 @@ class Transaction(AsyncpgTransaction):
         role: str | None = None,
         settings: Mapping[str, str] | None = None,
     ) -> None:
+        self._lent = lent(connection)
         self._observed = _Observed(connection, _claims(role, settings))
         super().__init__(cast(Any, self._observed), isolation, readonly, deferrable)
 
     @property
     def connection(self) -> Any:
-        """The connection itself. A pool's proxy for it is detached as soon as the connection is lost."""
-        return self._observed.connection
+        """The connection as it was lent: it cannot be used after the loan."""
+        return self._lent
 
     @property
     def status(self) -> str:
         """The server's answer to the latest of BEGIN, SAVEPOINT, COMMIT and ROLLBACK; "" before the first."""
         return self._observed.status
 
+    @guarded
+    async def start(self) -> None:
+        """Begin the block, as asyncpg does."""
+        with use_of(self):
+            await super().start()
+
+    @guarded
+    async def commit(self) -> None:
+        """Commit, or release the savepoint, as asyncpg does."""
+        with use_of(self):
+            await super().commit()
+
+    @guarded
+    async def rollback(self) -> None:
+        """Roll back, as asyncpg does."""
+        with use_of(self):
+            await super().rollback()
+
     async def __aexit__(self, extype: object, ex: Any, tb: object) -> None:
+        with use_of(self):
+            await self._leave(extype, ex, tb)
+
+    async def _leave(self, extype: object, ex: Any, tb: object) -> None:
         if ex is None:
             await super().__aexit__(extype, ex, tb)
             return
@@ -119,9 +142,9 @@ class Transaction(AsyncpgTransaction):
         with contextlib.suppress(asyncpg.InterfaceError):
             self._terminate()
 
-    @guarded  # asyncpg's: raises InterfaceError where the connection is closed, or was released after this was made
+    @guarded  # raises InterfaceError where the connection is closed, or was released after this was made
     def _terminate(self) -> None:
-        self.connection.terminate()
+        self._observed.connection.terminate()
 
 
 class _Observed:
@@ -277,7 +300,7 @@ class _Run:
         except asyncpg.InterfaceError as error:
             self.repeatable = type(error) is asyncpg.InterfaceError  # the connection has ended since it was acquired
             raise
-        self._session = self._transaction.connection
+        self._session = self._transaction._observed.connection  # the proxy is detached when the connection is lost
         try:
             await self._transaction.__aenter__()
         except Exception as error:

@@ -30,8 +30,8 @@ class Facts(NamedTuple):
         worn: It is not to be lent again: too old, too many queries, expired, or the pool is closing.
         own_reset: The reset is the caller's own code, which may do anything.
         untouched: Nothing was written to the server, and no type codec changed.
-        leftovers: A statement is under way or being cancelled, a transaction is open, or channels or type codecs were
-            changed.
+        leftovers: A call is under way, a statement is running or being cancelled, a transaction is open, or channels or
+            type codecs were changed.
         has_reset_query: There is SQL to send.
         ahead: That SQL may be sent ahead of the next statement.
     """
@@ -132,13 +132,14 @@ class Loan:
         untouched = codecs_kept and self._writes == holder.writes(connection)
         worn = supply.is_worn(self.slot, now)
         if untouched:  # there is nothing else to ask for
-            return Facts(False, worn, supply.own_reset, True, False, False, False)
+            return Facts(False, worn, supply.own_reset, True, session.calls > 0, False, False)
         return Facts(
             closed=False,
             worn=worn or holder.queries_run(connection) >= supply.options.max_queries,
             own_reset=supply.own_reset,
             untouched=False,
-            leftovers=not holder.is_idle(connection)
+            leftovers=session.calls > 0
+            or not holder.is_idle(connection)
             or holder.has_transaction(connection)
             or holder.listens_otherwise(connection, session.snapshot.callbacks)
             or not codecs_kept,

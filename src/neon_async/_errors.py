@@ -15,6 +15,8 @@ from typing import ClassVar, NamedTuple, ParamSpec, TypeVar
 
 import asyncpg
 
+from ._text import escape
+
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
@@ -304,8 +306,11 @@ ServerError = asyncpg.PostgresError  # the class of what `server_error()` return
 
 
 def server_error(body: bytes) -> asyncpg.PostgresError:
-    """Return asyncpg's exception for the body of an ErrorResponse (PostgreSQL documentation, section 54.8)."""
-    fields = {chr(field[0]): field[1:].decode("utf-8", "replace") for field in body.split(b"\0") if field}
+    """Return asyncpg's exception for the body of an ErrorResponse (PostgreSQL documentation, section 54.8).
+
+    What is not printable in it is escaped.
+    """
+    fields = {chr(field[0]): escape(field[1:].decode("utf-8", "replace")) for field in body.split(b"\0") if field}
     error: asyncpg.PostgresError = asyncpg.PostgresError.new(fields)
     return error
 

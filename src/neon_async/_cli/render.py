@@ -12,6 +12,7 @@ import textwrap
 from typing import TYPE_CHECKING, Any
 
 from .. import ISRG_ROOT_X1_SHA256
+from .._text import escape
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -30,7 +31,6 @@ __all__ = (
     "print_heading",
     "print_roots",
     "print_wrapped",
-    "printable",
     "roots_to_json",
 )
 
@@ -192,15 +192,10 @@ def print_wrapped(
     from rich.text import Text
 
     width = max(min(console.width, 100) - indent, 20)
-    lines = textwrap.wrap(printable(text), width, break_long_words=False, break_on_hyphens=False)
+    lines = textwrap.wrap(escape(text), width, break_long_words=False, break_on_hyphens=False)
     for number, line in enumerate(lines):
         left = "" if number else label
         console.print(Text.assemble((left.ljust(indent), label_style), (line, style)), soft_wrap=True)
-
-
-def printable(text: str) -> str:
-    """Escape each character of `text` that could control a terminal: part of the text comes from servers."""
-    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
 
 
 def milliseconds(seconds: float) -> str:
@@ -222,7 +217,7 @@ def _print_step(step: Step, result: CheckResult, console: Console) -> None:
     line.append(f"{sign} ", style)
     line.append(f"{step.name:<15}{'' if step.seconds is None else milliseconds(step.seconds):>10}  ")
     line.append(f"{_bar(step, result.seconds, console):<{_BAR_CELLS}}  ", style)
-    line.append(printable(result.problem.type if step.outcome == "failed" and result.problem else step.detail))
+    line.append(escape(result.problem.type if step.outcome == "failed" and result.problem else step.detail))
     line.truncate(console.width, overflow="crop" if console.options.ascii_only else "ellipsis")
     line.rstrip()
     console.print(line)

@@ -11,6 +11,7 @@ import asyncpg
 from .._config.connection import ConnectionParameters
 from .._errors import ConnectError, ConnectTimeoutError, NeonAsyncError, ProtocolError, TLSError
 from .._neon.server_texts import classify
+from .._text import escape
 from .._wire.tls import NOT_TLS_REASONS, certificate_error, openssl_reason
 from .._wire.trust import TrustAnchor
 
@@ -68,6 +69,7 @@ def _failure(error: Exception, attempt: Attempt, host: str, activity: str) -> Ne
             what, advice = _NOT_TLS
             return TLSError(f"The TLS handshake with {host} failed: {what}. {advice}")
         case LookupError() | ValueError() | AttributeError() if attempt.step == "authentication":
+            error.args = tuple(escape(arg) if isinstance(arg, str) else arg for arg in error.args)  # it stays the cause
             return ProtocolError(f"{host} sent settings that asyncpg cannot read ({error}). Check options and server.")
     # Nothing is known of it, so it may pass. Its text may contain anything, and stays in the cause.
     return ConnectError(f"Connecting to {host} failed during {activity} ({type(error).__name__}). Try again.")

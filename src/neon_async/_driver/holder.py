@@ -21,6 +21,7 @@ import asyncpg
 from asyncpg.pool import PoolConnectionHolder, PoolConnectionProxy
 
 from .._errors import NeonAsyncError
+from .._text import escape
 from .session import Callbacks, Session
 
 if TYPE_CHECKING:
@@ -114,7 +115,7 @@ def _give_up_cancelling(connection: Any, name: str, waiter: asyncio.Future[None]
         waiter.set_exception(error)
         waiter.exception()  # often no call waits
     if isinstance(error, (NeonAsyncError, OSError)):
-        _log.info("%s: a statement could not be cancelled, its connection is terminated: %s", name, error)
+        _log.info("%s: a statement could not be cancelled, its connection is terminated: %s", name, escape(str(error)))
     else:
         context = {"message": "A cancel request failed unexpectedly", "exception": error}
         asyncio.get_running_loop().call_exception_handler(context)

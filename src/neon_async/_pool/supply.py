@@ -29,6 +29,7 @@ from .._driver.session import Snapshot
 from .._driver.snapshot import restore_codecs, take_snapshot
 from .._errors import ConnectError, ConnectTimeoutError, NeonAsyncError, PoolTimeoutError
 from .._neon.endpoint import short_name
+from .._text import escape
 from .._timing import Timer
 from .loan import Need
 from .options import PoolOptions
@@ -466,7 +467,7 @@ class Supply:
         before = self.pace.last_failure
         if before is None or may_pass(before) != may_pass(error):
             ours = isinstance(error, NeonAsyncError)  # the text of any other error may contain anything
-            what = " ".join(str(error).split()) if ours else type(error).__name__
+            what = escape(str(error)) if ours else type(error).__name__
             plan = "retrying" if may_pass(error) else "not retrying for now"
             _log.info("%s: cannot connect, %s: %s", self.name, plan, what)
         self.pace.failed(error, began=began, now=time.monotonic())

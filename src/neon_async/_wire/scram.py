@@ -21,6 +21,7 @@ from scramp import ScramClient
 from scramp.core import CBindData, ClientStage, ScramException
 
 from .._errors import AuthenticationError, ChannelBindingError
+from .._text import escape
 
 PLAIN, PLUS = "SCRAM-SHA-256", "SCRAM-SHA-256-PLUS"
 
@@ -130,7 +131,7 @@ class Exchange:
         try:
             step(message.decode("ascii"))
         except (ScramException, UnicodeDecodeError) as error:
-            reason = error.args[0] if isinstance(error, ScramException) else "it is not ASCII"
+            reason = escape(str(error.args[0])) if isinstance(error, ScramException) else "it is not ASCII"
         else:
             return
         raise AuthenticationError(

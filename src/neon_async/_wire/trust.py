@@ -18,6 +18,7 @@ from typing import NamedTuple, TypeAlias
 
 from .._config.roots import ISRG_ROOT_X1_SHA256, KnownRoots
 from .._errors import ConfigurationError, InsecureConfigurationError
+from .._text import escape
 from .files import MAX_CERTIFICATES, read_file
 
 AnchorSource: TypeAlias = str | bytes | os.PathLike[str] | KnownRoots
@@ -141,7 +142,7 @@ def fingerprint(der: bytes) -> str:
 def distinguished_name(name: object) -> str:
     """Return a name in the form of `getpeercert()` and `get_ca_certs()` as text, most specific attribute first."""
     pairs = [pair for rdn in name for pair in rdn] if isinstance(name, tuple) else []
-    return ", ".join(f"{_SHORT_NAMES.get(key, key)}={value}" for key, value in reversed(pairs))
+    return escape(", ".join(f"{_SHORT_NAMES.get(key, key)}={value}" for key, value in reversed(pairs)))
 
 
 # Short names of the attributes that CAs use (RFC 4514, section 3, and OpenSSL).

@@ -1,0 +1,19 @@
+"""Make text fit for messages and log lines."""
+
+from __future__ import annotations
+
+
+def escape(text: str) -> str:
+    r"""Return `text` with each character that is not printable as a Python escape, such as `\n` or `\u202e`.
+
+    Servers, certificates and files can contain text that controls a terminal, begins a line of its own in a log, or
+    hides or reorders what stands beside it (Unicode categories Cc, Cf, Zl and Zp).
+    """
+    if text.isprintable():
+        return text
+    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
+
+
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun: `1 caller`, `2 callers`."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

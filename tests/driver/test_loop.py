@@ -380,3 +380,20 @@ async def test_a_certificate_that_is_renewed_between_two_dials_is_bound_again(
     assert await dial(connector) == PLUS
     server.present(certificate.another())
     assert await dial(connector) == PLUS
+
+
+async def test_connections_of_event_loops_in_several_threads_keep_their_bytes_apart(postgres: LocalPostgres) -> None:
+    together = threading.Barrier(4)
+
+    def run(letter: str) -> list[bool]:
+        async def fetch() -> list[bool]:
+            async with connected(postgres) as connection:
+                together.wait(HANG)
+                query = "SELECT repeat($1, n) FROM generate_series(1, 100000, 9999) n"
+                lengths = list(range(1, 100_001, 9_999))
+                found = [[row[0] for row in await connection.fetch(query, letter)] for _ in range(10)]
+                return [texts == [letter * length for length in lengths] for texts in found]
+
+        return asyncio.run(fetch())
+
+    assert await asyncio.gather(*(asyncio.to_thread(run, letter) for letter in "abcd")) == [[True] * 10] * 4

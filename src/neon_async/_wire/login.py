@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from .scram import Exchange, KeyCache
+    from .transport import Stream
 
 # A function that returns the password. No variable of ours holds the text, so no error tracker can record it.
 Secret: TypeAlias = "Callable[[], str]"  # noqa: S105
@@ -197,7 +198,7 @@ class LoginProtocol(asyncio.Protocol):
         del self._received[: 9 + len(data)]
         return data
 
-    async def hand_over(self, protocol: asyncio.Protocol) -> None:
+    async def hand_over(self, protocol: asyncio.Protocol | Stream) -> None:
         """Wait for AuthenticationOk and ReadyForQuery, and pass these and everything that follows to `protocol`.
 
         The messages between the two are checked: an authentication request there crashes the process with asyncpg 0.32.

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import socket
 import struct
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias
@@ -30,6 +31,8 @@ _FATAL = frozenset({b"VFATAL", b"VPANIC"})
 # ReadyForQuery, but for the status of the transaction.
 _READY = b"Z\0\0\0\5"
 _READY_SIZE = 6
+# As much as asyncio and uvloop read at once, and more than the 16 KiB of a TLS record (RFC 8446, section 5.1).
+_READ_BUFFER_SIZE = 256 * 1024
 
 
 class SessionTransport(asyncio.Transport):
@@ -45,7 +48,7 @@ class SessionTransport(asyncio.Transport):
     def __init__(self, transport: asyncio.Transport) -> None:
         # Not super().__init__(): get_extra_info() is the TLS transport's.
         self._transport = transport
-        self._stream: _Stream | None = None
+        self._stream: Stream | None = None
         self._held = b""  # statements sent ahead that wait to be written together with what follows
         self.session: object = None
         self.writes = 0
@@ -53,9 +56,9 @@ class SessionTransport(asyncio.Transport):
     def __repr__(self) -> str:
         return f"<SessionTransport {self.writes} writes over {self._transport!r}>"
 
-    def in_front_of(self, protocol: asyncio.Protocol) -> asyncio.Protocol:
+    def in_front_of(self, protocol: asyncio.Protocol) -> Stream:
         """Return the protocol for the TLS transport: it keeps the answers to statements sent ahead from `protocol`."""
-        self._stream = _Stream(self._transport, protocol)
+        self._stream = Stream(self._transport, protocol)
         return self._stream
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -184,8 +187,22 @@ class SessionTransport(asyncio.Transport):
         return self._transport.get_extra_info(name, default)
 
 
-class _Stream(asyncio.Protocol):
-    """What the server sends, in front of the session's protocol: reads the answers to statements sent ahead."""
+class _ReadBuffer(threading.local):
+    """Where the streams of a thread receive bytes. It is in use only during one read of one of them."""
+
+    def __init__(self) -> None:
+        self.view = memoryview(bytearray(_READ_BUFFER_SIZE))
+
+
+_read_buffer = _ReadBuffer()
+
+
+class Stream(asyncio.BufferedProtocol):
+    """What the server sends, in front of the session's protocol: reads the answers to statements sent ahead.
+
+    It is a buffered protocol because asyncio and uvloop allocate 256 KiB for every read of any other protocol, and the
+    C library may ask the kernel for so much memory each time.
+    """
 
     def __init__(self, transport: asyncio.Transport, protocol: asyncio.Protocol) -> None:
         self.waiting: deque[Answer] = deque()
@@ -212,7 +229,14 @@ class _Stream(asyncio.Protocol):
         self._waiters.append(waiter)
         await waiter
 
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return _read_buffer.view
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self.data_received(bytes(_read_buffer.view[:nbytes]))
+
     def data_received(self, data: bytes) -> None:
+        """Receive bytes that were read elsewhere, too: together with the end of the login."""
         if self._ended:
             return
         if self.waiting:

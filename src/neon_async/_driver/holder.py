@@ -288,7 +288,8 @@ def _keep_only_others(connection: Any, callbacks: Callbacks) -> None:
 
 def listens_otherwise(connection: Any, callbacks: Callbacks) -> bool:
     """Return whether the connection listens to other channels than `callbacks` has."""
-    return bool(connection._listeners.keys() != callbacks.listeners.keys())
+    ours, others = connection._listeners, callbacks.listeners
+    return bool((ours or others) and ours.keys() != others.keys())
 
 
 async def end_calls(connection: Any) -> None:

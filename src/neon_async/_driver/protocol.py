@@ -76,6 +76,11 @@ class SessionProtocol:
     # -----------------------------------------------------------------------------------------------------------------
     # State
 
+    @property
+    def queries_count(self) -> int:
+        """How many statements were run; asyncpg's name."""
+        return int(self._asyncpg.queries_count)
+
     def is_idle(self) -> bool:
         """Return whether no statement is under way, so that one may be sent ahead."""
         return (

@@ -133,19 +133,17 @@ class Loan:
         worn = supply.is_worn(self.slot, now)
         if untouched:  # there is nothing else to ask for
             return Facts(False, worn, supply.own_reset, True, session.calls > 0, False, False)
-        return Facts(
-            closed=False,
-            worn=worn or holder.queries_run(connection) >= supply.options.max_queries,
-            own_reset=supply.own_reset,
-            untouched=False,
-            leftovers=session.calls > 0
+        worn = worn or holder.queries_run(connection) >= supply.options.max_queries
+        leftovers = (
+            session.calls > 0
             or not holder.is_idle(connection)
             or holder.has_transaction(connection)
             or holder.listens_otherwise(connection, session.snapshot.callbacks)
-            or not codecs_kept,
-            has_reset_query=_has_reset_query(connection),
-            ahead=not has_own_reset_query(connection),
+            or not codecs_kept
         )
+        own_query = has_own_reset_query(connection)
+        has_reset_query = not own_query or _has_reset_query(connection)
+        return Facts(False, worn, supply.own_reset, False, leftovers, has_reset_query, not own_query)
 
     def _watch(self, leak_after: float) -> None:
         """Log the stack that acquired the connection if it is not released within `leak_after` seconds."""

@@ -357,7 +357,9 @@ class Supply:
     def balance(self) -> None:
         """Start what the waiters and `min_size` need: hand-overs, checks of idle connections, dials at their pace."""
         slots, waiters = self.slots, self.waiters
-        if self.closing or not (waiters or slots.connected < self.options.min_size):
+        if self.closing or not (slots.idle or slots.vacant):
+            return
+        if not waiters and slots.connected >= self.options.min_size:
             return
         now = time.monotonic()
         while waiters and (slot := self.take_idle(now)) and waiters.hand_over(slot):

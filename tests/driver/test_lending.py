@@ -187,7 +187,7 @@ class TestHolder:
             await proxy.fetchval("SELECT 1")
 
     @pins("_aborted", "_transport")
-    def test_a_connection_whose_event_loop_is_closed_can_be_abandoned(
+    def test_a_connection_whose_event_loop_is_closed_can_be_terminated(
         self, postgres: LocalPostgres, anyio_backend: object
     ) -> None:
         owner, reported = Holder(None), []
@@ -201,10 +201,10 @@ class TestHolder:
                 session.on_closed = lambda: reported.append(connection.is_closed())
                 owner.adopt(connection)
 
-        owner.abandon()
+        owner.terminate()
         asyncio.run(connect())
         assert owner.is_connected()
-        owner.abandon()
+        owner.terminate()
         assert not owner.is_connected()
         assert reported == [True]
         with warnings.catch_warnings():

@@ -84,6 +84,13 @@ def remote(postgres: LocalPostgres) -> Iterator[Remote]:
         remote.end_sessions()
 
 
+@pytest.fixture
+def collected() -> Iterator[None]:
+    """Collects the garbage after the test, while the warnings that the test expects of it are ignored."""
+    yield
+    gc.collect()
+
+
 # Brings an open pool of two connections into a state, and returns the tasks that go on.
 Scene: TypeAlias = Callable[[neon_async.Pool, Remote], Awaitable[list["asyncio.Task[Any]"]]]
 Tasks: TypeAlias = "list[asyncio.Task[Any]]"
@@ -374,8 +381,51 @@ def test_terminate_is_an_exit_handler(postgres: LocalPostgres, tmp_path: Path, l
     assert (child.stdout, child.stderr, child.returncode) == ("1 3\n0 0 True\n", "", 0)
 
 
+@each(QUIET)
+@pytest.mark.parametrize("new_loop", LOOPS)
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # of an event loop that is closed with transports in it
+@pytest.mark.usefixtures("collected")
+def test_close_ends_the_connections_after_the_event_loop_was_closed(
+    remote: Remote, new_loop: Callable[[], asyncio.AbstractEventLoop], scene: Scene
+) -> None:
+    with asyncio.Runner(loop_factory=new_loop) as runner:
+        pool, _ = runner.run(open_pool(remote, scene, release_timeout=NEVER))
+    asyncio.run(pool.close())
+    assert_ended(pool)
+    assert pool.stats().vacant == 2
+    remote.recover()
+    wait_for(lambda: remote.count_sessions() == 0)
+    pool.terminate()
+    asyncio.run(pool.close())
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # From another thread
+
+
+@pytest.mark.parametrize("new_loop", LOOPS)
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # of an event loop that is closed with transports in it
+@pytest.mark.usefixtures("collected")
+def test_the_server_learns_of_the_end_from_a_thread_although_the_event_loop_stops(
+    remote: Remote, new_loop: Callable[[], asyncio.AbstractEventLoop]
+) -> None:
+    """The loop is in its last iteration, and never does what the thread asks it to do."""
+    loop = new_loop()
+    pool, _ = loop.run_until_complete(open_pool(remote, in_use))
+
+    def stop() -> None:
+        loop.stop()
+        thread = threading.Thread(target=pool.terminate)
+        thread.start()
+        thread.join(HANG)
+
+    loop.call_soon(stop)
+    loop.run_forever()
+    wait_for(lambda: remote.count_sessions() == 0)
+    loop.close()
+    asyncio.run(pool.close())
+    assert_ended(pool)
+    assert pool.stats().vacant == 2
 
 
 @pytest.mark.anyio
@@ -426,6 +476,58 @@ async def test_terminate_can_be_called_in_the_event_loop_of_another_thread(remot
         for outcome in await asyncio.gather(*tasks, return_exceptions=True):
             assert isinstance(outcome, neon_async.PoolClosedError)
         await until(lambda: pool.stats().vacant == 2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A connection that is lent
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("options", [{"max_size": 1}, {"max_size": 2, "min_size": 2}], ids=["waiters", "min_size"])
+@pytest.mark.filterwarnings("ignore:min_size=2 keeps")
+async def test_a_lent_connection_that_a_thread_terminates_is_replaced(remote: Remote, options: dict[str, Any]) -> None:
+    async with asyncio.timeout(HANG), await make_pool(remote.endpoint, **options) as pool:
+        connection = await pool.acquire()
+        await connection.fetchval("SELECT 1")
+        waiters = [asyncio.ensure_future(pool.fetchval("SELECT 1")) for _ in range(3)]
+        await until(lambda: options["max_size"] > 1 or pool.stats().waiting == 3)
+        await asyncio.to_thread(connection.terminate)
+        assert await asyncio.gather(*waiters) == [1, 1, 1]
+        await until(lambda: pool.get_idle_size() == options["max_size"])
+        await pool.release(connection)
+
+
+@pytest.mark.parametrize("new_loop", LOOPS)
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # of an event loop that is closed with transports in it
+@pytest.mark.usefixtures("collected")
+def test_a_lent_connection_that_is_terminated_outside_of_the_event_loop_is_replaced_in_it(
+    remote: Remote, new_loop: Callable[[], asyncio.AbstractEventLoop]
+) -> None:
+    async def begin() -> tuple[neon_async.Pool, Any, Tasks]:
+        pool = await make_pool(remote.endpoint, max_size=1, application_name=NAME)
+        connection = await pool.acquire()
+        waiters = [asyncio.ensure_future(pool.fetchval("SELECT 1")) for _ in range(3)]
+        await until(lambda: pool.stats().waiting == 3)
+        return pool, connection, waiters
+
+    async def go_on(waiters: Tasks) -> list[Any]:
+        async with asyncio.timeout(HANG):
+            return await asyncio.gather(*waiters)
+
+    loop = new_loop()
+    pool, connection, waiters = loop.run_until_complete(begin())
+    connection.terminate()
+    assert pool.get_size() == 0
+    assert loop.run_until_complete(go_on(waiters)) == [1, 1, 1]
+    pool.terminate()
+    pool, connection, waiters = loop.run_until_complete(begin())
+    for waiter in waiters:
+        waiter.cancel()
+    loop.close()
+    connection.terminate()
+    assert pool.get_size() == 0
+    pool.terminate()
+    wait_for(lambda: remote.count_sessions() == 0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

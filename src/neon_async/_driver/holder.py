@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 import asyncpg
 from asyncpg.pool import PoolConnectionHolder, PoolConnectionProxy
 
-from .._errors import NeonAsyncError
+from .._errors import NeonAsyncError, UnsupportedEventLoopError
 from .._text import escape
 from .session import Callbacks, Session
 
@@ -55,11 +55,12 @@ def own_session(connection: Any) -> Session:
 
 
 class ConnectionHooks(_Connection):
-    """asyncpg's connection: its end is reported, and its cancel requests are ours."""
+    """asyncpg's connection: it ends from anywhere, its end is reported, and its cancel requests are ours."""
 
     __slots__ = ()
 
     _protocol: Any
+    _loop: asyncio.AbstractEventLoop
 
     def __init__(self, *args: Any, **options: Any) -> None:
         try:
@@ -67,6 +68,58 @@ class ConnectionHooks(_Connection):
         except BaseException:
             self._aborted = True  # else `__del__` looks for what was never set
             raise
+
+    def terminate(self) -> None:
+        """End the connection at once, without waiting for anything.
+
+        It can be called from any thread, and after the connection's event loop has stopped or was closed. While that
+        loop runs in another thread, the server learns of the end at once, and `is_closed()` is true a moment later.
+        """
+        loop = self._loop
+        if is_current(loop):
+            super().terminate()
+        elif loop.is_running() and call_in(loop, super().terminate):
+            self._shut_down()  # the loop may be blocked, or stop before it makes the call
+        elif loop.is_closed():
+            self._abandon()
+        else:
+            super().terminate()
+            self._shut_down()  # what asyncpg has begun ends only when the loop runs again
+
+    async def close(self, *, timeout: float | None = None) -> None:
+        """Close the connection politely, as asyncpg does.
+
+        After the connection's event loop was closed, the connection is terminated: it cannot be closed politely.
+
+        Args:
+            timeout: Seconds after which `TimeoutError` is raised and the connection is terminated. Default: none.
+
+        Raises:
+            UnsupportedEventLoopError: The connection belongs to another event loop, which still exists.
+        """
+        if self.is_closed() or is_current(self._loop):
+            await super().close(timeout=timeout)
+        elif self._loop.is_closed():
+            self.terminate()
+        else:
+            raise UnsupportedEventLoopError(
+                "This connection belongs to another event loop. Close it there, or call terminate(), which works from "
+                "anywhere."
+            )
+
+    def _shut_down(self) -> None:
+        """Have the server learn of the end, from any thread, without the event loop."""
+        session = session_of(self)
+        if session is not None:
+            cast(Any, self)._transport.shut_down()
+
+    def _abandon(self) -> None:
+        """End the connection where its event loop is closed: there asyncpg's `terminate()` raises."""
+        self._aborted = True  # so that `is_closed()` is true
+        self._shut_down()
+        session = session_of(self)
+        if session is not None:
+            session.notify_closed()
 
     def _abort(self) -> None:
         # asyncpg forgets its protocol here, and a call that comes back between two messages raises AttributeError.
@@ -119,6 +172,23 @@ def _give_up_cancelling(connection: Any, name: str, waiter: asyncio.Future[None]
     else:
         context = {"message": "A cancel request failed unexpectedly", "exception": error}
         asyncio.get_running_loop().call_exception_handler(context)
+
+
+def is_current(loop: asyncio.AbstractEventLoop) -> bool:
+    """Return whether this is the event loop that runs in this thread."""
+    try:
+        return asyncio.get_running_loop() is loop
+    except RuntimeError:
+        return False
+
+
+def call_in(loop: asyncio.AbstractEventLoop, call: Callable[[], object]) -> bool:
+    """Have the event loop of another thread make a call, and return whether it is going to."""
+    try:
+        loop.call_soon_threadsafe(call)
+    except RuntimeError:  # it was closed a moment ago
+        return False
+    return True
 
 
 class _ClosedProtocol:
@@ -559,16 +629,10 @@ class Holder(PoolConnectionHolder):
         if self._con is not None:
             self._con.terminate()
 
-    def abandon(self) -> None:
-        """End the connection, if there is one, where its event loop is closed: there `terminate()` raises."""
-        connection = self._con
-        if connection is None:
-            return
-        connection._aborted = True  # so that `is_closed()` is true
-        connection._transport.shut_down()
-        session = session_of(connection)
-        assert session is not None
-        session.notify_closed()
+    def shut_down(self) -> None:
+        """Have the server learn of the end of the connection, if there is one, from any thread."""
+        if self._con is not None:
+            self._con._shut_down()
 
     def is_idle(self) -> bool:
         """Return whether no caller has the connection; asyncpg asks."""

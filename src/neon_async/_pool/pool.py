@@ -20,7 +20,7 @@ from asyncpg.pool import PoolAcquireContext
 
 from .._driver.connection import Connection
 from .._driver.connector import Connector, prepare, require_asyncio
-from .._driver.holder import Holder, PoolBase, holder_of
+from .._driver.holder import Holder, PoolBase, call_in, holder_of, is_current
 from .._driver.transaction import run_transaction
 from .._errors import (
     ConfigurationError,
@@ -173,7 +173,8 @@ class Pool(PoolBase):
         if self._phase is not _Phase.NEW:
             return self
         self._phase = _Phase.OPENING
-        self._set_loop(asyncio.get_running_loop())
+        self._supply.loop = asyncio.get_running_loop()
+        self._set_loop(self._supply.loop)
         try:
             await self._make_first_connections(self._options.opening_size)
         except BaseException:
@@ -310,7 +311,7 @@ class Pool(PoolBase):
         return PoolClosedError(text, unavailable=unavailable)
 
     def _require_own_loop(self) -> None:
-        if not _is_current(self._own_loop):
+        if not is_current(self._own_loop):
             raise UnsupportedEventLoopError(
                 "This pool was opened in another event loop, and its connections belong to that loop. Open one pool in "
                 "each event loop, and release a connection in the loop that acquired it."
@@ -413,19 +414,23 @@ class Pool(PoolBase):
     async def close(self, *, timeout: float = 10.0) -> None:
         """Close the pool: refuse waiters at once, close idle connections, then those that callers release.
 
-        Cancelling this call terminates the connections that are still in use.
+        Cancelling this call terminates the connections that are still in use. After the event loop in which the pool
+        was opened was closed, all connections are terminated at once.
 
         Args:
             timeout: Seconds after which the connections that are still in use are terminated. Default: 10.0.
 
         Raises:
             PoolClosedError: The pool was never opened.
-            UnsupportedEventLoopError: The pool was opened in another event loop.
+            UnsupportedEventLoopError: The pool was opened in another event loop, which still exists.
         """
         check_timeout("timeout", timeout)
         if self._phase is _Phase.CLOSED:
             return
         self._require_opened()
+        if self._own_loop.is_closed():  # nothing can be closed politely any more
+            self.terminate()
+            return
         self._require_own_loop()
         if self._phase is not _Phase.CLOSING:
             self._phase = _Phase.CLOSING
@@ -446,8 +451,9 @@ class Pool(PoolBase):
     def terminate(self) -> None:
         """Close the pool at once: refuse waiters, and terminate all connections, also those in use.
 
-        It can be called where no event loop runs, also after the pool's event loop was closed, and from any thread. In
-        another thread than that of the running event loop it returns before the connections have ended.
+        It can be called where no event loop runs, also after the pool's event loop was closed, and from any thread.
+        While the pool's event loop runs in another thread, the server learns of the end of the connections at once, and
+        the pool counts them as ended a moment later.
 
         Raises:
             PoolClosedError: The pool was never opened.
@@ -455,8 +461,9 @@ class Pool(PoolBase):
         if self._phase is _Phase.CLOSED:
             return
         self._require_opened()
-        if self._own_loop.is_running() and not _is_current(self._own_loop):
-            self._own_loop.call_soon_threadsafe(self._terminate)
+        loop = self._own_loop
+        if loop.is_running() and not is_current(loop) and call_in(loop, self._terminate):
+            self._supply.shut_down()  # the loop may be blocked, or stop before it makes the call
         else:
             self._terminate()
 
@@ -635,13 +642,6 @@ class Pool(PoolBase):
             return await self._call(
                 lambda con, left: con.copy_records_to_table(table_name, timeout=left, **options), timeout, again=False
             )
-
-
-def _is_current(loop: asyncio.AbstractEventLoop) -> bool:
-    try:
-        return asyncio.get_running_loop() is loop
-    except RuntimeError:
-        return False
 
 
 @forget_arguments

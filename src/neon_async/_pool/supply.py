@@ -73,6 +73,7 @@ class Supply:
         self.own_reset = options.reset is not None  # or, once there is a connection, its class has a reset() of its own
         self.closing = False  # from then on connections are closed instead of being offered
         self.emptied = asyncio.Event()  # closing, and the last connection has ended
+        self.loop: asyncio.AbstractEventLoop  # the one in which the pool was opened; set then
         self._generation = 0
         self._tasks: set[asyncio.Task[Any]] = set()
         self._reaper = Timer(self._reap)
@@ -361,6 +362,9 @@ class Supply:
             return
         if not waiters and slots.connected >= self.options.min_size:
             return
+        if not holder.is_current(self.loop):  # a connection was terminated where the event loop does not run
+            holder.call_in(self.loop, self.balance)
+            return
         now = time.monotonic()
         while waiters and (slot := self.take_idle(now)) and waiters.hand_over(slot):
             slots.move(slot, State.RESERVED)
@@ -513,9 +517,14 @@ class Supply:
         self.emptied = asyncio.Event()
         self._tasks.clear()
         for slot in self.slots:
-            slot.holder.abandon()  # which ends its loan, or vacates an idle slot
+            slot.holder.terminate()  # which ends its loan, or vacates an idle slot
             if slot.state is not State.VACANT:
                 self._vacate(slot)
+
+    def shut_down(self) -> None:
+        """Have the server learn of the end of every connection, from any thread. `terminate()` must follow."""
+        for slot in self.slots:
+            slot.holder.shut_down()
 
     async def wait_for_tasks(self) -> None:
         """Wait until the tasks that were cancelled have ended, for a moment at most."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import socket
 import struct
 import threading
@@ -150,11 +151,16 @@ class SessionTransport(asyncio.Transport):
             self.shut_down()
 
     def shut_down(self) -> None:
-        """Shut the socket down without the event loop, which is closed."""
+        """Shut the socket down without the event loop, from any thread. The server learns of it at once."""
         sock = self.get_extra_info("socket")
-        if sock is not None:
-            with contextlib.suppress(OSError, TypeError):  # uvloop closed its sockets together with the event loop
+        if sock is None:
+            return
+        with contextlib.suppress(OSError):  # it has been closed
+            try:
                 sock.shutdown(socket.SHUT_RDWR)
+            except TypeError:  # uvloop's, which can do nothing but name its descriptor
+                with socket.socket(fileno=os.dup(sock.fileno())) as twin:
+                    twin.shutdown(socket.SHUT_RDWR)
 
     def is_closing(self) -> bool:
         return self._transport.is_closing()

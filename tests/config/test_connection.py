@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from psycopg import pq
 from support.dsns import CONSOLE, HOST, MINIMAL, POOLED, TEXT, dsns
 
+import neon_async
 from neon_async import ConfigurationError, InsecureConfigurationError, NeonAsyncError, create_pool, harden_dsn
 from neon_async._config.connection import parse
 
@@ -22,8 +23,9 @@ def test_every_environment_variable_of_libpq_is_read() -> None:
     nonsense = "\N{SNOWMAN}"
     freely_chosen = {"host", "user", "dbname", "password", "options", "application_name"}
     files_that_are_read_later = {"sslrootcert", "sslcrl", "sslcert", "sslkey"}
+    without_effect = {"krbsrvname", "gsslib", "servicefile", "passfile"}
     for keyword, variable in variables.items():
-        if keyword not in freely_chosen | files_that_are_read_later:
+        if keyword not in freely_chosen | files_that_are_read_later | without_effect:
             with pytest.raises(ConfigurationError, match=f"environment variable {variable}"):
                 parse(None, MINIMAL, {variable: nonsense})
     read = parse(None, {}, {variables[k]: str(v) for k, v in MINIMAL.items()} | {"PGSSLROOTCERT": "r", "PGSSLCRL": "c"})
@@ -123,6 +125,104 @@ def test_only_the_value_that_takes_effect_is_judged() -> None:
 
 def test_an_empty_environment_variable_is_unset() -> None:
     assert parse(None, MINIMAL, {"PGPORT": "", "PGSERVICE": "", "PGSSLROOTCERT": ""}).port == 5432
+
+
+@pytest.mark.parametrize(
+    ("keywords", "environment"),
+    [
+        pytest.param(MINIMAL, {"PGPASSFILE": "/root/.pgpass"}, id="PGPASSFILE beside a password"),
+        pytest.param(
+            {"host": HOST, "user": "alex"}, {"PGPASSFILE": "f", "PGPASSWORD": "x"}, id="PGPASSFILE beside PGPASSWORD"
+        ),
+        pytest.param(MINIMAL | {"password": lambda: "x"}, {"PGPASSFILE": "f"}, id="PGPASSFILE beside a function"),
+        pytest.param(MINIMAL, {"PGSERVICEFILE": "/etc/pg_service.conf"}, id="PGSERVICEFILE alone"),
+        pytest.param(MINIMAL, {"PGKRBSRVNAME": "postgres"}, id="PGKRBSRVNAME"),
+        pytest.param(MINIMAL, {"PGGSSLIB": "gssapi"}, id="PGGSSLIB"),
+        pytest.param(MINIMAL, {"PGSSLKEY": "/root/key.pem"}, id="PGSSLKEY without a certificate"),
+        pytest.param(MINIMAL | {"service": ""}, {"PGSERVICE": "a", "PGSERVICEFILE": "f"}, id="PGSERVICE switched off"),
+        pytest.param(MINIMAL | {"sslcert": ""}, {"PGSSLCERT": "c", "PGSSLKEY": "k"}, id="PGSSLCERT switched off"),
+        pytest.param(MINIMAL | {"requirepeer": ""}, {"PGREQUIREPEER": "postgres"}, id="PGREQUIREPEER switched off"),
+        pytest.param(MINIMAL | {"hostaddr": ""}, {"PGHOSTADDR": "10.0.0.1"}, id="PGHOSTADDR switched off"),
+        pytest.param(MINIMAL | {"gssdelegation": "0"}, {"PGGSSDELEGATION": "1"}, id="PGGSSDELEGATION overridden"),
+    ],
+)
+def test_an_environment_variable_without_effect_does_not_matter(
+    keywords: dict[str, object], environment: dict[str, str]
+) -> None:
+    read = parse(None, keywords, environment)
+    assert (read.host, read.hostaddr, read.sslcert, read.sslkey) == (HOST, None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("keywords", "environment", "names"),
+    [
+        pytest.param({"host": HOST, "user": "alex"}, {"PGPASSFILE": "f"}, "PGPASSFILE", id="no password"),
+        pytest.param(MINIMAL, {"PGSERVICE": "a", "PGSERVICEFILE": "f"}, "PGSERVICE", id="a service"),
+        pytest.param(MINIMAL | {"passfile": "f"}, {}, "passfile", id="a keyword beside a password"),
+        pytest.param(MINIMAL | {"krbsrvname": "postgres"}, {"PGKRBSRVNAME": "a"}, "krbsrvname", id="a keyword"),
+        pytest.param(MINIMAL | {"sslkey": "k"}, {}, "sslkey", id="sslkey in code without sslcert"),
+        pytest.param(MINIMAL | {"sslkeylogfile": ""}, {}, "sslkeylogfile", id="nothing to switch off"),
+    ],
+)
+def test_what_would_take_effect_is_refused_as_ever(
+    keywords: dict[str, object], environment: dict[str, str], names: str
+) -> None:
+    with pytest.raises(ConfigurationError, match=names):
+        parse(None, keywords, environment)
+
+
+def test_a_dsn_switches_nothing_off() -> None:
+    with pytest.raises(ConfigurationError, match=r"service \(DSN\)"):
+        parse(f"{CONSOLE}?service=", {}, {})
+
+
+@pytest.mark.parametrize("host", ["db", "DB", "my-db-1"])
+def test_a_host_of_one_label_is_accepted_with_a_root_of_ones_own(host: str) -> None:
+    assert parse(None, MINIMAL | {"host": host, "trust_anchor": b"x"}, {}).host == host.lower()
+    assert parse(f"postgresql://a:b@{host}/d", {"trust_anchor": "root.pem"}, {}).host == host.lower()
+    assert parse(None, {"user": "a", "password": "b", "trust_anchor": b"x"}, {"PGHOST": host}).host == host.lower()
+
+
+def test_a_host_of_one_label_is_refused_with_what_to_do_otherwise() -> None:
+    for keywords in ({}, {"trust_anchor": neon_async.LETS_ENCRYPT_ROOTS}):
+        with pytest.raises(ConfigurationError, match=r"'db', a single label.* trust_anchor=\."):
+            parse(None, MINIMAL | {"host": "db"} | keywords, {})
+
+
+def test_other_weak_hosts_stay_refused_with_a_root_of_ones_own() -> None:
+    for host in ("10.0.0.1", "1", "/tmp", "a,b", "db.", "my_db", "-db", "x" * 64):
+        with pytest.raises(ConfigurationError):
+            parse(None, MINIMAL | {"host": host, "trust_anchor": b"x"}, {})
+
+
+@pytest.mark.parametrize(
+    ("host", "keywords", "pooled"),
+    [
+        pytest.param("db.example.com", {}, False, id="another host"),
+        pytest.param("db.example.com", {"pooled": True}, True, id="another host, pooled"),
+        pytest.param("db.example.com", {"pooled": False}, False, id="another host, not pooled"),
+        pytest.param(HOST, {"pooled": False}, False, id="a direct host"),
+        pytest.param(POOLED, {}, True, id="a pooled host"),
+        pytest.param(POOLED, {"pooled": True}, True, id="a pooled host, said twice"),
+    ],
+)
+def test_code_says_whether_a_host_is_pooled_where_no_name_does(
+    host: str, keywords: dict[str, object], pooled: bool
+) -> None:
+    assert parse(None, MINIMAL | {"host": host} | keywords, {}).pooled is pooled
+
+
+@pytest.mark.parametrize(("host", "pooled"), [(HOST, True), (POOLED, False)], ids=["direct", "pooled"])
+def test_code_cannot_contradict_the_name_of_a_neon_host(host: str, pooled: bool) -> None:
+    with pytest.raises(ConfigurationError, match=rf"pooled={pooled}.* {host}"):
+        parse(None, MINIMAL | {"host": host, "pooled": pooled}, {})
+
+
+def test_a_host_that_code_calls_pooled_gets_only_the_settings_that_pgbouncer_tracks() -> None:
+    pooler = MINIMAL | {"host": "pgbouncer.example.com", "pooled": True}
+    assert parse(None, pooler | {"options": "-c timezone=UTC"}, {}).pooled
+    with pytest.raises(ConfigurationError, match=r"jit \(options\) .* Use a host without PgBouncer in between"):
+        parse(None, pooler | {"options": "-c jit=off"}, {})
 
 
 def test_the_host_is_parsed_once_as_the_endpoint() -> None:

@@ -58,6 +58,7 @@ def test_every_keyword_of_libpq_is_honoured_or_refused_by_name() -> None:
 
 def test_connect_and_its_type_hints_name_exactly_the_honoured_keywords() -> None:
     honoured = [name for keyword in HONOURED for name in keyword.names]
+    honoured += [keyword.name for keyword in REFUSED if keyword.can_be_off]
     own = set(inspect.signature(neon_async.connect).parameters)
     own -= {"dsn", "connection_class", "record_class", "keywords"}
     assert own == {"trust_anchor"}
@@ -88,7 +89,7 @@ def test_a_default_is_a_value_that_its_reader_accepts(keyword: Keyword) -> None:
 
 def test_no_parameter_has_a_default_of_its_own() -> None:
     read = parse(None, MINIMAL, {})
-    given = {"endpoint", "database", "startup_settings", *MINIMAL}
+    given = {"endpoint", "pooled", "database", "startup_settings", *MINIMAL}
     for each in fields(ConnectionParameters):
         if each.name not in given:
             assert getattr(read, each.name) == BY_NAME[each.name].default, each.name
@@ -169,6 +170,23 @@ def test_an_empty_environment_variable_counts_as_unset_unless_its_row_says_other
             parse(None, MINIMAL, {str(keyword.variable): ""})
     else:
         assert parse(None, MINIMAL, {str(keyword.variable): ""}).host == HOST
+
+
+@each([keyword for keyword in KEYWORDS if keyword.can_be_off])
+def test_code_switches_a_keyword_off_wherever_it_is_given(keyword: Keyword) -> None:
+    key_needs = {"sslcert": "c.pem"} if keyword.name == "sslkey" else {}
+    plain = parse(None, MINIMAL | key_needs, {})
+    for dsn in (None, f"postgresql://?{keyword.name}=some-value"):
+        read = parse(dsn, MINIMAL | key_needs | {keyword.name: ""}, {str(keyword.variable): "some-value"})
+        for each_field in fields(ConnectionParameters):
+            if each_field.name != "password":
+                assert getattr(read, each_field.name) == getattr(plain, each_field.name)
+
+
+@each([keyword for keyword in KEYWORDS if keyword.variable and not keyword.can_be_off])
+def test_any_other_keyword_is_switched_off_by_a_value_that_code_may_give(keyword: Keyword) -> None:
+    value = keyword.default if keyword.default is not None else MINIMAL.get(keyword.name, "x")
+    parse(None, MINIMAL | {keyword.name: value}, {str(keyword.variable): "\N{SNOWMAN}"})
 
 
 @each([keyword for keyword in KEYWORDS if keyword.secret])

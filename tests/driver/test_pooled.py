@@ -340,6 +340,18 @@ class TestRefusals:
             assert "RESET ALL" in connection.get_reset_query()
             assert type(connection.transaction()) is Transaction
 
+    async def test_code_can_say_that_a_host_of_another_name_is_pooled(
+        self, pgbouncer: LocalPgBouncer, direct: Any
+    ) -> None:
+        connector, query = connector_to(pgbouncer, host="localhost", pooled=True), fresh()
+        async with other_client(pgbouncer, query), opened(connector) as connection:
+            with pytest.raises(neon_async.PooledHostError, match=r"Use a host without PgBouncer in between\.$"):
+                await connection.execute("LISTEN orders")
+            await connection.fetch(query)
+            await change(direct)
+            assert len(await connection.fetch(query)) == 3
+            assert connector.healing.heals == 1
+
     async def test_transactions_are_ours(self, pgbouncer: LocalPgBouncer) -> None:
         async with opened(connector_to(pgbouncer)) as connection:
             assert type(connection.transaction(readonly=True)) is Transaction

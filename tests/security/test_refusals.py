@@ -15,6 +15,7 @@ from urllib.parse import quote
 import pytest
 from support.dsns import HOST, POOLED
 
+from neon_async import LETS_ENCRYPT_ROOTS as ROOTS
 from neon_async import ConfigurationError, InsecureConfigurationError, connect, create_pool
 
 SECRET = "pw-7c1f9e2d"
@@ -46,14 +47,11 @@ ENVIRONMENT = {
     "load_balance_hosts": "PGLOADBALANCEHOSTS",
     "gssencmode": "PGGSSENCMODE",
     "gssdelegation": "PGGSSDELEGATION",
-    "krbsrvname": "PGKRBSRVNAME",
-    "gsslib": "PGGSSLIB",
     "requirepeer": "PGREQUIREPEER",
     "service": "PGSERVICE",
-    "servicefile": "PGSERVICEFILE",
-    "passfile": "PGPASSFILE",
 }
 
+ONE_LABEL, POOLER = {"host": "db"}, {"host": "pgbouncer.example.com", "pooled": True}
 # (parameter, value, whether the value asks for less than verify-full)
 EVERYWHERE: tuple[tuple[str, str, bool], ...] = (
     ("sslmode", "disable", True),
@@ -232,6 +230,7 @@ def only_in_a_dsn() -> Iterator[object]:
         ("line break at the end", url() + "\n", False),
         ("white space in front", " " + url(), False),
         ("tab inside", url().replace("neondb", "neon\tdb"), False),
+        ("a host name of one label", url(host="db"), False),
         ("'@' in the password", f"postgresql://alex:{SECRET}@x@{HOST}/neondb", False),
         ("'/' in the password", f"postgresql://alex:x/{SECRET}@{HOST}/neondb", False),
         ("'/' and '?' in the password", f"postgresql://alex:5/{SECRET}?a=b@{HOST}/neondb", False),
@@ -326,6 +325,12 @@ def only_in_code() -> Iterator[object]:
             {"application_name": "a", "server_settings": {"application_name": "b"}},
             False,
         ),
+        ("a host name of one label below the roots of a public CA", {**ONE_LABEL, "trust_anchor": ROOTS}, False),
+        ("pooled on a direct host", {"pooled": True}, False),
+        ("pooled='yes'", {"pooled": "yes"}, False),
+        ("server_settings on a host that code calls pooled", {**POOLER, "server_settings": {"jit": "off"}}, False),
+        ("options on a host that code calls pooled", {**POOLER, "options": "-c jit=off"}, False),
+        ("service switched off, and a name", {"service": "", "host": "a.example,b.example"}, True),
         ("trust_anchor missing", {"trust_anchor": "/nonexistent/ca.pem"}, False),
         ("trust_anchor empty", {"trust_anchor": b""}, False),
         ("trust_anchor text", {"trust_anchor": "-----BEGIN CERTIFICATE-----\n-----END CERTIFICATE-----"}, False),

@@ -10,14 +10,14 @@ import os
 import urllib.parse
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import NoReturn, TypedDict, cast
+from typing import Literal, NoReturn, TypedDict, cast
 
 from .._errors import ConfigurationError, InsecureConfigurationError
 from .._neon.endpoint import Endpoint, parse_host
 from .dsn import decode, harden_dsn, redact, split
 from .keywords import BY_DSN_NAME, BY_NAME, KEYWORDS, Keyword
 from .password import Password, PasswordSource
-from .readers import Given
+from .readers import Given, Host, Reader
 from .roots import KnownRoots
 from .startup import check_startup_size, startup_settings
 
@@ -30,12 +30,14 @@ class ConnectionParameters:
 
     Attributes:
         endpoint: What the host name says about the endpoint, or None where it is not a name of Neon's.
+        pooled: Whether the host is a transaction pooler: the endpoint says so, or the code does.
         database: The database; the user's name where none was given.
         startup_settings: What the StartupMessage contains besides user and database.
     """
 
     host: str
     endpoint: Endpoint | None
+    pooled: bool
     hostaddr: str | None
     port: int
     user: str
@@ -73,7 +75,7 @@ class ConnectionParameters:
 
 
 class ConnectKeywords(TypedDict, total=False):
-    """The keywords of `connect()` and `create_pool()`: every row of the table that is honoured, by all its names.
+    """The keywords of `connect()` and `create_pool()`: every row of the table that code may give, by all its names.
 
     `trust_anchor` is a parameter of both functions, and not listed here.
     """
@@ -118,11 +120,20 @@ class ConnectKeywords(TypedDict, total=False):
     load_balance_hosts: str | None
     gssencmode: str | None
     gssdelegation: bool | int | str | None
+    pooled: bool | None
     command_timeout: float | None
     statement_cache_size: int
     max_cached_statement_lifetime: int
     max_cacheable_statement_size: int
     server_settings: Mapping[str, str] | None
+    # Refused, and given as "" only: to ignore the environment variable.
+    sslcrldir: Literal[""]
+    passfile: Literal[""]
+    krbsrvname: Literal[""]
+    gsslib: Literal[""]
+    requirepeer: Literal[""]
+    service: Literal[""]
+    servicefile: Literal[""]
 
 
 def parse(dsn: str | None, keywords: Mapping[str, object], environ: Mapping[str, str]) -> ConnectionParameters:
@@ -130,19 +141,21 @@ def parse(dsn: str | None, keywords: Mapping[str, object], environ: Mapping[str,
 
     Args:
         dsn: A connection URL, or None.
-        keywords: The keywords of the call, by any of their names. None counts as not given.
+        keywords: The keywords of the call, by any of their names. None counts as not given. "" switches off what DSN
+            and environment say, for the keywords that can be off.
         environ: The environment variables.
 
     Raises:
         InsecureConfigurationError: A value asks for less than verify-full.
         ConfigurationError: A value is unknown, given twice, not accepted, or in conflict with another one.
     """
-    given = _given_in_environment(environ) | _given_in_dsn(dsn) | _given_in_code(keywords)
+    given = _effective(_given_in_environment(environ), _given_in_dsn(dsn), _given_in_code(keywords))
     _require_one_root(given)
     if dsn is not None:
         _judge_sslmode_of_dsn(given, dsn)
     values = {keyword.name: keyword.default for keyword in KEYWORDS}
-    values |= {name: BY_NAME[name].reader.read(value) for name, value in given.items()}
+    readers = _readers(given)
+    values |= {name: readers[name].read(value) for name, value in given.items()}
     return _assemble(values)
 
 
@@ -151,6 +164,21 @@ def parse(dsn: str | None, keywords: Mapping[str, object], environ: Mapping[str,
 
 _CODE = "keyword argument"
 _DSN = "DSN"
+
+
+def _effective(environment: dict[str, Given], dsn: dict[str, Given], code: dict[str, Given]) -> dict[str, Given]:
+    """Return what takes effect of each keyword."""
+    merged = environment | dsn | code
+    given = {name: value for name, value in merged.items() if not (BY_NAME[name].can_be_off and _is_off(value))}
+    return {
+        name: value
+        for name, value in given.items()
+        if value is not environment.get(name) or BY_NAME[name].variable_counts(given)
+    }
+
+
+def _is_off(given: Given) -> bool:
+    return given.source == _CODE and given.value == ""
 
 
 def _given_in_environment(environ: Mapping[str, str]) -> dict[str, Given]:
@@ -247,6 +275,27 @@ def _require_one_root(given: Mapping[str, Given]) -> None:
         )
 
 
+def _readers(given: Mapping[str, Given]) -> dict[str, Reader[object]]:
+    """Return the reader of each keyword. A server below a root of one's own may have a host name of one label."""
+    readers = {name: BY_NAME[name].reader for name in given}
+    anchor = given.get("trust_anchor")
+    if "host" in given and anchor is not None and not isinstance(anchor.value, KnownRoots):
+        readers["host"] = Host(single_label=True)
+    return readers
+
+
+def _is_pooled(host: str, endpoint: Endpoint | None, stated: object) -> bool:
+    """Return whether the host is a transaction pooler. The name of a Neon host says so, and code for any other."""
+    if endpoint is None or stated is None:
+        return endpoint.pooled if endpoint is not None else bool(stated)
+    if stated is not endpoint.pooled:
+        kind = "pooled" if endpoint.pooled else "direct"
+        raise ConfigurationError(
+            f"pooled={stated} is given, but {host} is the {kind} host of a Neon endpoint. Leave pooled out."
+        )
+    return endpoint.pooled
+
+
 def _judge_sslmode_of_dsn(given: Mapping[str, Given], dsn: str) -> None:
     """Refuse a weak sslmode in the DSN before anything else, together with the DSN to write instead."""
     sslmode = given.get("sslmode")
@@ -270,15 +319,17 @@ def _assemble(values: dict[str, object]) -> ConnectionParameters:
     host, user = str(values["host"]), str(values["user"])
     database = str(values["dbname"] or user)
     endpoint = parse_host(host)
+    pooled = _is_pooled(host, endpoint, values["pooled"])
     settings = startup_settings(
         host,
         endpoint,
+        pooled=pooled,
         application_name=cast("str | None", values["application_name"]),
         fallback_application_name=cast("str | None", values["fallback_application_name"]),
         options=cast("str | None", values["options"]),
         server_settings=cast("Mapping[str, str] | None", values["server_settings"]),
     )
     check_startup_size(user, database, settings)
-    values |= {"endpoint": endpoint, "database": database, "startup_settings": settings}
+    values |= {"endpoint": endpoint, "pooled": pooled, "database": database, "startup_settings": settings}
     # Each reader returns what the field of its keyword declares.
     return ConnectionParameters(**{each.name: values[each.name] for each in fields(ConnectionParameters)})  # type: ignore[arg-type]

@@ -6,7 +6,7 @@ from these rows. This module is data: it must not know how sources are merged, n
 
 # No `from __future__ import annotations`: the classes take longer to define when their annotations are strings.
 
-from collections.abc import Mapping
+from collections.abc import Callable, Container, Mapping
 from typing import NamedTuple
 
 from .password import PasswordReader
@@ -46,6 +46,9 @@ class Keyword(NamedTuple):
         insecure_as_text: Whether a DSN that gives a keyword for code only asks for less than verify-full. What a
             refused keyword asks for is its reader's to say.
         judged_when_empty: Whether an empty environment variable is judged. Otherwise it counts as unset, as in libpq.
+        variable_counts: Whether the environment variable can take effect, by the names of the keywords that are given.
+            Otherwise it is ignored.
+        can_be_off: Whether code may give "" so that the keyword is given nowhere, whatever DSN and environment say.
     """
 
     name: str
@@ -60,6 +63,8 @@ class Keyword(NamedTuple):
     code_only: bool = False
     insecure_as_text: bool = False
     judged_when_empty: bool = False
+    variable_counts: Callable[[Container[str]], bool] = lambda _: True
+    can_be_off: bool = False
 
     @property
     def refused(self) -> bool:
@@ -99,6 +104,7 @@ KEYWORDS: tuple[Keyword, ...] = (
     Keyword(
         name="hostaddr",
         variable="PGHOSTADDR",
+        can_be_off=True,
         reader=HostAddress(),
         note="The address to connect to, without a DNS look-up. The certificate is still verified against host.",
     ),
@@ -193,12 +199,14 @@ KEYWORDS: tuple[Keyword, ...] = (
     Keyword(
         name="sslnegotiation",
         variable="PGSSLNEGOTIATION",
+        can_be_off=True,
         reader=Choice("direct", "postgres"),
         note="How TLS begins. Default: direct, and postgres for a server that does not support direct.",
     ),
     Keyword(
         name="sslrootcert",
         variable="PGSSLROOTCERT",
+        can_be_off=True,
         reader=FilePath(),
         note="A file or directory in which ISRG Root X1 must be found, or system for the system's stores. To trust "
         "another root, pass trust_anchor in code.",
@@ -206,6 +214,7 @@ KEYWORDS: tuple[Keyword, ...] = (
     Keyword(
         name="sslcrl",
         variable="PGSSLCRL",
+        can_be_off=True,
         code_aliases=("crl",),
         reader=FilePath(),
         note="A file of revocation lists; with it, one of them must cover the server's certificate.",
@@ -213,17 +222,21 @@ KEYWORDS: tuple[Keyword, ...] = (
     Keyword(
         name="sslcrldir",
         variable="PGSSLCRLDIR",
+        can_be_off=True,
         reader=Refused("directories of revocation lists are not read. Name one file with sslcrl."),
     ),
     Keyword(
         name="sslcert",
         variable="PGSSLCERT",
+        can_be_off=True,
         reader=FilePath(),
         note="A file with the client certificate, for a server that asks for one.",
     ),
     Keyword(
         name="sslkey",
         variable="PGSSLKEY",
+        variable_counts=lambda given: "sslcert" in given,
+        can_be_off=True,
         reader=FilePath(),
         note="A file with the key of the client certificate. Default: the file named by sslcert.",
     ),
@@ -322,6 +335,8 @@ KEYWORDS: tuple[Keyword, ...] = (
     Keyword(
         name="passfile",
         variable="PGPASSFILE",
+        variable_counts=lambda given: "password" not in given,
+        can_be_off=True,
         reader=Refused("password files are not read. Pass password=, or a function that reads one."),
     ),
     Keyword(name="scram_client_key", reader=Refused(_NO_SCRAM_KEY), secret=True),
@@ -344,11 +359,24 @@ KEYWORDS: tuple[Keyword, ...] = (
         default="0",
         note="Whether GSSAPI credentials are sent. They never are.",
     ),
-    Keyword(name="krbsrvname", variable="PGKRBSRVNAME", reader=Refused(_NO_GSS)),
-    Keyword(name="gsslib", variable="PGGSSLIB", reader=Refused(_NO_GSS)),
+    Keyword(
+        name="krbsrvname",
+        variable="PGKRBSRVNAME",
+        variable_counts=lambda _: False,  # it names a service for GSSAPI, which is never used
+        can_be_off=True,
+        reader=Refused(_NO_GSS),
+    ),
+    Keyword(
+        name="gsslib",
+        variable="PGGSSLIB",
+        variable_counts=lambda _: False,
+        can_be_off=True,
+        reader=Refused(_NO_GSS),
+    ),
     Keyword(
         name="requirepeer",
         variable="PGREQUIREPEER",
+        can_be_off=True,
         reader=Refused("it is about Unix sockets, which are never used. Leave it out."),
     ),
     # -----------------------------------------------------------------------------------------------------------------
@@ -368,10 +396,23 @@ KEYWORDS: tuple[Keyword, ...] = (
         note="Whether to choose among several hosts at random. There is one.",
     ),
     Keyword(name="replication", reader=Refused("asyncpg does not speak the replication protocol. Leave it out.")),
-    Keyword(name="service", variable="PGSERVICE", reader=Refused(_NO_SERVICE)),
-    Keyword(name="servicefile", variable="PGSERVICEFILE", reader=Refused(_NO_SERVICE)),
+    Keyword(name="service", variable="PGSERVICE", can_be_off=True, reader=Refused(_NO_SERVICE)),
+    Keyword(
+        name="servicefile",
+        variable="PGSERVICEFILE",
+        variable_counts=lambda given: "service" in given,
+        can_be_off=True,
+        reader=Refused(_NO_SERVICE),
+    ),
     # -----------------------------------------------------------------------------------------------------------------
-    # asyncpg's, for code only
+    # Ours and asyncpg's, for code only
+    Keyword(
+        name="pooled",
+        code_only=True,
+        reader=Flag(),
+        note="Whether the host is a transaction pooler, such as a PgBouncer of your own. The name of a Neon host says "
+        "that by itself. Default: no.",
+    ),
     Keyword(
         name="command_timeout",
         code_only=True,

@@ -353,9 +353,15 @@ def _written(number: float) -> str:
 
 
 class Host(Reader[str]):
-    """The DNS name of one server: what a certificate can name. It is returned in lower case."""
+    """The DNS name of one server: what a certificate can name. It is returned in lower case.
 
-    __slots__ = ()
+    A single label, such as the name of a compose service, is accepted where the server's CA is not a public one.
+    """
+
+    __slots__ = ("single_label",)
+
+    def __init__(self, *, single_label: bool = False) -> None:
+        self.single_label: Final = single_label
 
     @property
     def expected(self) -> str:
@@ -374,9 +380,11 @@ class Host(Reader[str]):
             )
         if len(host) > 253 or not re.fullmatch(_DNS_NAME, host):
             given.must_be("a DNS name (letters, digits and hyphens in labels separated by dots)")
-        if "." not in host and host.lower() != "localhost":
+        if "." not in host and host.lower() != "localhost" and not self.single_label:
             given.refuse(
-                f"is {given.shown}, a single label. Write the full name, such as ep-name-123456.region.aws.neon.tech."
+                f"is {given.shown}, a single label, which no public CA certifies. Write the full name, such as "
+                "ep-name-123456.region.aws.neon.tech; for a server of your own, pass the root of its CA as "
+                "trust_anchor=."
             )
         return host.lower()
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import Final
 
 from .._errors import ConfigurationError
-from .._neon.endpoint import Endpoint
+from .._neon.endpoint import Endpoint, direct_host
 from .._neon.sql import TRACKED_SETTINGS
 from .readers import Given, Reader, is_utf8
 
@@ -20,6 +20,7 @@ def startup_settings(
     host: str,
     endpoint: Endpoint | None,
     *,
+    pooled: bool = False,
     application_name: str | None = None,
     fallback_application_name: str | None = None,
     options: str | None = None,
@@ -29,7 +30,8 @@ def startup_settings(
 
     Args:
         host: The server.
-        endpoint: The endpoint that it belongs to. A pooled one accepts only the settings that PgBouncer tracks.
+        endpoint: The endpoint that it belongs to.
+        pooled: Whether it is a pooled host, which accepts only the settings that PgBouncer tracks.
         application_name: The name of the application; an empty one counts as none.
         fallback_application_name: The name to use where there is no other.
         options: Command-line options for the session, as PostgreSQL's `pg_split_opts()` reads them.
@@ -50,7 +52,7 @@ def startup_settings(
     for name in settings:
         if name in in_options:
             raise ConfigurationError(f"{name} is given in options and in server_settings. Write it once.")
-    if endpoint is not None and endpoint.pooled:
+    if pooled:
         _require_tracked(in_options, "options", host, endpoint)
         _require_tracked(settings, "server_settings", host, endpoint)
     if (len(options) - len(options.rstrip("\\"))) % 2:  # it would escape the space that follows
@@ -133,13 +135,13 @@ _REFUSED_AT_START = {
 }
 
 
-def _require_tracked(names: Iterable[str], source: str, host: str, endpoint: Endpoint) -> None:
+def _require_tracked(names: Iterable[str], source: str, host: str, endpoint: Endpoint | None) -> None:
     """Refuse what PgBouncer would refuse: every setting that it does not track for each of its clients."""
     for name in names:
         if name not in TRACKED_SETTINGS:
             raise ConfigurationError(
                 f"{name} ({source}) cannot be set on the pooled host {host}, where sessions are shared. "
-                f"Use the direct host {endpoint.direct_host}, SET LOCAL in a transaction, or ALTER ROLE ... SET."
+                f"Use {direct_host(endpoint)}, SET LOCAL in a transaction, or ALTER ROLE ... SET."
             )
 
 

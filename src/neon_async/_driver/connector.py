@@ -109,7 +109,7 @@ def prepare(dsn: str | None, *, trust_anchor: AnchorSource | None = None, **keyw
     from . import failures  # noqa: F401
 
     context_for(parameters, anchor)
-    if parameters.endpoint is not None and parameters.endpoint.pooled:
+    if parameters.pooled:
         sql.prepare()
     return Connector(parameters, anchor)
 
@@ -208,9 +208,7 @@ class Connector:
         begin_session(connection, session, functools.partial(SessionProtocol, host=session.host))
 
     def _class_for(self, base: type[Any]) -> type[Any]:
-        endpoint = self.parameters.endpoint
-        ours = PooledConnection if endpoint is not None and endpoint.pooled else Connection
-        return combine(cast(Any, base), ours)
+        return combine(cast(Any, base), PooledConnection if self.parameters.pooled else Connection)
 
     async def _connect_asyncpg(
         self, adapter: LoopAdapter, connection_class: type[Any], record_class: type[Any]

@@ -1,4 +1,4 @@
-"""What a connection does differently behind a transaction pooler: a `-pooler` host, PgBouncer in transaction mode.
+"""What a connection does differently behind a transaction pooler: PgBouncer in transaction mode, as on `-pooler` hosts.
 
 It refuses what needs a session of its own, heals stale prepared statements, and resets only what would follow the next
 client. Knows no pools.
@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 import asyncpg
 
 from .._errors import PooledHostError
+from .._neon.endpoint import direct_host
 from .._neon.sql import REPORTED_SETTINGS, quote, session_feature
 from .connection import Connection
 from .holder import StatementHooks, Use, own_session, timeout_of
@@ -248,10 +249,9 @@ def refuse_session_features(connection: object, query: object, args: Sequence[ob
 
 
 def _refuse(session: Session, what: str, use: str = "Use") -> NoReturn:
-    direct_host = session.endpoint.direct_host if session.endpoint else session.host
     raise PooledHostError(
         f"{what} needs a session of its own, and {session.host} may run each transaction in another session. "
-        f"{use} the direct host {direct_host}."
+        f"{use} {direct_host(session.endpoint)}."
     )
 
 

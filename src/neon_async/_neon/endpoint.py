@@ -10,11 +10,15 @@ from dataclasses import dataclass
 class Endpoint:
     """The facts in a Neon host name: `ep-<name>[-pooler][.c-<n>].<region>.<aws|azure|gcp>.neon.tech`.
 
+    Partners of Neon offer endpoints under domains of their own: `postgres.vercel-storage.com`, `pg.koyeb.app` and
+    `retooldb.com` in place of `<provider>.neon.tech`.
+
     Attributes:
         id: The endpoint's ID, as the Neon console and API show it.
         pooled: Whether the host name leads to Neon's PgBouncer, where each transaction may run in another session.
         region: The cloud region, such as `us-east-2`.
-        provider: The cloud provider: `aws`, `azure` or `gcp`.
+        provider: The cloud provider: `aws`, `azure` or `gcp`. It is `aws` for the partners, whose regions are those of
+            AWS.
         direct_host: The host name of the same endpoint without PgBouncer. LISTEN, session-level locks and session
             settings need it.
     """
@@ -29,7 +33,8 @@ class Endpoint:
 # The ID is a name and 6 or more digits, or 8 base-36 characters (Neon's documentation).
 _HOST = (
     r"(?P<id>ep-[a-z0-9]+-[a-z0-9]+-[a-z0-9]{6,})(?P<pooled>-pooler)?(?:\.c-[0-9]+)?"
-    r"\.(?P<region>[a-z0-9-]+)\.(?P<provider>[a-z]+)\.neon\.tech"
+    r"\.(?P<region>[a-z0-9-]+)\.(?:(?P<provider>[a-z]+)\.neon\.tech|postgres\.vercel-storage\.com|pg\.koyeb\.app|"
+    r"retooldb\.com)"
 )
 
 
@@ -42,7 +47,7 @@ def parse_host(host: str) -> Endpoint | None:
         id=match["id"],
         pooled=match["pooled"] is not None,
         region=match["region"],
-        provider=match["provider"],
+        provider=match["provider"] or "aws",
         direct_host=host.replace("-pooler.", ".", 1) if match["pooled"] else host,
     )
 
@@ -55,3 +60,8 @@ def short_name(host: str, endpoint: Endpoint | None) -> str:
         endpoint: What `parse_host()` returned for it.
     """
     return endpoint.id if endpoint else host
+
+
+def direct_host(endpoint: Endpoint | None) -> str:
+    """Return the host without PgBouncer in words: by its name, where that is known."""
+    return "a host without PgBouncer in between" if endpoint is None else f"the direct host {endpoint.direct_host}"

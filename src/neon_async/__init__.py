@@ -34,6 +34,7 @@ from ._errors import (
     TooManyConnectionsError,
     TransactionAbortedError,
     UnsupportedEventLoopError,
+    WrongMethodError,
     is_retryable,
     is_unavailable,
 )
@@ -81,6 +82,7 @@ __all__ = (
     "TooManyConnectionsError",
     "TransactionAbortedError",
     "UnsupportedEventLoopError",
+    "WrongMethodError",
     "connect",
     "connection_tls_report",
     "create_pool",

@@ -141,6 +141,13 @@ class PooledHostError(NeonAsyncError, asyncpg.FeatureNotSupportedError):
     """The statement needs a session of its own, which a `-pooler` host does not provide. Use the direct host."""
 
 
+class WrongMethodError(NeonAsyncError, asyncpg.InterfaceError):
+    """The statement needs another method than the one it was given to, such as COPY. Nothing was sent."""
+
+    def __init__(self, message: str = "") -> None:  # asyncpg.InterfaceError requires a message
+        super().__init__(message)
+
+
 class PoolTimeoutError(NeonAsyncError, TimeoutError):
     """The pool did not finish within the deadline. The cause, if there is one, is the latest failure to connect.
 

@@ -310,6 +310,17 @@ class TestStatements:
             await noting.fetch("SELECT * FROM noted")
         assert await connection.fetch("SELECT * FROM noted") == []
 
+    @pytest.mark.parametrize("certainly", [True, False], ids=["gone", "perhaps gone"])
+    @pins("_stmt_cache", "_mark_stmts_as_closed")
+    async def test_cached_statements_can_be_forgotten(self, connection: Any, certainly: bool) -> None:
+        """What is certainly gone is not closed on the server: that would be a round trip for each."""
+        prepared = "SELECT count(*) FROM pg_prepared_statements WHERE statement = 'SELECT 42'"
+        await connection.fetchval("SELECT 42")
+        connection._protocol.on_dropped(certainly)
+        assert len(connection._stmt_cache) == 0
+        assert await connection.fetchval("SELECT 43") == 43
+        assert await connection.fetchval(prepared) == certainly
+
     @pins("_connection")
     async def test_a_resource_knows_its_connection(self, connection: Any) -> None:
         statement = await connection.prepare("SELECT 1")

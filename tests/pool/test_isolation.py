@@ -49,6 +49,7 @@ SELECT json_build_object(
     'temporary', (SELECT count(*) FROM pg_class WHERE relnamespace = pg_my_temp_schema()),
     'locks', (SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND pid = pg_backend_pid()),
     'channels', (SELECT array_agg(c ORDER BY c) FROM pg_listening_channels() AS c),
+    'prepared', (SELECT count(*) FROM pg_prepared_statements WHERE from_sql),
     'cursors', (SELECT count(*) FROM pg_cursors WHERE name IN ('held', 'open'))
 )::text"""
 CODECS = "SELECT '{\"a\": 1}'::json, point(1, 2), 7::numeric"
@@ -183,6 +184,9 @@ ACTIONS: dict[str, Action] = {
     "transaction with claims": leave_with_claims,
     "transaction with a claim that is refused": fail_with_claims,
     "prepare": prepare,
+    "PREPARE": "PREPARE mine AS SELECT 1",
+    "DISCARD ALL": "DISCARD ALL",
+    "DEALLOCATE ALL": "DEALLOCATE ALL",
     "timeout": time_out,
     "codec of json": set_json,
     "codec of numeric": set_numeric,

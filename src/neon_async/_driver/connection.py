@@ -15,7 +15,7 @@ from typing import Any, TypeVar, cast
 
 import asyncpg
 
-from .holder import ConnectionHooks, Use, own_session
+from .holder import ConnectionHooks, Use, own_session, protocol_of
 from .resources import adopt_factory, adopt_statement
 from .session import Codec
 from .transaction import Transaction
@@ -67,7 +67,10 @@ class Connection(ConnectionHooks):
 
     def get_reset_query(self) -> str:
         """Return the SQL that `reset()` sends: it cleans everything, and restores what the pool's `init` set up."""
-        return own_session(self).reset_query
+        session, protocol = own_session(self), protocol_of(self)
+        if protocol is not None and protocol.has_prepared:
+            return f"{session.reset_query}; {session.snapshot.deallocate_query()}"
+        return session.reset_query
 
     async def set_type_codec(self, typename: str, *, schema: str = "public", **options: Any) -> None:
         """Set an encoder and a decoder for a type, as asyncpg does. At the end of a loan that is undone."""

@@ -14,6 +14,7 @@ import contextlib
 import functools
 import inspect
 import logging
+import weakref
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
@@ -269,13 +270,23 @@ def begin_session(
     """
     transport = connection._transport
     transport.session = session
-    connection._protocol = make_protocol(connection._protocol, transport)
+    connection._protocol = protocol = make_protocol(connection._protocol, transport)
+    protocol.on_dropped = functools.partial(_forget_statements, weakref.ref(connection))
     connection._loop = connection._stmt_cache._loop = asyncio.get_running_loop()
 
 
 def leave_jit_alone(connection: Any) -> None:
     """Have asyncpg not turn `jit` off for the session while it asks the server about types."""
     connection._server_caps = connection._server_caps._replace(jit=False)
+
+
+def _forget_statements(reference: weakref.ref[Any], certainly: bool) -> None:
+    """Forget the cached statements of a connection, which may be gone on the server. If they are, none is closed."""
+    connection = reference()
+    if connection is not None:
+        connection._stmt_cache.clear()
+        if certainly:
+            connection._mark_stmts_as_closed()
 
 
 async def send(connection: Any, sql: str) -> None:
@@ -329,6 +340,11 @@ def protocol_of(connection: Any) -> SessionProtocol | None:
 def has_transaction(connection: Any) -> bool:
     """Return whether a transaction is open, on the server or in asyncpg's bookkeeping."""
     return bool(connection._protocol.is_in_transaction() or connection._top_xact is not None)
+
+
+def has_lost_statements(connection: Any) -> bool:
+    """Return whether statements that `init` has prepared in SQL may be gone: only their own SQL could restore them."""
+    return bool(own_session(connection).snapshot.statements) and connection._protocol.has_deallocated
 
 
 def callbacks_of(connection: Any) -> Callbacks:

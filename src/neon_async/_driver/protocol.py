@@ -18,7 +18,8 @@ from typing import Any, TypeVar
 
 import asyncpg
 
-from .._errors import ConnectionLostError, ServerError, server_error
+from .._errors import ConnectionLostError, ServerError, WrongMethodError, server_error
+from .._neon.effects import Effects, effects_of
 from .._neon.sql import goes_on_after_transaction
 from .._wire.transport import SessionTransport
 from . import holder
@@ -41,15 +42,19 @@ class SessionProtocol:
         "_ahead",
         "_asyncpg",
         "_begun",
+        "_effects",
         "_failure",
         "_host",
         "_reset_failure",
         "_running",
         "_transport",
         "get_settings",
+        "has_deallocated",
+        "has_prepared",
         "is_connected",
         "is_recalled",
         "mentioned",
+        "on_dropped",
     )
 
     def __init__(self, protocol: Any, transport: SessionTransport, *, host: str) -> None:
@@ -61,6 +66,11 @@ class SessionProtocol:
         self._begun = False  # a BEGIN went ahead, and asyncpg has not seen a ReadyForQuery since
         self._failure: ServerError | None = None  # of a BEGIN that went ahead
         self._reset_failure: ServerError | None = None
+        self._effects: dict[str, Effects] = {}  # of prepared texts that have any
+        self.has_prepared = False  # statements may have been prepared in SQL
+        self.has_deallocated = False  # statements may have been deallocated in SQL
+        # Called when statements that asyncpg has prepared may be gone, with whether they are certainly.
+        self.on_dropped: Callable[[bool], None] = lambda _: None
         self.is_recalled = False  # the loan has ended, and calls of it are still under way: they send nothing more
         # Dotted names in texts and arguments, where someone collects them: what may be custom settings.
         self.mentioned: set[str] | None = None
@@ -116,6 +126,10 @@ class SessionProtocol:
         answer = functools.partial(self._take_reset_answer, on_success)
         self._transport.send_ahead(f"BEGIN ISOLATION LEVEL READ COMMITTED; {sql}; COMMIT", answer)
 
+    def note_reset(self) -> None:
+        """Note that a reset was sent, which drops the statements that were prepared in SQL."""
+        self.has_prepared = self.has_deallocated = False
+
     @contextlib.contextmanager
     def replacing(self, query: str, sql: str) -> Iterator[None]:
         """Send `sql` in place of the simple query `query`, and ahead of the next statement where nothing is under way.
@@ -159,6 +173,7 @@ class SessionProtocol:
                 await self._run(self._asyncpg.query(query, timeout))
             return _tag_of(query)
         is_text = isinstance(query, str)  # anything else is refused by asyncpg
+        effects = _allowed(query) if is_text else None
         if is_text and (self._transport.unanswered or self._failure) and goes_on_after_transaction(query):
             timeout = await self._wait_for_answers(timeout)
             if self._failure is not None:
@@ -169,22 +184,28 @@ class SessionProtocol:
                     "call again.",
                     nothing_executed=True,
                 )
-        result = self._asyncpg.query(query, timeout)
-        return await self._run(result, rolls_back=is_text and query.startswith("ROLLBACK"))
+        call = self._run(self._asyncpg.query(query, timeout), rolls_back=is_text and query.startswith("ROLLBACK"))
+        return await (self._tracked(call, effects) if effects else call)
 
-    async def prepare(self, *args: Any, **options: Any) -> Any:
+    async def prepare(self, name: str, query: str, *args: Any, **options: Any) -> Any:
         """Prepare a statement. No ReadyForQuery follows, so asyncpg's transaction status stays as it is."""
-        self._note(*args)
-        return await self._run(self._asyncpg.prepare(*args, **options), ready=False)
+        self._note(query)
+        if effects := _allowed(query):
+            self._effects[query] = effects
+        return await self._run(self._asyncpg.prepare(name, query, *args, **options), ready=False)
 
     async def bind_execute(self, state: Any, args: Any, *rest: Any, **options: Any) -> Any:
         """Execute a prepared statement."""
         self._note(*args)
-        return await self._run(self._asyncpg.bind_execute(state, args, *rest, **options))
+        call = self._run(self._asyncpg.bind_execute(state, args, *rest, **options))
+        effects = self._effects and self._effects.get(state.query)
+        return await (self._tracked(call, effects) if effects else call)
 
-    async def bind_execute_many(self, *args: Any, **options: Any) -> Any:
+    async def bind_execute_many(self, state: Any, args: Any, **options: Any) -> Any:
         """Execute a prepared statement for each sequence of arguments."""
-        return await self._run(self._asyncpg.bind_execute_many(*args, **options))
+        call = self._run(self._asyncpg.bind_execute_many(state, args, **options))
+        effects = self._effects and self._effects.get(state.query)
+        return await (self._tracked(call, effects) if effects else call)
 
     async def bind(self, *args: Any, **options: Any) -> Any:
         """Bind arguments to a portal."""
@@ -209,6 +230,19 @@ class SessionProtocol:
     async def copy_out(self, *args: Any, **options: Any) -> Any:
         """Copy data from the server."""
         return await self._run(self._asyncpg.copy_out(*args, **options))
+
+    async def _tracked(self, call: Coroutine[Any, Any, _T], effects: Effects) -> _T:
+        """Run a call that prepares or drops statements in SQL. Neither is undone when a transaction is rolled back."""
+        self.has_prepared |= effects.prepares
+        self.has_deallocated |= effects.deallocates
+        succeeded = False
+        try:
+            result = await call
+            succeeded = True
+        finally:
+            if effects.drops_drivers:
+                self.on_dropped(succeeded)
+        return result
 
     async def _wait_for_answers(self, timeout: float | None) -> float | None:
         """Wait until nothing is ahead of the next statement, and return the seconds that are left for it."""
@@ -277,6 +311,27 @@ class SessionProtocol:
         failure, self._failure = self._failure, None
         assert failure is not None
         return failure
+
+
+def _allowed(query: str) -> Effects | None:
+    """Return the effects of `query`, where it has any.
+
+    Raises:
+        WrongMethodError: It is a COPY from or to the client, for which asyncpg would wait for ever, or lose the data.
+    """
+    effects = effects_of(query)
+    if effects.copy:
+        raise WrongMethodError(
+            f"COPY ... {effects.copy} cannot run in execute(), fetch() or a prepared statement: its data would have "
+            f"no way. Use {_COPY_METHODS[effects.copy]}."
+        )
+    return effects if any(effects) else None
+
+
+_COPY_METHODS = {
+    "FROM STDIN": "copy_to_table() or copy_records_to_table()",
+    "TO STDOUT": "copy_from_table() or copy_from_query()",
+}
 
 
 def _tag_of(query: str) -> str:

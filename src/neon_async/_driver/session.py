@@ -111,6 +111,7 @@ class Snapshot(NamedTuple):
         settings: The settings of the session, by name.
         callbacks: Listeners and query loggers.
         codecs: Type codecs, by schema and type.
+        statements: The names of the statements that were prepared in SQL.
     """
 
     role: str | None = None
@@ -118,6 +119,14 @@ class Snapshot(NamedTuple):
     settings: Mapping[str, str] = _NOTHING
     callbacks: Callbacks = Callbacks()
     codecs: Mapping[tuple[str, str], Codec] = _NOTHING
+    statements: frozenset[str] = frozenset()
+
+    def deallocate_query(self) -> str:
+        """Return the SQL that drops all other statements that were prepared in SQL, and none of asyncpg's."""
+        kept = "".join(f" AND name <> {quote(name)}" for name in sorted(self.statements))
+        names = f"SELECT name FROM pg_catalog.pg_prepared_statements WHERE from_sql{kept}"  # noqa: S608
+        loop = f"FOR one IN {names} LOOP EXECUTE pg_catalog.format('DEALLOCATE %I', one); END LOOP"
+        return f"DO {quote(f'DECLARE one text; BEGIN {loop}; END')}"
 
     def reset_query(self) -> str:
         """Return the SQL that sets a session back to this."""

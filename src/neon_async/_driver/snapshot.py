@@ -20,6 +20,7 @@ UNION
 SELECT name, current_setting(name, true) FROM unnest($1::text[]) AS name
 WHERE current_setting(name, true) <> '' AND name NOT IN (SELECT name FROM pg_settings)
 """
+_STATEMENTS = "SELECT name FROM pg_prepared_statements WHERE from_sql"
 _ROLES = "SELECT current_setting('role'), CASE WHEN session_user <> $1 THEN session_user::text END"
 
 
@@ -33,12 +34,15 @@ async def take_snapshot(connection: Any, *, user: str, names: Iterable[str]) -> 
     """
     settings = await holder.fetch(connection, _SETTINGS, sorted(set(names)))
     [(role, authorization)] = await holder.fetch(connection, _ROLES, user)
+    protocol = holder.protocol_of(connection)
+    prepared = await holder.fetch(connection, _STATEMENTS) if protocol and protocol.has_prepared else []
     return Snapshot(
         role=None if role == "none" else role,
         authorization=authorization,
         settings=dict(settings),
         callbacks=holder.callbacks_of(connection),
         codecs=dict(holder.own_session(connection).codecs),
+        statements=frozenset(name for (name,) in prepared),
     )
 
 

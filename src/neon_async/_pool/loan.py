@@ -27,7 +27,8 @@ class Facts(NamedTuple):
 
     Attributes:
         closed: It has ended.
-        worn: It is not to be lent again: too old, too many queries, expired, or the pool is closing.
+        worn: It is not to be lent again: too old, too many queries, without statements that `init` had prepared in SQL,
+            expired, or the pool is closing.
         own_reset: The reset is the caller's own code, which may do anything.
         untouched: Nothing was written to the server, and no type codec changed.
         leftovers: A call is under way, a statement is running or being cancelled, a transaction is open, or channels or
@@ -133,7 +134,11 @@ class Loan:
         worn = supply.is_worn(self.slot, now)
         if untouched:  # there is nothing else to ask for
             return Facts(False, worn, supply.own_reset, True, session.calls > 0, False, False)
-        worn = worn or holder.queries_run(connection) >= supply.options.max_queries
+        worn = (
+            worn
+            or holder.queries_run(connection) >= supply.options.max_queries
+            or holder.has_lost_statements(connection)
+        )
         leftovers = (
             session.calls > 0
             or not holder.is_idle(connection)

@@ -273,6 +273,7 @@ class Supply:
         protocol = holder.protocol_of(connection)
         assert protocol is not None
         protocol.send_reset_ahead(connection.get_reset_query(), note_success)
+        protocol.note_reset()
 
     async def _reset(self, slot: Slot, limit: float) -> Exception | None:
         """Reset what a caller has left, and return the error that `release()` raises, if there is one."""
@@ -292,6 +293,8 @@ class Supply:
         except Exception as error:  # noqa: BLE001  raised by `release()`
             _log.info("%s: a connection could not be reset and was closed (%s)", self.name, type(error).__name__)
             return error
+        if (protocol := holder.protocol_of(connection)) is not None and not connection.is_closed():
+            protocol.note_reset()
         self.tallies.resets.since(began)
         slot.heard_at = time.monotonic()
         return None
@@ -450,6 +453,7 @@ class Supply:
             session.remember(Snapshot(callbacks=holder.callbacks_of(connection), codecs=dict(session.codecs)))
             if is_pooled(connection):
                 session.initial_settings = tracked_settings(connection)
+        protocol.note_reset()
 
     def _adopt(self, slot: Slot, connection: Any, began: float) -> None:
         """Give a new connection to a slot."""

@@ -17,7 +17,7 @@ from support.plain import asyncpg_arguments
 from support.private_names import pins
 from support.probes import HANG, connected, make_pool, until
 
-from neon_async._driver.holder import Holder, PoolBase, Proxy, holder_of, session_of
+from neon_async._driver.holder import Holder, HolderQueue, PoolBase, Proxy, holder_of, session_of
 from neon_async.testing import LocalPostgres
 
 pytestmark = pytest.mark.anyio
@@ -235,9 +235,64 @@ class TestHolder:
 
 
 def base_of(*holders: Holder) -> PoolBase:
-    pool = PoolBase(min_size=0, max_size=3, connection_class=asyncpg.Connection, record_class=asyncpg.Record)
-    pool._set_holders(holders)
+    options: dict[str, Any] = {"min_size": 0, "max_size": 3, "max_queries": 1, "max_inactive_connection_lifetime": 0}
+    pool = PoolBase(**options, connection_class=asyncpg.Connection, record_class=asyncpg.Record)
+    pool._set_holders(holders, HolderQueue(3, lambda: list(holders), lambda: 0))
     return pool
+
+
+def read_as_health_checks_do(pool: Any) -> dict[str, object]:
+    """Return what other packages and in-house health checks read of a pool, by names that asyncpg does not document."""
+    holders = pool._holders
+    return {
+        "free": pool._queue.qsize(),
+        "the free ones are": [holder in holders for holder in pool._queue._queue],
+        "none is free": pool._queue.empty(),
+        "all are free": pool._queue.full(),
+        "places": pool._queue.maxsize,
+        "waiting": len(pool._queue._getters),
+        "used": pool._maxsize - pool._queue.qsize(),
+        "sizes": (pool._minsize, pool._maxsize, len(holders)),
+        "in use": len([holder for holder in holders if holder._in_use]),
+        "not in use": len([holder for holder in holders if holder._in_use is None]),
+        "idle": len([holder for holder in holders if holder.is_idle()]),
+        "connected": len([holder for holder in holders if holder._con is not None and not holder._con.is_closed()]),
+        "addresses": {len(holder._con._addr) for holder in holders if holder._con},
+        "of the pool": all(holder._pool is pool for holder in holders),
+        "life": (pool._initializing, pool._initialized, pool._closing, pool._closed),
+        "options": (pool._max_queries, pool._max_inactive_connection_lifetime),
+        "callbacks": (pool._setup, pool._init, pool._reset),
+        "classes": (pool._connection_class, pool._record_class),
+    }
+
+
+async def look_at_health(pool: Any) -> list[dict[str, object]]:
+    """Return what is read of a pool of two, from its opening to its end."""
+    seen = []
+    await pool
+    seen.append(read_as_health_checks_do(pool))
+    one = await pool.acquire()
+    seen.append(read_as_health_checks_do(pool))
+    two = await pool.acquire()
+    waiting = asyncio.ensure_future(pool.acquire().__aenter__())
+    await until(lambda: len(pool._queue._getters))
+    seen.append(read_as_health_checks_do(pool))
+    await pool.release(one)
+    three = await waiting
+    seen.append(read_as_health_checks_do(pool))
+    await pool.release(two)
+    seen.append(read_as_health_checks_do(pool))
+    closing = asyncio.ensure_future(pool.close())
+    await until(pool.is_closing)
+    life = read_as_health_checks_do(pool)["life"]
+    await pool.release(three)
+    await closing
+    after = read_as_health_checks_do(pool)
+    return [*seen, {"life": life}, {name: after[name] for name in ("sizes", "in use", "connected", "life")}]
+
+
+async def do_nothing(connection: Any) -> None:
+    pass
 
 
 class TestPoolBase:
@@ -245,6 +300,26 @@ class TestPoolBase:
         pool = base_of()
         assert isinstance(pool, asyncpg.Pool)
         assert (pool.get_min_size(), pool.get_max_size(), pool.get_size(), pool.is_closing()) == (0, 3, 0, False)
+
+    @pins("_queue", "_in_use", "_initializing", "_initialized", "_closing", "_closed")
+    async def test_health_checks_read_of_it_what_they_read_of_asyncpgs(self, postgres: LocalPostgres) -> None:
+        options: dict[str, Any] = {"min_size": 0, "max_size": 2, "max_queries": 7, "setup": do_nothing}
+        options["max_inactive_connection_lifetime"] = 11.0
+        ours = make_pool(postgres, **options)
+        assert (ours._queue.qsize(), ours._queue.full(), repr(ours._queue)) == (2, True, "<HolderQueue: 2 of 2 free>")
+        seen = await look_at_health(asyncpg.create_pool(**asyncpg_arguments(postgres), **options))
+        assert await look_at_health(ours) == seen
+
+    @pytest.mark.filterwarnings("ignore:min_size=1 keeps")
+    async def test_its_sizes_are_those_that_were_asked_for(self, postgres: LocalPostgres) -> None:
+        pool: Any = make_pool(postgres, min_size=1, init_size=2, max_size=3)
+        assert (pool._minsize, pool._maxsize) == (1, 3)
+        assert getattr(pool, "_initsize", 2) == 2  # asyncpg 0.31 has none
+
+    @pins("_connect_kwargs")
+    async def test_it_keeps_no_parameter_of_its_connections(self, postgres: LocalPostgres) -> None:
+        pool: Any = make_pool(postgres)
+        assert (tuple(pool._connect_args), pool._connect_kwargs) == ((), {})
 
     @pins("_holders")
     async def test_it_counts_our_holders(self, postgres: LocalPostgres) -> None:

@@ -584,6 +584,7 @@ class Holder(PoolConnectionHolder):
     __slots__ = ()
 
     _con: Any
+    _pool: Any
     _proxy: Proxy | None
 
     def __init__(self, pool: object) -> None:
@@ -654,6 +655,15 @@ class Holder(PoolConnectionHolder):
         """Return whether no caller has the connection; asyncpg asks."""
         return self._proxy is None
 
+    @property
+    def _in_use(self) -> Proxy | None:
+        """Something true while a caller has the connection; with asyncpg a future, which nothing awaits here."""
+        return self._proxy
+
+    @_in_use.setter
+    def _in_use(self, _: None) -> None:
+        """Do nothing for asyncpg, which sets it at first."""
+
     def _release_on_close(self) -> None:
         """Do nothing for asyncpg, which calls this when the connection has ended: `ConnectionHooks` reports it."""
 
@@ -677,28 +687,75 @@ def holder_of(connection: object, pool: object) -> Holder | None:
 # The pool
 
 
+class HolderQueue:
+    """What other code reads of the queue in asyncpg's pool, which contains the holders that are free.
+
+    Health checks take `qsize()` for the number of callers that can acquire at once. Nothing can be put or taken.
+
+    Args:
+        maxsize: The number of holders.
+        free: Returns the holders that are free now; the last one is used first.
+        waiting: Returns the number of callers that wait.
+    """
+
+    __slots__ = ("_free", "_waiting", "maxsize")
+
+    def __init__(self, maxsize: int, free: Callable[[], list[Holder]], waiting: Callable[[], int]) -> None:
+        self.maxsize = maxsize
+        self._free = free
+        self._waiting = waiting
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}: {self.qsize()} of {self.maxsize} free>"
+
+    def qsize(self) -> int:
+        """Return how many holders are free, with an idle connection or with none."""
+        return len(self._free())
+
+    def empty(self) -> bool:
+        """Return whether no holder is free."""
+        return self.qsize() == 0
+
+    def full(self) -> bool:
+        """Return whether all holders are free."""
+        return self.qsize() == self.maxsize
+
+    @property
+    def _queue(self) -> list[Holder]:
+        return self._free()
+
+    @property
+    def _getters(self) -> list[None]:
+        return [None] * self._waiting()
+
+
 class PoolBase(_Pool):
     """asyncpg's pool as a base class: what other code reads of it is true, and none of its machinery runs.
 
+    It keeps no parameter of its connections, because these include the password.
+
     Args:
-        min_size: As `get_min_size()` returns it.
-        max_size: As `get_max_size()` returns it.
+        **options: The options of the pool, by asyncpg's names.
     """
 
-    def __init__(self, *, min_size: int, max_size: int, connection_class: type[Any], record_class: type[Any]) -> None:
-        super().__init__(
-            min_size=min_size,
-            max_size=max_size,
-            max_queries=1,
-            max_inactive_connection_lifetime=0,
-            loop=cast(asyncio.AbstractEventLoop, object()),  # nothing runs before the pool is opened in a loop
-            connection_class=connection_class,
-            record_class=record_class,
-        )
+    _queue: HolderQueue
+    _connect_kwargs: dict[str, object]
 
-    def _set_holders(self, holders: Sequence[Holder]) -> None:
+    def __init__(self, **options: Any) -> None:
+        super().__init__(
+            **options,
+            loop=cast(asyncio.AbstractEventLoop, object()),  # nothing runs before the pool is opened in a loop
+        )
+        self._connect_kwargs = {}  # asyncpg 0.31 does not know init_size, and takes it for one
+
+    def _set_holders(self, holders: Sequence[Holder], queue: HolderQueue) -> None:
         """Name the holders that `get_size()` counts and whose caches `reload_schema_state()` clears."""
         self._holders = list(holders)
+        self._queue = queue
+
+    def _set_state(self, *, initializing: bool, initialized: bool, closing: bool, closed: bool) -> None:
+        """Note how far the life of the pool has come, in asyncpg's words."""
+        self._initializing, self._initialized, self._closing, self._closed = initializing, initialized, closing, closed
 
     def _set_loop(self, loop: asyncio.AbstractEventLoop) -> None:
         """Name the event loop that the pool belongs to."""

@@ -20,7 +20,7 @@ from asyncpg.pool import PoolAcquireContext
 
 from .._driver.connection import Connection
 from .._driver.connector import Connector, prepare, require_asyncio
-from .._driver.holder import Holder, PoolBase, call_in, holder_of, is_current
+from .._driver.holder import Holder, HolderQueue, PoolBase, call_in, holder_of, is_current
 from .._driver.transaction import run_transaction
 from .._errors import (
     ConfigurationError,
@@ -103,15 +103,34 @@ class Pool(PoolBase):
         super().__init__(
             min_size=options.min_size,
             max_size=options.max_size,
+            init_size=options.opening_size,
+            max_queries=options.max_queries,
+            max_inactive_connection_lifetime=options.max_inactive_connection_lifetime,
+            setup=options.setup,
+            init=options.init,
+            reset=options.reset,
             connection_class=options.connection_class,
             record_class=options.record_class,
         )
         holders = [Holder(self) for _ in range(options.max_size)]
-        self._set_holders(holders)
         self._connector = connector
         self._options = options
         self._supply = Supply(connector, options, holders)
-        self._phase = _Phase.NEW
+        self._set_holders(holders, HolderQueue(len(holders), self._free_holders, lambda: len(self._supply.waiters)))
+        self._enter(_Phase.NEW)
+
+    def _enter(self, phase: _Phase) -> None:
+        self._phase = phase
+        self._set_state(
+            initializing=phase is _Phase.OPENING,
+            initialized=phase not in (_Phase.NEW, _Phase.OPENING),
+            closing=phase is _Phase.CLOSING,
+            closed=phase is _Phase.CLOSED,
+        )
+
+    def _free_holders(self) -> list[Holder]:
+        slots = self._supply.slots
+        return [slot.holder for slot in (*slots.vacant, *slots.idle)]
 
     # -----------------------------------------------------------------------------------------------------------------
     # What the pool is doing
@@ -172,17 +191,17 @@ class Pool(PoolBase):
             raise asyncpg.InterfaceError("pool is being initialized in another task")
         if self._phase is not _Phase.NEW:
             return self
-        self._phase = _Phase.OPENING
+        self._enter(_Phase.OPENING)
         self._supply.loop = asyncio.get_running_loop()
         self._set_loop(self._supply.loop)
         try:
             await self._make_first_connections(self._options.opening_size)
         except BaseException:
-            self._phase = _Phase.CLOSED
+            self._enter(_Phase.CLOSED)
             self._supply.terminate(self._closed_error)
             raise
-        if self._phase is _Phase.OPENING:
-            self._phase = _Phase.OPEN
+        if not self.is_closing():
+            self._enter(_Phase.OPEN)
         return self
 
     async def _make_first_connections(self, count: int) -> None:
@@ -433,7 +452,7 @@ class Pool(PoolBase):
             return
         self._require_own_loop()
         if self._phase is not _Phase.CLOSING:
-            self._phase = _Phase.CLOSING
+            self._enter(_Phase.CLOSING)
             self._supply.start_closing(self._closed_error)
         try:
             async with asyncio.timeout(timeout):
@@ -470,7 +489,7 @@ class Pool(PoolBase):
     def _terminate(self) -> None:
         if self._phase is _Phase.CLOSED:
             return
-        self._phase = _Phase.CLOSED
+        self._enter(_Phase.CLOSED)
         if self._own_loop.is_closed():
             self._supply.abandon()
         else:

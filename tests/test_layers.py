@@ -39,6 +39,8 @@ def test_every_import_contract_is_kept() -> None:
         pytest.param("_config/new", "import asyncio", "What is pure", id="event loop in a new module"),
         pytest.param("_wire/tls", "import asyncpg", "asyncpg is imported", id="asyncpg below the seam"),
         pytest.param("_wire/dial", "import cryptography", "What the extras install", id="extra in the core"),
+        pytest.param("_pool/pool", "import sqlalchemy", "What the extras install", id="framework in the core"),
+        pytest.param("testing/__init__", "from .. import sqlalchemy", "point down only", id="edge in a lower layer"),
     ],
 )
 def test_a_planted_import_breaks_its_contract(module: str, line: str, contract: str, tmp_path: Path) -> None:

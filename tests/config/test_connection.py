@@ -43,6 +43,8 @@ def test_every_environment_variable_of_libpq_is_read() -> None:
         ),
         pytest.param(f"postgres://a:b@{HOST}:6432", {"port": 6432, "database": "a"}, id="dbname defaults to user"),
         pytest.param(f"postgresql+asyncpg://a:b@{HOST}/x?ssl=verify-full", {"database": "x"}, id="SQLAlchemy's scheme"),
+        pytest.param(f"postgresql+neon://a:b@{HOST}/x?sslmode=require", {"database": "x"}, id="our own scheme"),
+        pytest.param(f"postgresql+neon://a:b@{HOST}/x?port=5&ssl=false", {"port": 5}, id="our own scheme wins"),
         pytest.param(
             f"postgresql://a%40b:p%2Fw@{HOST}/d%20b", {"user": "a@b", "database": "d b"}, id="percent-encoded"
         ),

@@ -137,6 +137,31 @@ class TestEnd:
         assert reported == [True]
 
 
+class TestHasEnded:
+    async def test_a_connection_has_ended_when_it_is_closed(self, connection: Any) -> None:
+        assert not holder.has_ended(connection)
+        connection.terminate()
+        assert holder.has_ended(connection)
+
+    @pins("_con")
+    async def test_what_was_lent_has_ended_with_its_loan(self, connection: Any) -> None:
+        owner = Holder(None)
+        owner.adopt(connection)
+        proxy = owner.lend()
+        assert not holder.has_ended(proxy)
+        owner.recall()
+        assert holder.has_ended(proxy)
+
+    @pins("_holder", "_pool")
+    async def test_the_pool_of_a_loan_is_known_after_it(self, connection: Any) -> None:
+        pool = object()
+        owner = Holder(pool)
+        owner.adopt(connection)
+        proxy = owner.lend()
+        owner.recall()
+        assert holder.pool_of(proxy) is pool
+
+
 class TestCancelRequests:
     @pins("_cancel")
     def test_asyncpgs_method_has_the_parameters_of_ours(self) -> None:
@@ -407,6 +432,17 @@ async def end_unnoticed(connection: Any) -> None:
     await connection.transaction().start()
     await connection.execute("ROLLBACK")
     assert not connection.is_in_transaction()
+
+
+class TestCachedStatements:
+    @pins("_prepare")
+    async def test_a_statement_is_prepared_once_and_others_by_asyncpgs_method_each_time(self, connection: Any) -> None:
+        known = "SELECT count(*) FROM pg_prepared_statements WHERE statement = $1"
+        for query, times in (("SELECT 6 * 7", 1), ("SELECT 7 * 6", 3)):
+            prepare = connection.prepare if times > 1 else lambda query: holder.prepare_cached(connection, query)
+            statements = [await prepare(query) for _ in range(3)]
+            assert [await statement.fetchval() for statement in statements] == [42, 42, 42]
+            assert await connection.fetchval(known, query) == times
 
 
 class TestLeftovers:

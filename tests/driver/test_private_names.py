@@ -38,6 +38,7 @@ COMPUTED = {
     "_driver.protocol": {"SessionProtocol.__getattr__"},  # all of asyncpg's protocol, for asyncpg
     "_driver.transaction": {"_Observed.__getattr__", "_Observed.__setattr__"},  # all of a connection's, for asyncpg
     "_pool.options": {"PoolOptions.__post_init__"},
+    "sqlalchemy": {"_dbapi_class"},  # names of PEP 249
 }
 
 # What asyncpg does not document, without an underscore.

@@ -8,13 +8,13 @@ is judged, by its row in the table of keywords. It must not know what the parame
 
 import os
 import urllib.parse
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Literal, NoReturn, TypedDict, cast
 
 from .._errors import ConfigurationError, InsecureConfigurationError
 from .._neon.endpoint import Endpoint, parse_host
-from .dsn import decode, harden_dsn, redact, split
+from .dsn import VERIFIED_SCHEME, decode, harden_dsn, redact, split
 from .keywords import BY_DSN_NAME, BY_NAME, KEYWORDS, Keyword
 from .password import Password, PasswordSource
 from .readers import Given, Host, Reader
@@ -159,6 +159,20 @@ def parse(dsn: str | None, keywords: Mapping[str, object], environ: Mapping[str,
     return _assemble(values)
 
 
+def keywords_of_url(pairs: Iterable[tuple[str, object]]) -> dict[str, object]:
+    """Return the parts of a URL that somebody else has taken apart, as keywords by their canonical names.
+
+    The values are not judged: `parse()` does that, together with the other sources.
+
+    Raises:
+        ConfigurationError: A name is unknown, is given twice, or can be given in code only.
+    """
+    given: dict[str, Given] = {}
+    for key, value in pairs:
+        _add(given, key, value, _DSN)
+    return {name: each.value for name, each in given.items()}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The three sources
 
@@ -215,6 +229,8 @@ def _given_in_dsn(dsn: object) -> dict[str, Given]:
             )
         _add(given, key, decode(text), _DSN)
         after_a_secret |= BY_DSN_NAME[key].secret
+    if url.scheme == VERIFIED_SCHEME:
+        given["sslmode"] = Given("sslmode", "verify-full", f"scheme {VERIFIED_SCHEME}")
     return given
 
 

@@ -12,7 +12,9 @@ from typing import Final
 from .._errors import ConfigurationError, forget_arguments
 from .keywords import BY_DSN_NAME, BY_NAME
 
-_SCHEMES = ("postgresql", "postgres", "postgresql+asyncpg")
+# The scheme of the SQLAlchemy dialect. It asks for verify-full itself, whatever sslmode follows.
+VERIFIED_SCHEME = "postgresql+neon"
+_SCHEMES = ("postgresql", "postgres", "postgresql+asyncpg", VERIFIED_SCHEME)
 
 
 @forget_arguments
@@ -23,7 +25,7 @@ def harden_dsn(dsn: str) -> str:
     `sslmode=verify-full` is appended. The rest is not checked: `create_pool()` does that.
 
     Args:
-        dsn: A connection URL (`postgresql://`, `postgres://` or `postgresql+asyncpg://`).
+        dsn: A connection URL (`postgresql://`, `postgres://`, `postgresql+asyncpg://` or `postgresql+neon://`).
 
     Returns:
         The connection URL to use, with its password. Hardening it again changes nothing.

@@ -15,7 +15,7 @@ from typing import Any, TypeVar, cast
 
 import asyncpg
 
-from .holder import ConnectionHooks, Use, own_session, protocol_of
+from .holder import ConnectionHooks, Use, own_session, prepare_cached, protocol_of
 from .resources import adopt_factory, adopt_statement
 from .session import Codec
 from .transaction import Transaction
@@ -90,6 +90,17 @@ class Connection(ConnectionHooks):
     async def prepare(self, query: str, **options: Any) -> Any:
         """Return a prepared statement, as asyncpg does. It cannot be used after the loan of the connection."""
         return adopt_statement(await super().prepare(query, **options))
+
+    async def prepare_cached(self, query: str) -> Any:
+        """Return a prepared statement as `prepare()` does, from the cache that `fetch()` and the others use.
+
+        `prepare()` asks the server each time, and has it forget the statement afterwards. A cached one serves later
+        loans, too.
+
+        Args:
+            query: The text of the statement.
+        """
+        return adopt_statement(await prepare_cached(self, query))
 
     def cursor(self, query: str, *args: Any, **options: Any) -> Any:
         """Return a cursor factory, as asyncpg does. It cannot be used after the loan of the connection."""

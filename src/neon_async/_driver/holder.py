@@ -55,6 +55,12 @@ def own_session(connection: Any) -> Session:
     return session
 
 
+def has_ended(connection: Any) -> bool:
+    """Return whether a connection is closed, or is what a pool lent and has been released or has ended since."""
+    connection = getattr(connection, "_con", connection)
+    return connection is None or bool(connection.is_closed())
+
+
 class ConnectionHooks(_Connection):
     """asyncpg's connection: it ends from anywhere, its end is reported, and its cancel requests are ours."""
 
@@ -289,6 +295,11 @@ def _forget_statements(reference: weakref.ref[Any], certainly: bool) -> None:
             connection._mark_stmts_as_closed()
 
 
+async def prepare_cached(connection: Any, query: str) -> Any:
+    """Return a prepared statement as `prepare()` does, and keep it in the cache of the connection as `fetch()` does."""
+    return await connection._prepare(query, use_cache=True)
+
+
 async def send(connection: Any, sql: str) -> None:
     """Run `sql` for the pool itself: no query logger and no tracer sees it."""
     await connection._protocol.query(sql, None)
@@ -514,6 +525,9 @@ class Proxy(_Proxy):
         def prepare(self, *args, **keywords):
             return self._call(self._lent("prepare").prepare, args, keywords)
 
+        async def prepare_cached(self, *args, **keywords):
+            return await self._call(self._lent("prepare_cached").prepare_cached, args, keywords)
+
         @functools.wraps(PoolConnectionProxy.copy_from_table)
         def copy_from_table(self, *args, **keywords):
             return self._call(self._lent("copy_from_table").copy_from_table, args, keywords)
@@ -681,6 +695,11 @@ def holder_of(connection: object, pool: object) -> Holder | None:
             f"Pool.release() received invalid connection: {connection!r} is not a member of this pool"
         )
     return None if proxy._con is None else holder
+
+
+def pool_of(proxy: Proxy) -> Any:
+    """Return the pool that lent a connection; also after the loan."""
+    return proxy._holder._pool
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -79,6 +79,11 @@ class PooledConnection(StatementHooks, Connection):
         refuse_session_features(self, query)
         return await super().prepare(query, **options)
 
+    async def prepare_cached(self, query: str) -> Any:
+        """Return a prepared statement from the cache; `PooledHostError` where it needs a session of its own."""
+        refuse_session_features(self, query)
+        return await super().prepare_cached(query)
+
     def cursor(self, query: str, *args: Any, **options: Any) -> Any:
         """Return a cursor factory, as asyncpg does; `PooledHostError` where the query needs a session of its own."""
         refuse_session_features(self, query, args)

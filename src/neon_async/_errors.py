@@ -181,18 +181,25 @@ class PoolClosedError(NeonAsyncError, asyncpg.InterfaceError):
 
 
 class ConnectionLostError(NeonAsyncError, asyncpg.ConnectionDoesNotExistError, ConnectionError):
-    """The connection ended while it was in use.
+    """The connection ended while it was in use. The cause is what the server said last, if it said anything.
+
+    `sqlstate` and the other fields are those of the server's last words, such as 57P01 or 25P03, and 08003 without any.
 
     Attributes:
         nothing_executed: Whether it is certain that nothing of the call was executed.
+        nothing_committed: Whether it is certain that neither the call nor the transaction that was open has kept
+            anything, because COMMIT was not sent.
     """
 
     retryable = True
     unavailable = True
 
-    def __init__(self, message: str = "", *, nothing_executed: bool = False) -> None:
+    def __init__(
+        self, message: str = "", *, nothing_executed: bool = False, nothing_committed: bool | None = None
+    ) -> None:
         super().__init__(message)
         self.nothing_executed = nothing_executed
+        self.nothing_committed = nothing_executed if nothing_committed is None else nothing_committed
 
 
 class CommitUnknownError(NeonAsyncError, asyncpg.TransactionResolutionUnknownError):

@@ -14,6 +14,7 @@ from support.transactions import Bench, cut_in_commit, frozen_in_commit, killed_
 
 import neon_async
 from neon_async._driver import transaction as _transaction
+from neon_async._driver.losses import leaves_commit_open
 from neon_async._errors import server_error
 
 pytestmark = pytest.mark.anyio
@@ -85,7 +86,7 @@ class TestCommit:
         self, severity: str, sqlstate: str, is_open: bool
     ) -> None:
         error = server_error(f"SFEHLER\0V{severity}\0C{sqlstate}\0Mtext\0\0".encode())
-        assert _transaction._leaves_commit_open(error) is is_open
+        assert leaves_commit_open(error) is is_open
 
     @pytest.mark.parametrize("sqlstate", ["40001", "40P01"])
     async def test_a_conflict_at_commit_is_retried(self, bench: Bench, sqlstate: str) -> None:

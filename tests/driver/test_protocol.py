@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import io
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import asyncpg
 import pytest
@@ -14,7 +14,9 @@ from support.probes import HANG, assert_whole, connected, until, until_settled
 from support.unclean import REASON, TABLE, Lender, RestrictedServer, lender, restricted
 
 import neon_async
+from neon_async._driver.losses import CLOSED_BY_SERVER
 from neon_async._driver.protocol import SessionProtocol
+from neon_async._driver.session import Healing, Session
 from neon_async.testing import LocalPostgres
 
 pytestmark = pytest.mark.anyio
@@ -128,6 +130,11 @@ class Spy:
         self.answered = asyncio.Event()
         self.connected = True
         self.is_settled, self.is_in_failed_transaction = True, False
+        self.writes = 0
+        self.last_words = None
+        self.session = Session(
+            host="a host", endpoint=None, healing=Healing(), report=cast(Any, None), cancel=cast(Any, None)
+        )
         self.get_settings: Any = None
 
     def is_connected(self) -> bool:
@@ -230,8 +237,9 @@ async def test_nothing_of_a_text_was_executed_whose_connection_was_lost_while_it
     running = asyncio.ensure_future(protocol.query("ROLLBACK; SELECT 1", None))
     await asyncio.sleep(0)
     spy.connected = False
+    spy.session.note_loss(CLOSED_BY_SERVER)
     spy.answered.set()
-    with pytest.raises(neon_async.ConnectionLostError, match="lost before this call was sent") as raised:
+    with pytest.raises(neon_async.ConnectionLostError, match="Nothing of this call was executed") as raised:
         await running
     assert raised.value.nothing_executed
     assert spy.sent == []

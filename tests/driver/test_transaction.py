@@ -48,14 +48,6 @@ class TestLeaving:
             assert not connection.is_in_transaction()
             assert await connection.fetchval("SELECT 1") == 1
 
-    async def test_its_status_is_the_latest_answer_of_the_server(self, bench: Bench) -> None:
-        async with bench.acquire() as connection:
-            transaction = connection.transaction()
-            statuses = [transaction.status]
-            async with transaction:
-                statuses.append(transaction.status)
-            assert [*statuses, transaction.status] == ["", "BEGIN", "COMMIT"]
-
     @NESTED
     async def test_the_error_of_a_lost_connection_is_raised_as_it_is(self, bench: Bench, nested: bool) -> None:
         """asyncpg's own block raises InterfaceError instead, because it cannot roll back."""

@@ -69,11 +69,11 @@ class Bench:
             CREATE CONSTRAINT TRIGGER late AFTER INSERT ON {self.name} DEFERRABLE INITIALLY DEFERRED
             FOR EACH ROW EXECUTE FUNCTION {self.name}()""")
 
-    async def until_committing(self) -> None:
-        """Wait until a backend has begun to commit, and sleeps in it."""
-        query = "SELECT count(*) FROM pg_stat_activity WHERE query LIKE 'COMMIT%' AND wait_event = 'PgSleep'"
+    async def until_committing(self, like: str = "COMMIT%") -> None:
+        """Wait until a backend has begun to commit, by a statement like this, and sleeps in it."""
+        query = "SELECT count(*) FROM pg_stat_activity WHERE query LIKE $1 AND wait_event = 'PgSleep'"
         async with asyncio.timeout(HANG):
-            while not await self.admin.fetchval(query):
+            while not await self.admin.fetchval(query, like):
                 await asyncio.sleep(0.005)
 
     async def kill(self, connection: Any) -> None:
@@ -230,21 +230,21 @@ LOSSES = [
 # Failures during COMMIT
 
 
-async def killed_in_commit(bench: Bench) -> None:
-    await bench.until_committing()
+async def killed_in_commit(bench: Bench, **options: str) -> None:
+    await bench.until_committing(**options)
     await bench.kill(bench.connections[0])
 
 
-async def cut_in_commit(bench: Bench) -> None:
-    await bench.until_committing()
+async def cut_in_commit(bench: Bench, **options: str) -> None:
+    await bench.until_committing(**options)
     bench.endpoint.cut()
 
 
-async def suspended_in_commit(bench: Bench) -> None:
-    await bench.until_committing()
+async def suspended_in_commit(bench: Bench, **options: str) -> None:
+    await bench.until_committing(**options)
     bench.endpoint.suspend()
 
 
-async def frozen_in_commit(bench: Bench) -> None:
-    await bench.until_committing()
+async def frozen_in_commit(bench: Bench, **options: str) -> None:
+    await bench.until_committing(**options)
     bench.endpoint.freeze()

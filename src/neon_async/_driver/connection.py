@@ -15,7 +15,7 @@ from typing import Any, TypeVar, cast
 
 import asyncpg
 
-from .holder import ConnectionHooks, Use, own_session, prepare_cached, protocol_of
+from .holder import ConnectionHooks, Use, end_lost, own_session, prepare_cached, protocol_of
 from .resources import adopt_factory, adopt_statement
 from .session import Codec
 from .transaction import Transaction
@@ -159,7 +159,9 @@ class Connection(ConnectionHooks):
                 await asyncio.wait({running}, timeout=_CANCEL_GRACE)
             finally:
                 if not running.done():
-                    self.terminate()
+                    end_lost(
+                        self, "a call that sends many rows did not end when it was cancelled, so it was terminated"
+                    )
             raise
         return running.result()
 

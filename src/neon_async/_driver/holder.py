@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 import asyncpg
 from asyncpg.pool import PoolConnectionHolder, PoolConnectionProxy
 
-from .._errors import NeonAsyncError, UnsupportedEventLoopError
+from .._errors import NeonAsyncError, ServerError, UnsupportedEventLoopError, server_error
 from .._text import escape
+from .losses import Loss, Outcome, loss_with, lost_error
 from .session import Callbacks, Session
 
 if TYPE_CHECKING:
@@ -82,6 +83,9 @@ class ConnectionHooks(_Connection):
         It can be called from any thread, and after the connection's event loop has stopped or was closed. While that
         loop runs in another thread, the server learns of the end at once, and `is_closed()` is true a moment later.
         """
+        session = session_of(self)
+        if session is not None and session.loss is None:
+            session.left = True
         loop = self._loop
         if is_current(loop):
             super().terminate()
@@ -105,6 +109,7 @@ class ConnectionHooks(_Connection):
             UnsupportedEventLoopError: The connection belongs to another event loop, which still exists.
         """
         if self.is_closed() or is_current(self._loop):
+            own_session(self).left |= not self.is_closed()
             await super().close(timeout=timeout)
         elif self._loop.is_closed():
             self.terminate()
@@ -130,15 +135,22 @@ class ConnectionHooks(_Connection):
 
     def _abort(self) -> None:
         # asyncpg forgets its protocol here, and a call that comes back between two messages raises AttributeError.
+        ended = self._protocol
         super()._abort()  # type: ignore[misc]
-        self._protocol = _ClosedProtocol()
+        self._protocol = _ClosedProtocol(session_of(self), was_in_transaction=had_transaction(ended))
 
     def _cleanup(self) -> None:
         # asyncpg calls this for every end of a connection: close(), terminate(), and a connection that was lost.
-        super()._cleanup()  # type: ignore[misc]
         session = session_of(self)
         if session is not None:
+            session.note_loss(loss_with(last_words(self._transport)))  # type: ignore[attr-defined]
+        super()._cleanup()  # type: ignore[misc]
+        if session is not None:
             session.notify_closed()
+
+    def _check_open(self) -> None:
+        if self.is_closed():
+            raise closed_error(self)
 
     async def _cancel(self, waiter: Any, cancel_waiter: Any = None) -> None:
         """Send a cancel request over a verified channel, within `command_timeout`, and always resolve `waiter`.
@@ -170,7 +182,7 @@ class ConnectionHooks(_Connection):
 
 def _give_up_cancelling(connection: Any, name: str, waiter: asyncio.Future[None], error: Exception) -> None:
     if not connection._aborted:
-        connection.terminate()
+        end_lost(connection, f"a statement could not be cancelled ({type(error).__name__}), so it was terminated")
     if not waiter.done():  # asyncpg 0.31: a call that waits for the cancellation would wait for ever without an error
         waiter.set_exception(error)
         waiter.exception()  # often no call waits
@@ -199,13 +211,86 @@ def call_in(loop: asyncio.AbstractEventLoop, call: Callable[[], object]) -> bool
 
 
 class _ClosedProtocol:
-    """The protocol of a connection that was terminated: it refuses everything because the connection is closed."""
+    """The protocol of a connection that was terminated: it refuses everything because the connection is closed.
+
+    Args:
+        session: The session that has ended, or None where there was none yet.
+        was_in_transaction: Whether a transaction was open.
+    """
+
+    def __init__(self, session: Session | None, *, was_in_transaction: bool) -> None:
+        self._session = session
+        self.was_in_transaction = was_in_transaction
 
     def __getattr__(self, name: str) -> Any:
-        raise asyncpg.InterfaceError("cannot perform operation: connection is closed")
+        raise refusal_of(self._session, self.was_in_transaction, "cannot perform operation: connection is closed")
 
     def abort(self) -> None:
         """Do nothing: it is done."""
+
+
+def has_open_transaction(connection: Any) -> bool:
+    """Return whether a transaction is open, or was when the connection ended."""
+    return had_transaction(connection._protocol)
+
+
+def had_transaction(protocol: Any) -> bool:
+    """Return whether a transaction was open on a connection that has ended, by its protocol."""
+    if isinstance(protocol, _ClosedProtocol):
+        return protocol.was_in_transaction
+    return bool(protocol is not None and protocol.is_in_transaction())
+
+
+def closed_error(connection: Any, refusal: str = "connection is closed") -> Exception:
+    """Return the error of a call on a connection that has ended.
+
+    Args:
+        connection: The connection.
+        refusal: What asyncpg says of a connection that its owner has closed.
+    """
+    return refusal_of(session_of(connection), had_transaction(connection._protocol), refusal)
+
+
+def refusal_of(session: Session | None, was_in_transaction: bool, refusal: str) -> Exception:
+    """Return what `closed_error()` does, by what is known of the connection."""
+    if session is None or session.loss is None:
+        return asyncpg.InterfaceError(refusal)
+    rolled_back = was_in_transaction and not session.commit_unknown
+    return lost_error(session.host, session.loss, Outcome.ROLLED_BACK_UNSENT if rolled_back else Outcome.NOT_SENT)
+
+
+def last_words(transport: SessionTransport) -> ServerError | None:
+    """Return the error with which the server has ended a session, if it sent one."""
+    body = transport.last_words
+    return None if body is None else server_error(body)
+
+
+class ResourceHooks:
+    """asyncpg's statement, cursor or transaction: on a connection that was lost it says so."""
+
+    __slots__ = ()
+
+    _connection: Any
+    _con_release_ctr: int
+
+    def _check_conn_validity(self, meth_name: str) -> None:
+        if self._connection._pool_release_ctr != self._con_release_ctr:
+            super()._check_conn_validity(meth_name)  # type: ignore[misc]
+        if self._connection.is_closed():
+            raise _closed_error_of(self, meth_name)
+
+
+def open_resource(resource: Any) -> Any:
+    """Return a cursor of asyncpg's, unless its connection was lost during the loan."""
+    connection = resource._connection
+    if connection.is_closed() and connection._pool_release_ctr == resource._con_release_ctr:
+        raise _closed_error_of(resource, "fetch")
+    return resource
+
+
+def _closed_error_of(resource: Any, method: str) -> Exception:
+    name = f"{type(resource).__name__}.{method}()"
+    return closed_error(resource._connection, f"cannot call {name}: the underlying connection is closed")
 
 
 class StatementHooks(_Connection):
@@ -298,6 +383,14 @@ def _forget_statements(reference: weakref.ref[Any], certainly: bool) -> None:
 async def prepare_cached(connection: Any, query: str) -> Any:
     """Return a prepared statement as `prepare()` does, and keep it in the cache of the connection as `fetch()` does."""
     return await connection._prepare(query, use_cache=True)
+
+
+def end_lost(connection: Any, why: str) -> None:
+    """Terminate a connection that is of no use any more, so that later calls say why it is lost."""
+    session = session_of(connection)
+    if session is not None and not connection.is_closed():
+        session.note_loss(Loss(why))
+    connection.terminate()
 
 
 async def send(connection: Any, sql: str) -> None:
@@ -649,11 +742,10 @@ class Holder(PoolConnectionHolder):
                 proxy._detach()
 
     def mark_closed(self) -> None:
-        """Forget a connection that has ended."""
-        proxy, self._proxy = self._proxy, None
-        if proxy is not None:
-            proxy._detach()
-        self._con = None
+        """Forget a connection that has ended. A proxy for it says so to its caller, until the caller releases it."""
+        if self._proxy is not None:
+            self._con._set_proxy(None)  # a caller may keep what belongs to the connection longer than the pool
+        self._proxy = self._con = None
 
     def terminate(self) -> None:
         """End the connection at once, if there is one."""
@@ -694,7 +786,10 @@ def holder_of(connection: object, pool: object) -> Holder | None:
         raise asyncpg.InterfaceError(
             f"Pool.release() received invalid connection: {connection!r} is not a member of this pool"
         )
-    return None if proxy._con is None else holder
+    if holder._proxy is connection:
+        return holder
+    proxy._detach()  # its connection may have ended during the loan
+    return None
 
 
 def pool_of(proxy: Proxy) -> Any:

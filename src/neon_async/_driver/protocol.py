@@ -18,11 +18,23 @@ from typing import Any, TypeVar
 
 import asyncpg
 
-from .._errors import ConnectionLostError, ServerError, WrongMethodError, server_error
+from .._errors import ConnectionLostError, ServerError, WrongMethodError, ends_session, server_error
 from .._neon.effects import Effects, effects_of
-from .._neon.sql import goes_on_after_transaction
+from .._neon.sql import commits, goes_on_after_transaction
 from .._wire.transport import SessionTransport
 from . import holder
+from .losses import (
+    CLOSED_HERE,
+    Loss,
+    Outcome,
+    commit_error,
+    is_server_error,
+    leaves_commit_open,
+    loss_with,
+    lost_error,
+    outcome_of,
+)
+from .session import Session
 
 _T = TypeVar("_T")
 
@@ -34,7 +46,7 @@ class SessionProtocol:
 
     Args:
         protocol: asyncpg's own object; whatever is not defined here is its.
-        transport: The session's transport.
+        transport: The session's transport, which knows the session.
         host: The host name, for messages.
     """
 
@@ -45,8 +57,10 @@ class SessionProtocol:
         "_effects",
         "_failure",
         "_host",
+        "_keeps_nothing",
         "_reset_failure",
         "_running",
+        "_session",
         "_transport",
         "get_settings",
         "has_deallocated",
@@ -61,6 +75,8 @@ class SessionProtocol:
         self._asyncpg = protocol
         self._transport = transport
         self._host = host
+        assert isinstance(transport.session, Session)
+        self._session = transport.session
         self._running = 0
         self._ahead: tuple[str, str] | None = None  # a simple query, and what is sent ahead in its place
         self._begun = False  # a BEGIN went ahead, and asyncpg has not seen a ReadyForQuery since
@@ -72,6 +88,7 @@ class SessionProtocol:
         # Called when statements that asyncpg has prepared may be gone, with whether they are certainly.
         self.on_dropped: Callable[[bool], None] = lambda _: None
         self.is_recalled = False  # the loan has ended, and calls of it are still under way: they send nothing more
+        self._keeps_nothing = False  # a COMMIT that is sent now ends a transaction that is read-only
         # Dotted names in texts and arguments, where someone collects them: what may be custom settings.
         self.mentioned: set[str] | None = None
         self.is_connected = protocol.is_connected
@@ -108,6 +125,11 @@ class SessionProtocol:
     def is_in_transaction(self) -> bool:
         """Return whether a transaction is open, one whose BEGIN went ahead included."""
         return self._begun or bool(self._asyncpg.is_in_transaction())
+
+    @property
+    def is_in_failed_transaction(self) -> bool:
+        """Whether a transaction is open in which a statement has failed, so that COMMIT rolls it back."""
+        return self._transport.is_in_failed_transaction
 
     # -----------------------------------------------------------------------------------------------------------------
     # Sent ahead
@@ -146,11 +168,21 @@ class SessionProtocol:
         finally:
             self._ahead = None
 
+    @contextlib.contextmanager
+    def keeping_nothing(self) -> Iterator[None]:
+        """Have a COMMIT reported that was lost as any lost statement, because its transaction is read-only."""
+        self._keeps_nothing = True
+        try:
+            yield
+        finally:
+            self._keeps_nothing = False
+
     def _take_reset_answer(self, on_success: Callable[[], None], status: bytes, error: bytes | None) -> None:
         if error is None and status == b"I":
             on_success()
             return
         self._reset_failure = server_error(error or b"")
+        self._session.note_loss(Loss(f"its session could not be reset ({self._reset_failure.args[0]})"))
         self._transport.abort()
 
     def _take_begin_answer(self, status: bytes, error: bytes | None) -> None:
@@ -170,7 +202,7 @@ class SessionProtocol:
                 self._transport.send_ahead(query, self._take_begin_answer)
                 self._begun = True
             else:
-                await self._run(self._asyncpg.query(query, timeout))
+                await self._run(self._asyncpg.query(query, timeout), query)
             return _tag_of(query)
         is_text = isinstance(query, str)  # anything else is refused by asyncpg
         effects = _allowed(query) if is_text else None
@@ -179,12 +211,9 @@ class SessionProtocol:
             if self._failure is not None:
                 raise self._take_failure()
             if not self.is_connected() and self._reset_failure is None:
-                raise ConnectionLostError(
-                    f"The connection to {self._host} was lost before this call was sent. Nothing of it was executed: "
-                    "call again.",
-                    nothing_executed=True,
-                )
-        call = self._run(self._asyncpg.query(query, timeout), rolls_back=is_text and query.startswith("ROLLBACK"))
+                raise holder.refusal_of(self._session, self.is_in_transaction(), "connection is closed")
+        result = self._asyncpg.query(query, timeout)
+        call = self._run(result, query, rolls_back=is_text and query.startswith("ROLLBACK"))
         return await (self._tracked(call, effects) if effects else call)
 
     async def prepare(self, name: str, query: str, *args: Any, **options: Any) -> Any:
@@ -192,44 +221,44 @@ class SessionProtocol:
         self._note(query)
         if effects := _allowed(query):
             self._effects[query] = effects
-        return await self._run(self._asyncpg.prepare(name, query, *args, **options), ready=False)
+        return await self._run(self._asyncpg.prepare(name, query, *args, **options), None, ready=False)
 
     async def bind_execute(self, state: Any, args: Any, *rest: Any, **options: Any) -> Any:
         """Execute a prepared statement."""
         self._note(*args)
-        call = self._run(self._asyncpg.bind_execute(state, args, *rest, **options))
+        call = self._run(self._asyncpg.bind_execute(state, args, *rest, **options), state)
         effects = self._effects and self._effects.get(state.query)
         return await (self._tracked(call, effects) if effects else call)
 
     async def bind_execute_many(self, state: Any, args: Any, **options: Any) -> Any:
         """Execute a prepared statement for each sequence of arguments."""
-        call = self._run(self._asyncpg.bind_execute_many(state, args, **options))
+        call = self._run(self._asyncpg.bind_execute_many(state, args, **options), state)
         effects = self._effects and self._effects.get(state.query)
         return await (self._tracked(call, effects) if effects else call)
 
     async def bind(self, *args: Any, **options: Any) -> Any:
         """Bind arguments to a portal."""
-        return await self._run(self._asyncpg.bind(*args, **options))
+        return await self._run(self._asyncpg.bind(*args, **options), None)
 
-    async def execute(self, *args: Any, **options: Any) -> Any:
+    async def execute(self, state: Any, *args: Any, **options: Any) -> Any:
         """Execute a portal."""
-        return await self._run(self._asyncpg.execute(*args, **options))
+        return await self._run(self._asyncpg.execute(state, *args, **options), state)
 
     async def close_portal(self, *args: Any, **options: Any) -> Any:
         """Close a portal."""
-        return await self._run(self._asyncpg.close_portal(*args, **options))
+        return await self._run(self._asyncpg.close_portal(*args, **options), None)
 
     async def close_statement(self, *args: Any, **options: Any) -> Any:
         """Close a prepared statement."""
-        return await self._run(self._asyncpg.close_statement(*args, **options))
+        return await self._run(self._asyncpg.close_statement(*args, **options), None)
 
-    async def copy_in(self, *args: Any, **options: Any) -> Any:
+    async def copy_in(self, statement: str, *args: Any, **options: Any) -> Any:
         """Copy data to the server."""
-        return await self._run(self._asyncpg.copy_in(*args, **options))
+        return await self._run(self._asyncpg.copy_in(statement, *args, **options), statement)
 
-    async def copy_out(self, *args: Any, **options: Any) -> Any:
+    async def copy_out(self, statement: str, *args: Any, **options: Any) -> Any:
         """Copy data from the server."""
-        return await self._run(self._asyncpg.copy_out(*args, **options))
+        return await self._run(self._asyncpg.copy_out(statement, *args, **options), statement)
 
     async def _tracked(self, call: Coroutine[Any, Any, _T], effects: Effects) -> _T:
         """Run a call that prepares or drops statements in SQL. Neither is undone when a transaction is rolled back."""
@@ -252,25 +281,30 @@ class SessionProtocol:
             await self._transport.wait_for_answers()
         return None if seconds is None else seconds - (clock() - began)
 
-    async def _run(self, call: Coroutine[Any, Any, _T], *, ready: bool = True, rolls_back: bool = False) -> _T:
+    async def _run(
+        self, call: Coroutine[Any, Any, _T], executed: Any, *, ready: bool = True, rolls_back: bool = False
+    ) -> _T:
         """Run one of asyncpg's calls and raise what went wrong with the statement ahead of it, if anything did.
 
         Args:
             call: The call.
+            executed: The text, or asyncpg's state of the prepared statement, that it executes. None: it executes none.
             ready: Whether it ends with ReadyForQuery.
             rolls_back: Whether it succeeds also where the statement ahead has failed.
         """
         if self.is_recalled:
             call.close()
             self._require_loan()
+        writes = self._transport.writes
         self._running += 1
         try:
             result = await call
         except Exception as error:
-            failure = self._name(error)
+            sent = self._transport.writes != writes
+            failure = self._name(error, getattr(executed, "query", executed) if sent else None)
             if failure is error:
                 raise
-            raise failure from None
+            raise failure from failure.__cause__
         finally:
             self._running -= 1
         if ready:
@@ -293,7 +327,13 @@ class SessionProtocol:
                 if isinstance(text, str):
                     self.mentioned.update(_DOTTED_NAME.findall(text))
 
-    def _name(self, error: Exception) -> Exception:
+    def _name(self, error: Exception, executed: str | None) -> Exception:
+        """Return the error that the caller gets.
+
+        Args:
+            error: What asyncpg raised.
+            executed: The text that the server may have executed, or None.
+        """
         if self._reset_failure is not None:
             return ConnectionLostError(
                 f"The session at {self._host} could not be reset after its last use "
@@ -301,11 +341,46 @@ class SessionProtocol:
                 "call again.",
                 nothing_executed=True,
             )
-        if isinstance(error, asyncpg.PostgresError) and error.sqlstate is not None:
+        if is_server_error(error) and not ends_session(error):
             self._begun = False  # the server answered, and asyncpg knows the state of the transaction
         if isinstance(error, asyncpg.InFailedSQLTransactionError) and self._failure is not None:
             return self._take_failure()
+        is_lost, in_transaction = self._was_lost(error), self.is_in_transaction()
+        loss = self._session.loss or CLOSED_HERE
+        if executed is not None and not self._keeps_nothing and commits(executed) and leaves_commit_open(error):
+            self._session.commit_unknown = True
+            return commit_error(self._host, (is_lost and loss.words) or error)
+        if is_lost and self._keeps_nothing:
+            return lost_error(self._host, loss, Outcome.READ_ONLY, error)
+        if is_lost:
+            return lost_error(self._host, loss, outcome_of(executed, in_transaction=in_transaction), error)
         return error
+
+    def _was_lost(self, error: Exception) -> bool:
+        """Return whether `error` says only that the connection has ended. Notes why it has, where that is new."""
+        session, words = self._session, holder.last_words(self._transport)
+        if isinstance(error, asyncpg.InternalClientError) and words is not None:
+            # The server's last words came between two statements, which asyncpg does not expect: it refuses the next
+            # statement, unsent, until the end of the stream arrives. The connection can only be ended.
+            session.note_loss(loss_with(words))
+            self._transport.abort()
+            session.notify_closed()
+            return True
+        if self._asyncpg.is_connected():
+            return False
+        if isinstance(error, TimeoutError):
+            # asyncpg terminates a connection whose cancelled statement does not end within the timeout of the next one.
+            session.left = False
+            session.note_loss(Loss("a cancelled statement did not end in time, so it was terminated"))
+            return False
+        if is_server_error(error):
+            return ends_session(error)
+        refused = type(error) is asyncpg.InterfaceError or isinstance(error, asyncpg.InternalClientError)
+        # asyncpg has no transport any more.
+        without_transport = type(error) is AttributeError and error.obj is None
+        return isinstance(error, asyncpg.ConnectionDoesNotExistError) or (
+            session.loss is not None and (refused or without_transport)
+        )
 
     def _take_failure(self) -> Exception:
         failure, self._failure = self._failure, None

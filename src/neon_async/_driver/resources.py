@@ -12,10 +12,10 @@ from typing import Any
 from asyncpg import cursor, prepared_stmt
 from asyncpg.connresource import guarded
 
-from .holder import use_of
+from .holder import ResourceHooks, open_resource, use_of
 
 
-class PreparedStatement(prepared_stmt.PreparedStatement):
+class PreparedStatement(ResourceHooks, prepared_stmt.PreparedStatement):
     """asyncpg's prepared statement."""
 
     __slots__ = ()
@@ -61,7 +61,7 @@ class PreparedStatement(prepared_stmt.PreparedStatement):
         return adopt_factory(super().cursor(*args, **options))
 
 
-class CursorFactory(cursor.CursorFactory):
+class CursorFactory(ResourceHooks, cursor.CursorFactory):
     """asyncpg's cursor factory."""
 
     __slots__ = ()
@@ -92,7 +92,7 @@ class CursorIterator:
         return self
 
     async def __anext__(self) -> Any:
-        with use_of(self._rows):
+        with use_of(open_resource(self._rows)):
             return await self._rows.__anext__()
 
 
@@ -109,17 +109,17 @@ class Cursor:
 
     async def fetch(self, n: int, *, timeout: float | None = None) -> Any:
         """Return the next `n` rows, as asyncpg does."""
-        with use_of(self._opened):
+        with use_of(open_resource(self._opened)):
             return await self._opened.fetch(n, timeout=timeout)
 
     async def fetchrow(self, *, timeout: float | None = None) -> Any:
         """Return the next row or None, as asyncpg does."""
-        with use_of(self._opened):
+        with use_of(open_resource(self._opened)):
             return await self._opened.fetchrow(timeout=timeout)
 
     async def forward(self, n: int, *, timeout: float | None = None) -> Any:
         """Skip `n` rows and return how many there were, as asyncpg does."""
-        with use_of(self._opened):
+        with use_of(open_resource(self._opened)):
             return await self._opened.forward(n, timeout=timeout)
 
 

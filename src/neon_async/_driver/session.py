@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from .._neon.endpoint import Endpoint, short_name
 from .._neon.sql import quote, quote_name
 from .._wire.tls import TLSReport
+from .losses import Loss
 
 
 class Healing:
@@ -152,6 +153,9 @@ class Session:
         snapshot: What a reset restores; see `remember()`.
         reset_query: The SQL that restores it.
         codecs: The type codecs that are registered now, by schema and type.
+        left: Whether the connection's owner, the caller or the pool, has closed or terminated it: it was not lost.
+        loss: Why the connection was lost, or None.
+        commit_unknown: Whether the connection was lost during a COMMIT.
         initial_settings: The settings that PgBouncer tracks, as they were after the login and after the pool's `init`.
         calls: How many calls on the connection, and on what it handed out, are under way.
         on_last_call: Called when the last of them has ended, and when the connection is closed.
@@ -164,11 +168,14 @@ class Session:
         "calls",
         "cancel",
         "codecs",
+        "commit_unknown",
         "endpoint",
         "healing",
         "holds_server",
         "host",
         "initial_settings",
+        "left",
+        "loss",
         "on_closed",
         "on_last_call",
         "report",
@@ -197,12 +204,20 @@ class Session:
         self.holds_server = False
         self.calls = 0
         self.on_last_call: Callable[[], None] | None = None
+        self.left = False
+        self.loss: Loss | None = None
+        self.commit_unknown = False
 
     def end_call(self) -> None:
         """Note that a call has ended."""
         self.calls -= 1
         if self.on_last_call is not None and not self.calls:
             self.on_last_call()
+
+    def note_loss(self, loss: Loss) -> None:
+        """Note why the connection was lost, unless that is known or its owner has closed it."""
+        if self.loss is None and not self.left:
+            self.loss = loss
 
     def remember(self, snapshot: Snapshot) -> None:
         """Have every reset restore `snapshot`."""

@@ -21,16 +21,11 @@ from asyncpg.transaction import Transaction as AsyncpgTransaction
 
 from .._config.readers import AsyncFunction, Choice, Given, Integer, Name
 from .._config.startup import TRANSACTION_SETTINGS
-from .._errors import (
-    CommitUnknownError,
-    ConfigurationError,
-    ConnectionLostError,
-    NeonAsyncError,
-    TransactionAbortedError,
-)
+from .._errors import ConfigurationError, ConnectionLostError, TransactionAbortedError, ends_session
 from .._neon.sql import quote, quote_name
 from .._timing import backoff
-from .holder import lent, protocol_of, use_of
+from .holder import ResourceHooks, end_lost, has_open_transaction, lent, own_session, protocol_of, use_of
+from .losses import is_server_error, leaves_commit_open
 
 if TYPE_CHECKING:
     from .connection import Connection
@@ -61,13 +56,14 @@ _ISOLATION = Choice(*sorted(ISOLATION_LEVELS))
 # A block of a transaction
 
 
-class Transaction(AsyncpgTransaction):
+class Transaction(ResourceHooks, AsyncpgTransaction):
     """asyncpg's transaction or savepoint block, which is left in bounded time when it is left with an exception.
 
     ROLLBACK gets 5.0 s, or 0.5 s when the exception is a cancellation or a timeout. If it is not answered by then, or
     fails, the connection is terminated and the server rolls back. Either way the exception that ended the block is
     raised, unless the task is cancelled meanwhile. COMMIT has no bound but the connection's `command_timeout`, because
-    a COMMIT that was given up leaves it open whether the transaction was committed.
+    a COMMIT that was given up leaves it open whether the transaction was committed: `CommitUnknownError`. Where the
+    connection was lost before COMMIT was sent, the error is a `ConnectionLostError` that says so.
 
     Args:
         connection: The connection to begin it on.
@@ -90,7 +86,7 @@ class Transaction(AsyncpgTransaction):
         settings: Mapping[str, str] | None = None,
     ) -> None:
         self._lent = lent(connection)
-        self._observed = _Observed(connection, _claims(role, settings))
+        self._observed = _Observed(connection, _claims(role, settings), readonly=readonly)
         super().__init__(cast(Any, self._observed), isolation, readonly, deferrable)
 
     @property
@@ -99,9 +95,9 @@ class Transaction(AsyncpgTransaction):
         return self._lent
 
     @property
-    def status(self) -> str:
-        """The server's answer to the latest of BEGIN, SAVEPOINT, COMMIT and ROLLBACK; "" before the first."""
-        return self._observed.status
+    def readonly(self) -> bool:
+        """Whether it is READ ONLY, so that it can have written nothing."""
+        return self._observed.readonly
 
     @guarded
     async def start(self) -> None:
@@ -133,37 +129,39 @@ class Transaction(AsyncpgTransaction):
             async with asyncio.timeout(_rollback_timeout(ex)):
                 await super().__aexit__(extype, ex, tb)
         except BaseException as failure:
-            self.end_connection()
+            self.end_connection(
+                f"a transaction could not be rolled back ({type(failure).__name__}), so it was terminated"
+            )
             if not isinstance(failure, Exception):
                 raise
 
-    def end_connection(self) -> None:
-        """Terminate the connection, unless it has been released: another caller may have it by now."""
-        with contextlib.suppress(asyncpg.InterfaceError):
-            self._terminate()
+    def end_connection(self, why: str) -> None:
+        """Terminate the connection because of `why`, unless it has been released: another caller may have it by now."""
+        with contextlib.suppress(asyncpg.InterfaceError, ConnectionLostError):
+            self._terminate(why)
 
-    @guarded  # raises InterfaceError where the connection is closed, or was released after this was made
-    def _terminate(self) -> None:
-        self._observed.connection.terminate()
+    @guarded  # raises where the connection is closed, or was released after this was made
+    def _terminate(self, why: str) -> None:
+        end_lost(self._observed.connection, why)
 
 
 class _Observed:
     """A connection as asyncpg's `Transaction` sees it: the same, except for what begins the block and what ends it.
 
-    BEGIN and SAVEPOINT are sent ahead of the first statement. asyncpg drops the answer to COMMIT; this keeps it. The
-    rest of the bookkeeping is asyncpg's.
+    BEGIN and SAVEPOINT are sent ahead of the first statement. A COMMIT that can have kept nothing is known to be one.
+    The rest of the bookkeeping is asyncpg's.
     """
 
-    __slots__ = ("claims", "connection", "status")
+    __slots__ = ("claims", "connection", "readonly")
 
     claims: Sequence[str]
     connection: Any
-    status: str
+    readonly: bool
 
-    def __init__(self, connection: Any, claims: Sequence[str]) -> None:
+    def __init__(self, connection: Any, claims: Sequence[str], *, readonly: bool) -> None:
         object.__setattr__(self, "claims", claims)
         object.__setattr__(self, "connection", connection)
-        object.__setattr__(self, "status", "")
+        object.__setattr__(self, "readonly", readonly)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.connection, name)
@@ -171,15 +169,14 @@ class _Observed:
     def __setattr__(self, name: str, value: Any) -> None:
         setattr(self.connection, name, value)
 
-    async def execute(self, query: str) -> str:
+    async def execute(self, query: str) -> None:
         protocol, beginning = protocol_of(self.connection), _beginning(query, self.claims)
-        if protocol is None or beginning is None:
-            status: str = await self.connection.execute(query)
-        else:
-            with protocol.replacing(query, beginning):
-                status = await self.connection.execute(query)
-        object.__setattr__(self, "status", status)
-        return status
+        with contextlib.ExitStack() as stack:
+            if protocol is not None and beginning is not None:
+                stack.enter_context(protocol.replacing(query, beginning))
+            elif protocol is not None and self.readonly:
+                stack.enter_context(protocol.keeping_nothing())
+            await self.connection.execute(query)
 
 
 def _beginning(query: str, claims: Sequence[str]) -> str | None:
@@ -288,7 +285,7 @@ class _Run:
             self._require_open()
         except BaseException as error:
             # Decided before ROLLBACK, which may end the connection itself.
-            self.repeatable = self._was_lost(error) or (_is_conflict(error) and self._is_open())
+            self.repeatable = self._was_lost(error) or (_can_pass(error) and self._is_open())
             await self._roll_back(error)
             raise
         await self._commit()
@@ -297,37 +294,37 @@ class _Run:
     async def _begin(self) -> None:
         try:
             self._transaction = _require_ours(self._lent.transaction(**self._options))
-        except asyncpg.InterfaceError as error:
-            self.repeatable = type(error) is asyncpg.InterfaceError  # the connection has ended since it was acquired
-            raise
-        self._session = self._transaction._observed.connection  # the proxy is detached when the connection is lost
-        try:
+            self._session = self._transaction._observed.connection  # the proxy is detached when the loan ends
             await self._transaction.__aenter__()
-        except Exception as error:
-            self.repeatable = self._was_lost(error)
+        except ConnectionLostError:
+            self.repeatable = True  # BEGIN keeps nothing
             raise
 
     async def _roll_back(self, error: BaseException) -> None:
         if isinstance(error, GeneratorExit):  # a coroutine that is being closed must not await anything
-            self._transaction.end_connection()
+            self._transaction.end_connection("the coroutine that used it was closed")
         else:
             await self._transaction.__aexit__(type(error), error, error.__traceback__)
 
     async def _commit(self) -> None:
+        protocol = protocol_of(self._session)
+        # Not by what execute() returns, which a caller's class may have overridden.
+        has_failed = protocol is not None and protocol.is_in_failed_transaction
         try:
             await self._transaction.__aexit__(None, None, None)
         except Exception as error:
-            if _leaves_commit_open(error):
-                raise CommitUnknownError(
-                    "The connection was lost while COMMIT was under way: the transaction may have been committed, or "
-                    "not. It is not run again; look for what it writes before you do."
-                ) from error
-            self.repeatable = _is_conflict(error) or self._was_lost(error)
+            self.repeatable = _can_pass(error) or self._was_lost(error) or self._kept_nothing(error)
             raise
-        if self._transaction.status != "COMMIT":
+        if has_failed:
             raise TransactionAbortedError(
                 "A statement failed and the work went on, so COMMIT rolled everything back. Let the error leave the "
                 "work, or put the statement into `async with connection.transaction()`."
+            )
+        if self._is_open():
+            self._transaction.end_connection("COMMIT did not reach the server")
+            raise TransactionAbortedError(
+                "connection_class has an execute() that did not send COMMIT to the server, so nothing was committed. "
+                "Call super().execute() in it."
             )
 
     def _require_open(self) -> None:
@@ -342,22 +339,15 @@ class _Run:
         return not self._session.is_closed() and bool(self._session.is_in_transaction())
 
     def _was_lost(self, error: BaseException) -> bool:
-        """Return whether the connection has ended and `error` says only that."""
-        if isinstance(error, NeonAsyncError):
-            return isinstance(error, ConnectionLostError)
-        if isinstance(error, asyncpg.InternalClientError):
-            # The server's last words came between two statements, which asyncpg does not expect: it refuses the next
-            # statement, unsent, until the end of the stream arrives. The connection can only be ended.
-            self._transaction.end_connection()
-            return True
-        # asyncpg raises exactly this class for a connection that is closed, or was released because of that. Its
-        # subclasses are about arguments.
-        refused = type(error) is asyncpg.InterfaceError
-        return bool(self._session.is_closed()) and (refused or isinstance(error, _LOSSES))
+        """Return whether the connection was lost while the transaction was open, and `error` says only that."""
+        session = own_session(self._session)
+        if session.loss is None or session.commit_unknown or not has_open_transaction(self._session):
+            return False
+        return isinstance(error, ConnectionLostError) or (is_server_error(error) and ends_session(error))
 
-
-# A session that ended in the middle of a statement, as asyncpg reports it (08003) or in the server's words.
-_LOSSES = (asyncpg.PostgresConnectionError, asyncpg.AdminShutdownError, asyncpg.CrashShutdownError)
+    def _kept_nothing(self, error: Exception) -> bool:
+        """Return whether COMMIT was not answered, and had nothing to keep."""
+        return self._transaction.readonly and (self._session.is_closed() or leaves_commit_open(error))
 
 
 def _require_ours(transaction: object) -> Transaction:
@@ -374,22 +364,21 @@ def _require_ours(transaction: object) -> Transaction:
     return transaction
 
 
-def _is_conflict(error: BaseException) -> bool:
-    """Return whether the server says that the transaction can succeed if it runs again (PostgreSQL, section 13.5)."""
-    return isinstance(error, (asyncpg.SerializationError, asyncpg.DeadlockDetectedError))
+def _can_pass(error: BaseException) -> bool:
+    """Return whether the transaction can succeed if it runs again.
+
+    After a conflict the server says so (PostgreSQL documentation, section 13.5). After a stale statement asyncpg
+    prepares it anew.
+    """
+    return isinstance(error, _CAN_PASS)
 
 
-def _leaves_commit_open(error: Exception) -> bool:
-    """Return whether `error`, raised by COMMIT, leaves it open whether the transaction was committed."""
-    if type(error) is asyncpg.InterfaceError:  # asyncpg refused to send it: the connection is closed, or in use
-        return False
-    if isinstance(error, ConnectionLostError) and error.nothing_executed:
-        return False
-    if not isinstance(error, asyncpg.PostgresError):  # command_timeout, for example
-        return True
-    # Only a plain ERROR is an answer to COMMIT: everything is rolled back. A FATAL may come after the commit, from a
-    # wait for a standby (PostgreSQL, SyncRepWaitForLSN), and 08 and 40003 say themselves that the outcome is unknown.
-    return error.severity_en != "ERROR" or error.sqlstate[:2] == "08" or error.sqlstate == "40003"
+_CAN_PASS = (
+    asyncpg.SerializationError,
+    asyncpg.DeadlockDetectedError,
+    asyncpg.InvalidCachedStatementError,
+    asyncpg.OutdatedSchemaCacheError,
+)
 
 
 def _pause(number: int) -> float:

@@ -374,6 +374,19 @@ def goes_on_after_transaction(query: str) -> bool:
     return word[0].lower() in _ENDS_TRANSACTION and ";" in query[word.end() :].rstrip("; \t\r\n\f\v")
 
 
+def commits(query: str) -> bool:
+    """Return whether one of the statements of a text ends a transaction block and keeps what it wrote.
+
+    In a block nothing else does: neither CALL nor DO can commit there (PostgreSQL documentation, section 43.8).
+    """
+    if not compiled(r"\b(?:commit|end|prepare)\b", re.IGNORECASE).search(query):
+        return False
+    return any(
+        statement[:1] in (["commit"], ["end"]) or statement[:2] == ["prepare", "transaction"]
+        for statement in statements(query)
+    )
+
+
 def _first_position(query: str) -> int:
     """Return where the first statement begins, after empty ones and comments."""
     position = _end_of_gap(query, 0)

@@ -27,8 +27,11 @@ _ASYNCHRONOUS = frozenset({b"S", b"A", b"N"})
 # What a simple Query may be answered with besides (section 54.2.2): RowDescription, DataRow, CommandComplete,
 # EmptyQueryResponse, ErrorResponse, ReadyForQuery. A COPY is never sent ahead.
 _ANSWER = frozenset({b"T", b"D", b"C", b"I", b"E", b"Z"})
-# Fields of an ErrorResponse that ends the session (section 54.8).
-_FATAL = frozenset({b"VFATAL", b"VPANIC"})
+# Fields of an ErrorResponse that ends the session (section 54.8). PgBouncer (1.24) sends "S" only.
+_FATAL = frozenset({b"VFATAL", b"VPANIC", b"SFATAL", b"SPANIC"})
+# How every ErrorResponse ends, and how long those that end a session are at most, so that no large data is searched.
+_END_OF_ERROR = b"\0\0"
+_LAST_WORDS_SIZE = 8192
 # ReadyForQuery, but for the status of the transaction.
 _READY = b"Z\0\0\0\5"
 _READY_SIZE = 6
@@ -83,6 +86,11 @@ class SessionTransport(asyncio.Transport):
     def is_in_failed_transaction(self) -> bool:
         """Whether a transaction is open in which a statement has failed, as far as the server has answered."""
         return self._stream is not None and self._stream.tail == _READY + b"E"
+
+    @property
+    def last_words(self) -> bytes | None:
+        """The body of the ErrorResponse with which the server has ended the session, or None."""
+        return None if self._stream is None else self._stream.get_last_words()
 
     def send_ahead(self, sql: str, on_answer: Answer) -> None:
         """Send a simple Query whose answer the session's protocol never sees, and return at once.
@@ -213,6 +221,7 @@ class Stream(asyncio.BufferedProtocol):
     def __init__(self, transport: asyncio.Transport, protocol: asyncio.Protocol) -> None:
         self.waiting: deque[Answer] = deque()
         self.tail = b""  # the latest bytes, as many as a ReadyForQuery has
+        self._last_words: bytes | None = None
         self._transport = transport
         self._protocol = protocol
         self._pass_on = protocol.data_received
@@ -228,6 +237,10 @@ class Stream(asyncio.BufferedProtocol):
         # Nothing else can end like this while no statement is under way: NUL ends the texts of all messages that come
         # then, and no length or process id is as large as b"Z\0\0\0".
         return bool(self.waiting) or self.tail.startswith(_READY)
+
+    def get_last_words(self) -> bytes | None:
+        """Return the body of the ErrorResponse with which the server has ended the session, or None."""
+        return self._last_words if self.tail.endswith(_END_OF_ERROR) else None  # else something came after it
 
     async def wait(self) -> None:
         """Wait until all answers have come, or the connection has ended."""
@@ -249,6 +262,8 @@ class Stream(asyncio.BufferedProtocol):
             self._read_answers(self._buffer + data if self._buffer else data)
         else:
             self.tail = data[-_READY_SIZE:] if len(data) >= _READY_SIZE else (self.tail + data)[-_READY_SIZE:]
+            if data.endswith(_END_OF_ERROR):
+                self._last_words = _fatal_error_at_end(data)
             self._pass_on(data)
 
     def _read_answers(self, data: bytes) -> None:
@@ -323,8 +338,9 @@ class Stream(asyncio.BufferedProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self.waiting.clear()
         self._release()
-        if self._error is not None and not _FATAL.isdisjoint(self._error.split(b"\0")):
-            self._pass_on(self._error)  # the server's last words, which are not about one statement
+        if self._error is not None and _is_fatal(self._error[_HEADER_SIZE:]):
+            self._last_words, self.tail = self._error[_HEADER_SIZE:], _END_OF_ERROR
+            self._pass_on(self._error)  # they are not about one statement
         self._protocol.connection_lost(exc)
         # asyncpg 0.31 keeps its transport: without this, only the garbage collector would free the three of them.
         self._protocol = asyncio.Protocol()
@@ -335,3 +351,19 @@ class Stream(asyncio.BufferedProtocol):
 
     def resume_writing(self) -> None:
         self._protocol.resume_writing()
+
+
+def _fatal_error_at_end(data: bytes) -> bytes | None:
+    """Return the body of the ErrorResponse that ends the session, if `data` ends with one."""
+    data = data[-_LAST_WORDS_SIZE:]
+    position = data.rfind(b"E\0\0")
+    while position >= 0:
+        body = data[position + _HEADER_SIZE :]
+        if _HEADER.unpack_from(data[position:].ljust(_HEADER_SIZE))[1] == len(body) + 4 and _is_fatal(body):
+            return body
+        position = data.rfind(b"E\0\0", 0, position)
+    return None
+
+
+def _is_fatal(body: bytes) -> bool:
+    return not _FATAL.isdisjoint(body.split(b"\0"))

@@ -1,0 +1,108 @@
+"""What became of a call whose connection was lost or whose time was over: the errors that say it.
+
+Pure functions of what the session and the transport know. Sends nothing and ends nothing.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import NamedTuple, TypeGuard
+
+import asyncpg
+
+from .._errors import CommitUnknownError, ConnectionLostError, ServerError, ends_session
+from .._text import escape
+
+
+class Loss(NamedTuple):
+    """Why a connection was lost. A connection that its owner closed or terminated was not.
+
+    Attributes:
+        why: A clause that goes on from "was lost: ".
+        words: The error with which the server ended the session, if it sent one.
+    """
+
+    why: str
+    words: ServerError | None = None
+
+
+CLOSED_BY_SERVER = Loss("the server or the network closed it")
+
+
+# A call was under way; any later one is refused because the connection is closed.
+CLOSED_HERE = Loss("it was closed or terminated by this program while the call was under way")
+
+
+def loss_with(words: ServerError | None) -> Loss:
+    """Return the loss of a connection that the other side closed, after these last words."""
+    if words is None:
+        return CLOSED_BY_SERVER
+    sqlstate = f" (SQLSTATE {words.sqlstate})" if words.sqlstate else ""
+    return Loss(f"{str(words.args[0]).rstrip('.')}{sqlstate}", words)
+
+
+class Outcome(enum.Enum):
+    """What a lost connection leaves of a call. The value is what the caller is told."""
+
+    NOT_SENT = "Nothing of this call was executed: call again on another connection."
+    ROLLED_BACK_UNSENT = (
+        "Nothing of this call was executed, COMMIT was not sent, and nothing of the transaction was committed: run the "
+        "transaction again on another connection."
+    )
+    ROLLED_BACK = (
+        "COMMIT was not sent, and nothing of the transaction was committed: run the transaction again on another "
+        "connection."
+    )
+    READ_ONLY = "The transaction was read-only, so it has written nothing: run it again on another connection."
+    UNKNOWN = "What it was doing may have been executed, or not: look before you repeat it on another connection."
+
+
+def outcome_of(executed: str | None, *, in_transaction: bool) -> Outcome:
+    """Return what a lost connection leaves of a call.
+
+    Args:
+        executed: The text that the server may have executed, which is no COMMIT. None: the server has executed nothing.
+        in_transaction: Whether a transaction was open.
+    """
+    if executed is None:
+        return Outcome.ROLLED_BACK_UNSENT if in_transaction else Outcome.NOT_SENT
+    return Outcome.ROLLED_BACK if in_transaction else Outcome.UNKNOWN
+
+
+def lost_error(host: str, loss: Loss, outcome: Outcome, cause: BaseException | None = None) -> ConnectionLostError:
+    """Return the error of a call on a connection that was lost. Its cause is what the server said, or `cause`."""
+    error = ConnectionLostError(
+        f"The connection to {host} was lost: {loss.why}. {outcome.value}",
+        nothing_executed=outcome in (Outcome.NOT_SENT, Outcome.ROLLED_BACK_UNSENT),
+        nothing_committed=outcome is not Outcome.UNKNOWN,
+    )
+    if loss.words is not None:
+        vars(error).update(vars(loss.words))  # sqlstate, detail, hint and the other fields, as in asyncpg's error
+    error.__cause__ = loss.words or cause
+    return error
+
+
+def commit_error(host: str, why: BaseException) -> CommitUnknownError:
+    """Return the error of a COMMIT to which no answer came, because of `why`."""
+    reason = escape(str(why)).rstrip(".") or type(why).__name__
+    failure = CommitUnknownError(
+        f"The connection to {host} was lost, or its time was over, while COMMIT was under way ({reason}): the "
+        "transaction may have been committed, or not. Look for what it writes before you run it again."
+    )
+    failure.__cause__ = why
+    return failure
+
+
+def is_server_error(error: BaseException) -> TypeGuard[ServerError]:
+    """Return whether the server sent `error`. asyncpg raises some of the same classes itself."""
+    return isinstance(error, asyncpg.PostgresError) and "sqlstate" in vars(error)
+
+
+def leaves_commit_open(error: BaseException) -> bool:
+    """Return whether `error`, raised after COMMIT was sent, leaves it open whether the transaction was committed."""
+    if not isinstance(error, asyncpg.PostgresError):  # its time was over, for example
+        return True
+    # Only a plain ERROR is an answer to COMMIT: everything is rolled back. A FATAL may come after the commit, from a
+    # wait for a standby (PostgreSQL, SyncRepWaitForLSN), and 08 and 40003 say themselves that the outcome is unknown.
+    sqlstate = error.sqlstate or ""
+    return not is_server_error(error) or ends_session(error) or sqlstate[:2] == "08" or sqlstate == "40003"

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.probes import assert_secret_free
 
-from neon_async import ConfigurationError, create_pool
+from neon_async import ConfigurationError, connect, create_pool
 from neon_async._config.connection import ConnectKeywords
 from neon_async._pool.options import PoolKeywords, PoolOptions, check_timeout
 
@@ -177,6 +177,14 @@ def test_sizes_are_accepted_exactly_when_they_are_in_order(min_size: int, init_s
 def test_create_pool_takes_exactly_these_options() -> None:
     assert {*PoolKeywords.__annotations__} == {*NAMES, *ConnectKeywords.__annotations__}
     assert not {*NAMES} & {*ConnectKeywords.__annotations__}
+
+
+def test_every_option_that_is_given_to_a_connection_is_answered_with_where_it_belongs() -> None:
+    for name in NAMES:
+        if name not in {"connection_class", "record_class"}:  # which connect() takes, too
+            keywords: dict[str, Any] = {name: 1}
+            with pytest.raises(ConfigurationError, match=rf"{name!r} .* pass it to create_pool\(\)"):
+                _ = connect("postgresql://alex:x@db.example.com/d", **keywords)
     signature = inspect.signature(create_pool).parameters
     explicit = {name: signature[name].default for name in NAMES if name in signature}
     assert explicit == {name: DEFAULTS[name] for name in explicit}

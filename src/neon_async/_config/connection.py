@@ -15,6 +15,7 @@ from typing import Literal, NoReturn, TypedDict, cast
 from .._errors import ConfigurationError, InsecureConfigurationError
 from .._neon.endpoint import Endpoint, parse_host
 from .dsn import VERIFIED_SCHEME, decode, harden_dsn, redact, split
+from .hints import answer_to_parameter, invisible_in, is_masked, is_password_placeholder, is_placeholder
 from .keywords import BY_DSN_NAME, BY_NAME, KEYWORDS, Keyword
 from .password import Password, PasswordSource
 from .readers import Given, Host, Reader
@@ -151,6 +152,7 @@ def parse(dsn: str | None, keywords: Mapping[str, object], environ: Mapping[str,
     """
     given = _effective(_given_in_environment(environ), _given_in_dsn(dsn), _given_in_code(keywords))
     _require_one_root(given)
+    _refuse_templates(given)
     if dsn is not None:
         _judge_sslmode_of_dsn(given, dsn)
     values = {keyword.name: keyword.default for keyword in KEYWORDS}
@@ -214,12 +216,18 @@ def _given_in_dsn(dsn: object) -> dict[str, Given]:
         if text:
             _add(given, key, decode(text), _DSN)
     if url.path not in ("", "/"):
+        if url.path.endswith(("/", "'", '"')):
+            raise ConfigurationError(
+                "The name of the database in the DSN ends with '/' or a quotation mark. Remove it, or write it as %2F, "
+                "%27 or %22 where it belongs to the name."
+            )
         _add(given, "dbname", decode(url.path[1:]), _DSN)
     after_a_secret = False
     for item in filter(None, url.query.split("&")):
         encoded_key, equals, text = item.partition("=")
         key = decode(encoded_key)
-        if after_a_secret and key not in BY_DSN_NAME:  # it may be a piece of the secret, so it is not shown
+        # It may be a piece of the secret, so it is not shown, unless everybody knows it.
+        if after_a_secret and key not in BY_DSN_NAME and not answer_to_parameter(key):
             raise ConfigurationError(
                 "The DSN contains an unknown parameter. If it belongs to a password, write '&' as %26."
             )
@@ -257,6 +265,8 @@ def _add(given: dict[str, Given], key: str, value: object, source: str) -> None:
 def _refuse_key(key: str, source: str) -> NoReturn:
     if key in BY_NAME:
         _refuse_outside_code(BY_NAME[key], key, source)
+    if answer := answer_to_parameter(key):
+        raise ConfigurationError(f"{key[:60]!r} ({source}) is not a connection parameter. {answer}")
     import difflib  # takes a millisecond to import, and only this refusal needs it
 
     known = BY_DSN_NAME if source == _DSN else BY_NAME
@@ -275,6 +285,27 @@ def _refuse_outside_code(keyword: Keyword, key: str, source: str) -> NoReturn:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What only the whole can show
+
+
+def _refuse_templates(given: Mapping[str, Given]) -> None:
+    """Refuse what stands for a value: a placeholder, a hidden password, a whole URL in place of a part of it."""
+    for each in (given[name] for name in ("host", "dbname", "user") if name in given):
+        text = each.value if isinstance(each.value, str) else ""
+        if is_placeholder(text):
+            each.refuse(f"is the placeholder {each.shown}. Write your own value; the Neon console shows all of them.")
+        if "://" in text:
+            each.refuse("is a URL. Write the name only; a connection URL is passed as the DSN, the first argument.")
+        mark = invisible_in(text)
+        if mark and each.source != _DSN:  # of a DSN the text was judged, and what is encoded is meant
+            each.refuse(f"contains the invisible character {mark}. Remove it, or copy the value again.")
+    password = given["password"].value if "password" in given else None
+    if isinstance(password, str) and is_masked(password):
+        given["password"].refuse(
+            "consists of asterisks, which stand for a hidden password. Copy the connection string with its password "
+            "shown."
+        )
+    if isinstance(password, str) and is_password_placeholder(password):
+        given["password"].refuse("is a placeholder. Copy the password from the Neon console.")
 
 
 def _require_one_root(given: Mapping[str, Given]) -> None:

@@ -10,6 +10,7 @@ import urllib.parse
 from typing import Final
 
 from .._errors import ConfigurationError, forget_arguments
+from .hints import answer_to_dsn, invisible_in
 from .keywords import BY_DSN_NAME, BY_NAME
 
 # The scheme of the SQLAlchemy dialect. It asks for verify-full itself, whatever sslmode follows.
@@ -75,12 +76,16 @@ def split(dsn: object) -> URL:
         raise ConfigurationError(
             f"The DSN is of type {type(dsn).__name__}. Pass a str such as postgresql://user@host/db."
         )
-    if dsn != dsn.strip() or any(ord(character) < 32 for character in dsn):
+    if mark := invisible_in(dsn):
+        raise ConfigurationError(f"The DSN contains the invisible character {mark}. Remove it, or copy the DSN again.")
+    if dsn.strip() and (dsn != dsn.strip() or any(ord(character) < 32 for character in dsn)):
         raise ConfigurationError(
             "The DSN contains a line break or control character, or begins or ends with white space. Remove it."
         )
     scheme, separator, rest = dsn.partition("://")
     if not separator or scheme not in _SCHEMES:
+        if answer := answer_to_dsn(dsn):
+            raise ConfigurationError(f"The DSN {answer[0]}. {answer[1]}")
         is_scheme = separator and re.fullmatch(r"[A-Za-z0-9+.-]{1,40}", scheme)
         what = f"begins with {scheme + '://'!r}" if is_scheme else "is not a URL"
         raise ConfigurationError(f"The DSN {what}. Write postgresql://user:password@host/dbname?sslmode=verify-full.")

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Final, Generic, NoReturn, TypeVar
 
 from .._errors import ConfigurationError, InsecureConfigurationError
+from .hints import invisible_in
 from .roots import KnownRoots
 
 _T = TypeVar("_T")
@@ -52,6 +53,8 @@ class Given:
         """The value as a message may show it: short, escaped and never a secret."""
         value = self.value
         if not self.secret:
+            if isinstance(value, str) and "://" in value:
+                return "a URL"  # which may contain a password
             if isinstance(value, str):
                 return repr(value if len(value) <= 80 else value[:77] + "...")
             if isinstance(value, type):
@@ -370,6 +373,8 @@ class Host(Reader[str]):
     def read(self, given: Given) -> str:
         host = given.text()
         _refuse_sockets_lists_and_addresses(host, given)
+        if mark := invisible_in(host):
+            given.refuse(f"contains the invisible character {mark}. Remove it, or copy the name again.")
         if not host.isascii():
             given.refuse(f"is {given.shown}, which is not ASCII. Write the name's A-label (xn--...).")
         if "*" in host:
@@ -390,11 +395,16 @@ class Host(Reader[str]):
 
 
 # RFC 1123, section 2.1: labels of 1 to 63 letters, digits and hyphens; RFC 1035, section 2.3.4: 253 characters in all.
+_PLAIN_NAME = r"[A-Za-z][A-Za-z0-9.-]*"
 _DNS_NAME = r"(?:(?!-)[A-Za-z0-9-]{1,63}(?<!-)(?:\.(?!\Z)|\Z))+"
 
 
 def _refuse_sockets_lists_and_addresses(host: str, given: Given) -> None:
     """Refuse what libpq and asyncpg accept as a host besides the name of one server."""
+    if "@" in host[1:]:  # first, because no other message shows the value of a login
+        given.refuse("contains '@'. If it belongs to the user or password, write it as %40.")
+    if re.fullmatch(rf"{_PLAIN_NAME}(?::[0-9]+)?/*", host) and not re.fullmatch(_PLAIN_NAME, host):
+        given.refuse(f"is {given.shown}. Write the name of the server only, without '/', and its port as port.")
     if host.startswith(("/", "@", "\\")) or "/" in host:
         given.refuse(
             f"is the socket path {given.shown}, where asyncpg sends plaintext. Write the server's DNS name.",
@@ -405,8 +415,6 @@ def _refuse_sockets_lists_and_addresses(host: str, given: Given) -> None:
             "is a list of hosts: after a failed verification the next one would be tried. Write exactly one host.",
             insecure=True,
         )
-    if "@" in host:
-        given.refuse("contains '@'. If it belongs to the user or password, write it as %40.")
     if _is_ip_literal(host):
         given.refuse(
             f"is the IP address {given.shown}, which public certificates do not name. "

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from support.certificates import revocation_list
 from support.handshakes import ROOT, serve
-from support.probes import HANG, assert_secret_free, black_hole, nothing_is_left, open_sockets, until
+from support.probes import HANG, assert_secret_free, black_hole, nothing_is_left, open_sockets, slow_resolver, until
 
 import neon_async
 from neon_async._driver.loop import LoopAdapter
@@ -57,14 +57,8 @@ async def stalled_password(folder: Path, patch: pytest.MonkeyPatch) -> AsyncIter
 
 @contextlib.asynccontextmanager
 async def stalled_dns(folder: Path, patch: pytest.MonkeyPatch) -> AsyncIterator[Stalled]:
-    asked = []
-
-    async def getaddrinfo(*_: object, **__: object) -> Any:
-        asked.append(1)
-        await never()
-
-    patch.setattr(asyncio.get_running_loop(), "getaddrinfo", getaddrinfo)
-    yield f"postgresql://alex:{SECRET}@{NAME}/neondb", {}, lambda: asked
+    with slow_resolver(patch) as asked:
+        yield f"postgresql://alex:{SECRET}@{NAME}/neondb", {}, lambda: asked
 
 
 @contextlib.asynccontextmanager

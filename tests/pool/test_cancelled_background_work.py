@@ -9,12 +9,12 @@ import asyncio
 import contextlib
 import threading
 from collections.abc import AsyncIterator, Callable
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import pytest
 from support.certificates import issue
 from support.logins import OK, PLAIN, honest_login
-from support.probes import HANG, assert_balanced, black_hole, open_sockets, resolve_to, until
+from support.probes import HANG, assert_balanced, black_hole, open_sockets, slow_resolver, until
 from support.scenes import SILENCE, Scene, cancel, close, once_and_twice, play, start, take_steps
 
 import neon_async
@@ -39,17 +39,10 @@ async def in_its_password_function(scene: Scene, patch: pytest.MonkeyPatch) -> A
 @contextlib.asynccontextmanager
 async def in_name_resolution(scene: Scene, patch: pytest.MonkeyPatch) -> AsyncIterator[None]:
     await scene.open(dsn=scene.endpoint.dsn.partition("?")[0])
-    resolve_to(patch, ("127.0.0.1", scene.endpoint.port))
-    resolve = asyncio.get_running_loop().getaddrinfo
-
-    async def resolve_slowly(*args: Any, **keywords: Any) -> Any:
-        await scene.hold()
-        return await resolve(*args, **keywords)
-
-    patch.setattr(asyncio.get_running_loop(), "getaddrinfo", resolve_slowly)
-    scene.start_waiters()
-    await scene.reached.wait()
-    yield
+    with slow_resolver(patch) as asked:
+        scene.start_waiters()
+        await until(lambda: asked)
+        yield
 
 
 @contextlib.asynccontextmanager

@@ -8,10 +8,11 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import neon_async
+from neon_async._wire import dial, tcp
 from neon_async.testing import LocalPostgres
 from support.probes import Relay
 
-__all__ = ("SSL_REQUEST", "TLS", "closes_on_direct_tls", "connected", "openings")
+__all__ = ("SSL_REQUEST", "TLS", "closes_on_direct_tls", "connected", "forget_servers", "openings")
 
 SSL_REQUEST = struct.pack("!ii", 8, 80877103)
 CANCEL_REQUEST = struct.pack("!i", 80877102)
@@ -26,6 +27,12 @@ async def connected(postgres: LocalPostgres, dsn: str | None = None, **keywords:
         yield connection
     finally:
         connection.terminate()
+
+
+def forget_servers() -> None:
+    """Forget which servers know no direct TLS, and which addresses have failed."""
+    dial._without_direct_tls.clear()
+    tcp._postponed.clear()
 
 
 def openings(relay: Relay) -> list[str]:

@@ -11,6 +11,7 @@ import os
 import re
 import socket
 import stat
+import threading
 import traceback
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
@@ -194,17 +195,39 @@ def black_hole() -> Iterator[int]:
 
 
 def resolve_to(monkeypatch: Any, *addresses: tuple[str, int]) -> list[str]:
-    """Resolve every name to `addresses`, in this order, on the running loop. Return the list of resolved names."""
+    """Resolve every name to `addresses`, in this order. Return the list of resolved names."""
     asked: list[str] = []
+    genuine = socket.getaddrinfo
 
-    async def getaddrinfo(host: str, port: int, **_: object) -> list[Any]:
-        if re.fullmatch(r"[0-9.]+", host):  # uvloop resolves addresses, too
-            return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (host, port))]
+    def getaddrinfo(host: Any, port: Any, *args: Any, **keywords: Any) -> list[Any]:
+        if host is None or re.fullmatch(r"[0-9.]+|.*:.*", host):
+            return genuine(host, port, *args, **keywords)
         asked.append(host)
         return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", address) for address in addresses]
 
-    monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", getaddrinfo)
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
     return asked
+
+
+@contextlib.contextmanager
+def slow_resolver(monkeypatch: Any) -> Iterator[list[str]]:
+    """Let every look-up of a name wait until the end of the block. Yield the list of the names that are asked for."""
+    asked: list[str] = []
+    released, genuine = threading.Event(), socket.getaddrinfo
+
+    def getaddrinfo(host: Any, port: Any, *args: Any, **keywords: Any) -> list[Any]:
+        if host is None or re.fullmatch(r"[0-9.]+|.*:.*", host):
+            return genuine(host, port, *args, **keywords)
+        asked.append(host)
+        released.wait(3 * HANG)
+        raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(socket, "getaddrinfo", getaddrinfo)
+        try:
+            yield asked
+        finally:
+            released.set()
 
 
 def assert_balanced(pool: Any) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from support.certificates import issue, present
 from support.handshakes import ROOT, serve
-from support.negotiations import SSL_REQUEST, TLS, closes_on_direct_tls, connected, openings
+from support.negotiations import SSL_REQUEST, TLS, closes_on_direct_tls, connected, forget_servers, openings
 from support.probes import HANG, Relay, nothing_is_left, resolve_to, until
 
 import neon_async
@@ -35,9 +35,9 @@ CANCEL_REQUEST = struct.pack("!iiii", 16, 80877102, 4711, -42)
 
 @pytest.fixture(autouse=True)
 def no_server_is_known() -> Iterator[None]:
-    dial._without_direct_tls.clear()
+    forget_servers()
     yield
-    dial._without_direct_tls.clear()
+    forget_servers()
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ from support.negotiations import connected
 from support.probes import HANG, assert_secret_free, black_hole, nothing_is_left, password_of, resolve_to
 
 import neon_async
-from neon_async._wire import tcp
-from neon_async._wire.tcp import Address, _interleave
+from neon_async._wire import race
+from neon_async._wire.tcp import Address, in_order
 from neon_async.testing import LocalPostgres
 
 pytestmark = pytest.mark.anyio
@@ -103,7 +103,7 @@ async def test_addresses_that_refuse_connections_are_skipped(
 async def test_a_name_without_an_address_is_a_connect_error(
     postgres: LocalPostgres, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # getaddrinfo() never returns an empty list, but a patched loop may.
+    # getaddrinfo() never returns an empty list, but a patched one may.
     resolve_to(monkeypatch)
     with pytest.raises(neon_async.ConnectError):
         await neon_async.connect(postgres.dsn.partition("?")[0], trust_anchor=postgres.trust_anchor)
@@ -121,7 +121,7 @@ async def test_the_error_names_every_address_and_its_reason(
 
 
 async def test_the_losers_of_a_race_are_closed(postgres: LocalPostgres, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tcp, "_ATTEMPT_DELAY", 0.0)
+    monkeypatch.setattr(race, "_CONNECT_DELAY", 0.0)
     resolve_to(monkeypatch, *[("127.0.0.1", postgres.port)] * 8)
     async with nothing_is_left():
         for _ in range(10):
@@ -158,7 +158,7 @@ def addresses(text: str) -> list[Address]:
     ],
 )
 def test_the_address_families_alternate(resolved: str, order: str) -> None:
-    assert " ".join(map(str, _interleave(addresses(resolved)))) == order
+    assert " ".join(map(str, in_order(addresses(resolved)))) == order
 
 
 async def test_no_error_of_a_dial_contains_the_password(postgres: LocalPostgres) -> None:

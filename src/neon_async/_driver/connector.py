@@ -20,8 +20,9 @@ from .._config.readers import SubclassOf
 from .._errors import ConfigurationError, UnsupportedEventLoopError, forget_arguments
 from .._neon import sql
 from .._neon.endpoint import short_name
-from .._wire.dial import Dialer, StepCallback, context_for, ignore_step
+from .._wire.dial import Dialer, context_for, ignore_step
 from .._wire.login import LoginCache, Secret
+from .._wire.race import StepCallback
 from .._wire.tls import TLSReport
 from .._wire.trust import AnchorSource, TrustAnchor, find_isrg_root_x1, load_trust_anchor
 from .connection import Connection, combine

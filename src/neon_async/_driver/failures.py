@@ -40,10 +40,9 @@ def public_error(error: Exception, attempt: Attempt) -> Exception:
 
     Whatever was raised, it is an error of ours, except what a password function raised, which stays unchanged.
     """
-    host, (activity, pending) = attempt.parameters.host, _STEPS[attempt.step]
     if attempt.expired:
-        limit = f"connect_timeout={attempt.parameters.connect_timeout:g} s"
-        return ConnectTimeoutError(f"{host} was not ready within {limit}: {pending}.")
+        return _timeout_error(attempt)
+    host, (activity, _) = attempt.parameters.host, _STEPS[attempt.step]
     if attempt.step == "password" or isinstance(error, NeonAsyncError):
         return error
     return _failure(error, attempt, host, activity)
@@ -90,6 +89,16 @@ _STEPS = {
         "authentication had not finished. A suspended compute may need longer: try again",
     ),
 }
+
+_NO_DIRECT_TLS = "the server had not answered direct TLS. Remove sslnegotiation; check that this is a PostgreSQL server"
+
+
+def _timeout_error(attempt: Attempt) -> ConnectTimeoutError:
+    parameters, pending = attempt.parameters, _STEPS[attempt.step][1]
+    if attempt.step == "tls" and parameters.sslnegotiation == "direct":
+        pending = _NO_DIRECT_TLS
+    limit = f"connect_timeout={parameters.connect_timeout:g} s"
+    return ConnectTimeoutError(f"{parameters.host} was not ready within {limit}: {pending}.")
 
 
 def _tls_error(error: ssl.SSLError, host: str) -> TLSError:

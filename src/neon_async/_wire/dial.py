@@ -13,11 +13,12 @@ import socket
 import ssl
 import struct
 from collections.abc import Callable
-from typing import Final, Generic, TypeAlias, TypeVar
+from typing import Final, Generic, TypeVar
 
 from .._config.connection import ConnectionParameters
-from .._errors import ConnectError, TLSError
-from . import tcp
+from .._errors import ConnectError, NeonAsyncError, TLSError
+from . import tcp, threads
+from .race import Attempt, Race, StepCallback, UnverifiedError
 from .tls import (
     ALPN,
     NOT_TLS_REASONS,
@@ -30,8 +31,6 @@ from .tls import (
 from .trust import TrustAnchor
 
 _P = TypeVar("_P", bound=asyncio.Protocol)
-
-StepCallback: TypeAlias = Callable[[str], None]
 
 
 class Channel(Generic[_P]):
@@ -51,6 +50,10 @@ class Channel(Generic[_P]):
         self.protocol: Final = protocol
         self.certificate: Final = certificate
         self.report: Final = report
+
+    def abort(self) -> None:
+        """Close the connection at once."""
+        self.transport.abort()
 
 
 def ignore_step(step: str) -> None:
@@ -76,43 +79,52 @@ class Dialer:
     async def open(self, protocol_factory: Callable[[], _P]) -> Channel[_P]:
         """Return a new channel; by default with direct TLS, or else with TLS after an SSLRequest.
 
-        Both ways verify the same. A failed verification is final: neither the other way nor another address is tried.
+        Both ways verify the same. An address that fails or stays silent before anything was verified is not the end:
+        the other way and the other addresses are tried. A failed verification is final.
 
         Raises:
             TLSError: The server refuses TLS, or does not meet the TLS policy.
             ConnectError: No address accepts connections, or the server closed the connection.
             OSError: Another failure of the network, of name resolution or of the handshake.
         """
-        first, *fallback = _negotiations(self.parameters)
-        try:
-            return await self._open_with(first, protocol_factory)
-        except _NoDirectTLSError:
-            if not fallback:
-                raise TLSError(f"{self.parameters.host} does not speak direct TLS. Remove sslnegotiation.") from None
-        channel = await self._open_with("postgres", protocol_factory)
-        _remember_no_direct_tls(self.parameters)
-        return channel
-
-    async def _open_with(self, negotiation: str, protocol_factory: Callable[[], _P]) -> Channel[_P]:
         if not self._addresses:
             self._addresses = await self._resolve()
-        self.on_step("tcp")
-        sock, address = await tcp.connect(self._addresses, self.parameters)
+        ways = _negotiations(self.parameters)
+        race = Race(
+            self.parameters,
+            self._addresses,
+            ways,
+            run=lambda attempt: self._open_at(attempt, protocol_factory),
+            discard=Channel.abort,
+            on_step=self.on_step,
+        )
+        attempt, channel = await race.winner()
+        if attempt.negotiation != ways[0]:
+            _remember_no_direct_tls(self.parameters)
+        tcp.restore(attempt.address)
+        self._addresses = [attempt.address]
+        return channel
+
+    async def _open_at(self, attempt: Attempt, protocol_factory: Callable[[], _P]) -> Channel[_P]:
+        """Make one attempt."""
         try:
-            self.on_step("tls")
-            if negotiation == "postgres":
+            sock = await tcp.connect(attempt.address, self.parameters)
+        except OSError as error:
+            raise UnverifiedError(error) from None
+        try:
+            attempt.connected()
+            if attempt.negotiation == "postgres":
                 await _request_tls(sock, self.parameters.host)
             context = await self._build_context()
         except BaseException:
             sock.close()
             raise
-        transport, protocol = await self._handshake(sock, context, negotiation, protocol_factory)
+        transport, protocol = await self._handshake(sock, context, attempt.negotiation, protocol_factory)
         try:
-            certificate, report = self._check(transport, context, negotiation)
+            certificate, report = self._check(transport, context, attempt.negotiation)
         except BaseException:
             transport.abort()
             raise
-        self._addresses = [address]
         return Channel(transport, protocol, certificate, report)
 
     async def _resolve(self) -> list[tcp.Address]:
@@ -125,8 +137,7 @@ class Dialer:
             return context_for(self.parameters, self._anchor)
         # Off the event loop: files are read for every dial, so that they can be renewed while the service runs, and
         # decrypting a key takes long.
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(None, context_for, self.parameters, self._anchor)
+        return await threads.run(context_for, self.parameters, self._anchor)
 
     async def _handshake(
         self, sock: socket.socket, context: ssl.SSLContext, negotiation: str, protocol_factory: Callable[[], _P]
@@ -145,7 +156,9 @@ class Dialer:
         except BaseException as error:
             _disown(sock, inode)
             if negotiation == "direct" and _means_no_direct_tls(error):
-                raise _NoDirectTLSError from None
+                raise _no_direct_tls(self.parameters.host) from None
+            if isinstance(error, OSError) and _is_unverified(error):
+                raise UnverifiedError(error) from None
             raise
         return transport, protocol
 
@@ -157,7 +170,7 @@ class Dialer:
         tls: ssl.SSLObject = transport.get_extra_info("ssl_object")
         report = check_handshake(tls, context, server_name=host, negotiation=negotiation, anchor=self._anchor)
         if report.alpn is None and negotiation == "direct":
-            raise _NoDirectTLSError
+            raise _no_direct_tls(host)
         if report.alpn not in (None, ALPN):
             raise TLSError(f"{host} selected the protocol {report.alpn!r}, which was not offered. Check the server.")
         certificate = tls.getpeercert(binary_form=True)
@@ -251,8 +264,9 @@ def _server(parameters: ConnectionParameters) -> tuple[str, str | None, int]:
     return parameters.host, parameters.hostaddr, parameters.port
 
 
-class _NoDirectTLSError(Exception):
+def _no_direct_tls(host: str) -> UnverifiedError:
     """The server closed the connection, or answered without TLS or without ALPN: it may still know SSLRequest."""
+    return UnverifiedError(TLSError(f"{host} does not speak direct TLS. Remove sslnegotiation."), other_way=True)
 
 
 def _means_no_direct_tls(error: BaseException) -> bool:
@@ -262,29 +276,54 @@ def _means_no_direct_tls(error: BaseException) -> bool:
     return isinstance(error, ssl.SSLError) and openssl_reason(error) in NOT_TLS_REASONS
 
 
+def _is_unverified(error: OSError) -> bool:
+    """Whether a failed handshake has nothing to do with verification: the connection ended, or the server refused."""
+    if isinstance(error, NeonAsyncError):
+        return False
+    if not isinstance(error, ssl.SSLError) or isinstance(error, (ssl.SSLEOFError, ssl.SSLZeroReturnError)):
+        return True
+    reason = openssl_reason(error) or ""
+    return reason in NOT_TLS_REASONS or reason in _OLD_TLS_REASONS or "ALERT" in reason or "UNRECOGNIZED_NAME" in reason
+
+
+# OpenSSL's reasons for a server that speaks only older versions of TLS.
+_OLD_TLS_REASONS = ("UNSUPPORTED_PROTOCOL", "WRONG_SSL_VERSION")
+
+
 async def _request_tls(sock: socket.socket, host: str) -> None:
     """Send an SSLRequest, and require exactly the answer `S`.
 
     The answer is not authenticated. Its text is never shown (CVE-2024-10977), and bytes after the `S` are never carried
     into the session (CVE-2021-23222).
+
+    Raises:
+        UnverifiedError: The server refuses TLS, answers something else, or closed the connection.
+        TLSError: The server sent plaintext after it agreed.
     """
     loop = asyncio.get_running_loop()
-    await loop.sock_sendall(sock, _SSL_REQUEST)
-    answer = await loop.sock_recv(sock, 2)
+    try:
+        await loop.sock_sendall(sock, _SSL_REQUEST)
+        answer = await loop.sock_recv(sock, 2)
+    except OSError as error:
+        raise UnverifiedError(error) from None
     if answer == b"S":
         return
-    if answer == b"N":
-        raise TLSError(f"{host} does not offer TLS. Neon always does: check host, hostaddr and port.")
     if answer.startswith(b"S"):
         raise TLSError(
             f"{host} sent plaintext after it agreed to TLS, as an attacker in between would. Do not continue; check "
             "host and network."
         )
     if not answer:
-        raise ConnectError(f"{host} closed the connection when asked for TLS. Check host, hostaddr and port.")
-    raise TLSError(
-        f"{host} answered the request for TLS with something else. Check that this is the port of a PostgreSQL server."
-    )
+        closed = f"{host} closed the connection when asked for TLS. Check host, hostaddr and port."
+        raise UnverifiedError(ConnectError(closed))
+    if answer == b"N":
+        refused = f"{host} does not offer TLS. Neon always does: check host, hostaddr and port."
+    else:
+        refused = (
+            f"{host} answered the request for TLS with something else. Check that this is the port of a PostgreSQL "
+            "server."
+        )
+    raise UnverifiedError(TLSError(refused))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

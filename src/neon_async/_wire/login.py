@@ -11,6 +11,7 @@ import struct
 from typing import TYPE_CHECKING, TypeAlias, cast
 
 from .._errors import AuthenticationError, ConnectError, ProtocolError, ServerError, server_error
+from . import threads
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -110,7 +111,7 @@ async def _prove(
     cached = cache.keys = cache.keys or KeyCache()
     keys = cached.get(secret, salt, iterations)
     if keys is None:  # PBKDF2 takes milliseconds, or a second where the server requests it: not on the event loop
-        keys = await asyncio.get_running_loop().run_in_executor(None, Keys, secret, salt, iterations)
+        keys = await threads.run(Keys, secret, salt, iterations)
     protocol.require_silence()
     protocol.send(exchange.final(keys))
     protocol.expect_session()

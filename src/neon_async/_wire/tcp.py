@@ -1,23 +1,21 @@
-"""Connect a TCP socket: resolve the name, race the addresses, set the socket's options.
+"""The addresses of a server, in the order in which to try them, and a TCP socket to one of them.
 
-This module must not know TLS or what is sent.
+This module must not know TLS, what is sent, or which addresses are raced.
 """
 
 from __future__ import annotations
 
 import asyncio
 import itertools
-import os
+import math
 import socket
 import sys
+import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from .._config.connection import ConnectionParameters
-from .._errors import ConnectError
-
-# RFC 8305, section 5: the recommended delay before the next address is tried while earlier attempts continue.
-_ATTEMPT_DELAY = 0.25
+from . import resolver
 
 
 class Address(NamedTuple):
@@ -38,68 +36,20 @@ async def resolve(parameters: ConnectionParameters) -> list[Address]:
     """
     if parameters.hostaddr is not None:
         # Numeric: parsed immediately, without a look-up.
-        found = socket.getaddrinfo(
+        found: resolver.Found = socket.getaddrinfo(
             parameters.hostaddr, parameters.port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST
         )
     else:
-        loop = asyncio.get_running_loop()
-        found = await loop.getaddrinfo(parameters.host, parameters.port, type=socket.SOCK_STREAM)
-    return _interleave([Address(family, sockaddr) for family, _, _, _, sockaddr in found])
+        found = await resolver.look_up(parameters.host, parameters.port)
+    return in_order([Address(family, sockaddr) for family, _, _, _, sockaddr in found])
 
 
-async def connect(addresses: Sequence[Address], parameters: ConnectionParameters) -> tuple[socket.socket, Address]:
-    """Return a connected socket, and its address.
-
-    The addresses are raced: each attempt starts a little after the one before, or once one has failed. The first to
-    connect wins, and the others are closed.
+async def connect(address: Address, parameters: ConnectionParameters) -> socket.socket:
+    """Return a socket that is connected to `address`, with the options of `parameters`.
 
     Raises:
-        ConnectError: No address accepts connections.
+        OSError: The address does not accept the connection.
     """
-    waiting = list(addresses)
-    running: dict[asyncio.Task[socket.socket], Address] = {}
-    failures: dict[str, OSError] = {}
-    try:
-        while waiting or running:
-            if waiting:
-                address = waiting.pop(0)
-                running[asyncio.ensure_future(_connect_to(address, parameters))] = address
-            done, _ = await asyncio.wait(
-                running, timeout=_ATTEMPT_DELAY if waiting else None, return_when=asyncio.FIRST_COMPLETED
-            )
-            for attempt in done:
-                address = running.pop(attempt)
-                error = attempt.exception()
-                if error is None:
-                    return attempt.result(), address
-                if not isinstance(error, OSError):
-                    raise error
-                failures[str(address)] = error
-    finally:
-        for attempt in running:
-            attempt.cancel()
-            attempt.add_done_callback(_close_late_winner)
-    reasons = "; ".join(f"{address}: {os.strerror(error.errno or 0)}" for address, error in failures.items())
-    raise ConnectError(
-        f"{parameters.host} does not accept connections on port {parameters.port} ({reasons}). Check host, port and "
-        "network."
-    ) from next(iter(failures.values()), None)
-
-
-def _interleave(addresses: Sequence[Address]) -> list[Address]:
-    """Alternate the address families, the preferred one first (RFC 8305, section 4)."""
-    preferred = [address for address in addresses if address.family == addresses[0].family]
-    others = [address for address in addresses if address.family != addresses[0].family]
-    pairs = itertools.zip_longest(preferred, others)
-    return [address for pair in pairs for address in pair if address is not None]
-
-
-def _close_late_winner(attempt: asyncio.Task[socket.socket]) -> None:
-    if not attempt.cancelled() and attempt.exception() is None:
-        attempt.result().close()
-
-
-async def _connect_to(address: Address, parameters: ConnectionParameters) -> socket.socket:
     sock = socket.socket(address.family, socket.SOCK_STREAM)
     try:
         sock.setblocking(False)
@@ -109,6 +59,44 @@ async def _connect_to(address: Address, parameters: ConnectionParameters) -> soc
         sock.close()
         raise
     return sock
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The order
+
+# When an address failed, or did not answer in time. An entry loses its effect after `MEMORY`: the address may be well
+# again, and it may be the nearer one.
+_postponed: dict[Address, float] = {}
+# Seconds for which it is remembered how a server, or one of its addresses, behaved.
+MEMORY = 600.0
+
+
+def in_order(addresses: Sequence[Address]) -> list[Address]:
+    """Return the addresses in the order in which to try them.
+
+    The address families alternate, the preferred one first (RFC 8305, section 4). The addresses that failed lately come
+    last, and of these the one that failed first.
+    """
+    expired = time.monotonic() - MEMORY
+    preferred = [address for address in addresses if address.family == addresses[0].family]
+    others = [address for address in addresses if address.family != addresses[0].family]
+    pairs = itertools.zip_longest(preferred, others)
+    alternating = [address for pair in pairs for address in pair if address is not None]
+    failed = {address: when for address in alternating if (when := _postponed.get(address, -math.inf)) > expired}
+    return sorted(alternating, key=lambda address: failed.get(address, -math.inf))
+
+
+def postpone(address: Address) -> None:
+    """Try `address` after the other addresses of its server, for a while."""
+    now = time.monotonic()
+    for other in [other for other, when in list(_postponed.items()) if when <= now - MEMORY]:
+        _postponed.pop(other, None)  # addresses change, and a server may have had many
+    _postponed[address] = now
+
+
+def restore(address: Address) -> None:
+    """Try `address` in its usual place again."""
+    _postponed.pop(address, None)
 
 
 def _set_options(sock: socket.socket, parameters: ConnectionParameters) -> None:

@@ -37,6 +37,7 @@ class ForgedServer:
         sign: Returns the signature of the CertificateVerify. Default: a wrong one.
         alpn: The protocol that the server claims to have selected, or None for no answer.
         first_words: Sent inside TLS right after the handshake, before the client can have sent anything.
+        later: Returns records that the server sends without end, once the client has sent its first message.
     """
 
     def __init__(
@@ -47,14 +48,17 @@ class ForgedServer:
         sign: Callable[[bytes], bytes] = lambda _: secrets.token_bytes(70),
         alpn: bytes | None = b"postgresql",
         first_words: bytes = b"",
+        later: Callable[[Traffic], bytes] | None = None,
     ) -> None:
         self._certificates = certificates
         self._scheme = scheme
         self._sign = sign
         self._alpn = alpn
         self._first_words = first_words
+        self.later = later
         self._transcript = b""
-        self._readers: list[_Traffic] = []
+        self._readers: list[Traffic] = []
+        self.writer: Traffic
 
     def answer(self, client_hello: bytes) -> bytes:
         """Return the server's whole flight for the record that holds the ClientHello."""
@@ -71,11 +75,11 @@ class ForgedServer:
         flight += self._say(15, struct.pack("!H", self._scheme) + _vector(2, signature))
         flight += self._say(20, _mac(_expand(server_secret, b"finished"), hashlib.sha256(self._transcript).digest()))
         master = _extract(_derive(handshake, b"derived", b""), bytes(32))
-        self._readers = [_Traffic(client_secret), _Traffic(_derive(master, b"c ap traffic", self._transcript))]
-        records = _record(_HANDSHAKE, server_hello) + _Traffic(server_secret).seal(_HANDSHAKE, flight)
+        self._readers = [Traffic(client_secret), Traffic(_derive(master, b"c ap traffic", self._transcript))]
+        records = _record(_HANDSHAKE, server_hello) + Traffic(server_secret).seal(_HANDSHAKE, flight)
+        self.writer = Traffic(_derive(master, b"s ap traffic", self._transcript))
         if self._first_words:
-            later = _Traffic(_derive(master, b"s ap traffic", self._transcript))
-            records += later.seal(_APPLICATION_DATA, self._first_words)
+            records += self.writer.seal(_APPLICATION_DATA, self._first_words)
         return records
 
     def open(self, record: bytes) -> tuple[int, bytes]:
@@ -104,14 +108,20 @@ def script(make: Callable[[], ForgedServer]) -> Script:
             kind, content = server.open(receive_record(conversation))
             if kind == _APPLICATION_DATA:
                 conversation.decrypted += content
+                while server.later is not None and not conversation.over.is_set():
+                    conversation.send(server.later(server.writer))
 
     return play
 
 
-class _Traffic:
+class Traffic:
     """The record protection of one direction, section 5.2."""
 
     def __init__(self, secret: bytes) -> None:
+        self._set_secret(secret)
+
+    def _set_secret(self, secret: bytes) -> None:
+        self._secret = secret
         self._cipher = AESGCM(_expand(secret, b"key", 16))
         self._iv = int.from_bytes(_expand(secret, b"iv", 12))
         self._sequence = 0
@@ -127,6 +137,21 @@ class _Traffic:
     def open(self, record: bytes) -> tuple[int, bytes]:
         content = self._cipher.decrypt(self._nonce(), record[5:], record[:5]).rstrip(b"\0")
         return content[-1], content[:-1]
+
+    def update_key(self, *, requested: bool = False) -> bytes:
+        """Return a record with a KeyUpdate, and use the next key from then on (sections 4.6.3 and 7.2)."""
+        record = self.seal(_HANDSHAKE, b"\x18\0\0\x01" + bytes([requested]))
+        self._set_secret(_expand(self._secret, b"traffic upd"))
+        return record
+
+    def issue_tickets(self, count: int) -> bytes:
+        """Return one record with this many NewSessionTickets (section 4.6.1)."""
+        ticket = struct.pack("!II", 3600, 0) + _vector(1, b"n") + _vector(2, b"t") + _vector(2, b"")
+        return self.seal(_HANDSHAKE, (b"\x04" + _vector(3, ticket)) * count)
+
+    def send_nothing(self) -> bytes:
+        """Return a record of application data without content, which is padding alone (section 5.4)."""
+        return self.seal(_APPLICATION_DATA, b"")
 
 
 def receive_record(conversation: Conversation) -> bytes:

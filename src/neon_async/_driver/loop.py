@@ -102,6 +102,7 @@ class LoopAdapter:
             early=early,
         )
         await channel.protocol.hand_over(self._transport.in_front_of(protocol))
+        channel.lift_limit()
         self._cache.mechanism = mechanism
         self.report = dataclasses.replace(channel.report, mechanism=mechanism)
         return protocol

@@ -18,6 +18,7 @@ from typing import Final, Generic, TypeVar
 from .._config.connection import ConnectionParameters
 from .._errors import ConnectError, NeonAsyncError, TLSError
 from . import tcp, threads
+from .overhead import LimitedTLS, LimitingContext
 from .race import Attempt, Race, StepCallback, UnverifiedError
 from .tls import (
     ALPN,
@@ -54,6 +55,12 @@ class Channel(Generic[_P]):
     def abort(self) -> None:
         """Close the connection at once."""
         self.transport.abort()
+
+    def lift_limit(self) -> None:
+        """Accept any number of TLS records without data: the session is ready."""
+        tls = self.transport.get_extra_info("ssl_object")
+        if isinstance(tls, LimitedTLS):  # None when the connection has ended
+            tls.lift_limit()
 
 
 def ignore_step(step: str) -> None:
@@ -187,7 +194,11 @@ def context_for(parameters: ConnectionParameters, anchor: TrustAnchor) -> ssl.SS
     certificate = None
     if parameters.sslcert is not None:
         certificate = ClientCertificate(parameters.sslcert, parameters.sslkey, parameters.sslpassword or "")
-    return build_context(anchor, crl=parameters.sslcrl, client_certificate=certificate)
+    context = build_context(
+        anchor, crl=parameters.sslcrl, client_certificate=certificate, context_class=LimitingContext
+    )
+    context.sslobject_class = LimitedTLS
+    return context
 
 
 async def send_cancel_request(dialer: Dialer, *, process_id: int, secret_key: int) -> None:

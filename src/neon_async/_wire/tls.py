@@ -113,14 +113,18 @@ def create_ssl_context(*, trust_anchor: AnchorSource | None = None, crl: str | N
 
 
 def build_context(
-    anchor: TrustAnchor, *, crl: str | None = None, client_certificate: ClientCertificate | None = None
+    anchor: TrustAnchor,
+    *,
+    crl: str | None = None,
+    client_certificate: ClientCertificate | None = None,
+    context_class: type[ssl.SSLContext] = ssl.SSLContext,
 ) -> ssl.SSLContext:
     """Return a new context for one dial; a shared one could be weakened through `get_extra_info("sslcontext")`.
 
     Raises:
         ConfigurationError: The CRL or the client certificate cannot be used.
     """
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context = context_class(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.maximum_version = ssl.TLSVersion.MAXIMUM_SUPPORTED
     context.check_hostname = True

@@ -498,8 +498,9 @@ class TestReset:
 
         def judged() -> list[bool]:
             classes = (asyncpg.Connection, WithSlots, OfOurs, OwnReset, ByMixin)
-            pairs = itertools.product(classes, (Connection, PooledConnection))
-            return [resets_itself(unconnected(combine(base, ours))) for base, ours in pairs]
+            ours: tuple[type[Connection[Any]], ...] = (Connection, PooledConnection)
+            pairs = itertools.product(classes, ours)
+            return [resets_itself(unconnected(combine(base, own))) for base, own in pairs]
 
         expected = [False] * 6 + [True] * 4
         assert judged() == expected

@@ -175,9 +175,9 @@ def libpq_dsn(postgres: LocalPostgres, tmp_path_factory: pytest.TempPathFactory)
 
 
 async def log_in_as_singer(postgres: LocalPostgres, password: str | None) -> None:
-    keywords = {} if password is None else {"password": password}
+    keywords: dict[str, Any] = {} if password is None else {"password": password}
     dsn = postgres.dsn.partition("//")[0] + "//" + postgres.dsn.rpartition("@")[2]
-    connection = await neon_async.connect(dsn, trust_anchor=postgres.trust_anchor, user="singer", **keywords)  # type: ignore[arg-type]
+    connection = await neon_async.connect(dsn, trust_anchor=postgres.trust_anchor, user="singer", **keywords)
     assert await connection.fetchval("SELECT current_user") == "singer"
     await connection.close()
 

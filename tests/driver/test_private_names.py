@@ -51,6 +51,7 @@ IMPORTS = {
         "asyncpg.transaction.ISOLATION_LEVELS",
         "asyncpg.transaction.Transaction",
     },
+    "_pool.options": {"asyncpg.pool.PoolConnectionProxy"},  # for type checkers
     "_pool.pool": {"asyncpg.pool.PoolAcquireContext"},
 }
 

@@ -16,7 +16,7 @@ import pytest
 from support.dsns import HOST, POOLED
 
 from neon_async import LETS_ENCRYPT_ROOTS as ROOTS
-from neon_async import ConfigurationError, InsecureConfigurationError, connect, create_pool
+from neon_async import ConfigurationError, InsecureConfigurationError, connect, create_pool, create_ssl_context
 
 SECRET = "pw-7c1f9e2d"
 ENVIRONMENT = {
@@ -252,13 +252,26 @@ def only_in_a_dsn() -> Iterator[object]:
         yield pytest.param(Case(dsn, {}, {}, insecure), id=f"DSN {label}")
 
 
+def context_without(check: str) -> ssl.SSLContext:
+    context = ssl.create_default_context()
+    context.check_hostname = False
+    if check != "check_hostname":
+        context.verify_mode = ssl.CERT_OPTIONAL if check == "requirement" else ssl.CERT_NONE
+    return context
+
+
 def only_in_code() -> Iterator[object]:
     table: tuple[tuple[str, dict[str, object], bool], ...] = (
         ("ssl=False", {"ssl": False}, True),
         ("ssl='require'", {"ssl": "require"}, True),
         ("ssl=0", {"ssl": 0}, True),
-        ("ssl=SSLContext", {"ssl": ssl.create_default_context()}, True),
-        ("sslmode=SSLContext", {"sslmode": ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)}, True),
+        ("ssl=SSLContext", {"ssl": ssl.create_default_context()}, False),
+        ("sslmode=SSLContext", {"sslmode": ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)}, False),
+        ("ssl=SSLContext of our own", {"ssl": create_ssl_context()}, False),
+        ("ssl=SSLContext that verifies nothing", {"ssl": context_without("verify_mode")}, True),
+        ("ssl=SSLContext that does not verify the name", {"ssl": context_without("check_hostname")}, True),
+        ("ssl=SSLContext that verifies what is there", {"ssl": context_without("requirement")}, True),
+        ("ssl=SSLContext for servers", {"ssl": ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)}, True),
         ("ssl and sslmode", {"ssl": True, "sslmode": "verify-full"}, False),
         ("direct_tls=False", {"direct_tls": False}, True),
         ("direct_tls=True", {"direct_tls": True}, True),

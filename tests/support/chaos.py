@@ -40,7 +40,7 @@ ACCOUNTS = 20
 OPENING_BALANCE = 1000
 
 # Short, so that faults of up to 0.5 s exceed each of them in a short run.
-DEADLINES = {
+DEADLINES: dict[str, Any] = {
     "acquire_timeout": 1.0,
     "release_timeout": 0.3,
     "connect_timeout": 0.5,
@@ -142,7 +142,7 @@ class Chaos:
             application_name=self._name,
             max_size=MAX_SIZE,
             max_queries=200,
-            **DEADLINES,  # type: ignore[arg-type]
+            **DEADLINES,
         )
 
     def _note_loop_error(self, _: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:

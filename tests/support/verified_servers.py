@@ -56,7 +56,9 @@ def final(make: Callable[[bytes], bytes]) -> Script:
 async def connect_to(server: Impostor, **keywords: Any) -> asyncpg.Connection[Any]:
     """Return a connection to `server`; a hang fails the test."""
     async with asyncio.timeout(HANG):
-        return await neon_async.connect(server.dsn, trust_anchor=server.trust_anchor, **keywords)
+        connection: asyncpg.Connection[Any]
+        connection = await neon_async.connect(server.dsn, trust_anchor=server.trust_anchor, **keywords)
+        return connection
 
 
 async def error_from(server: Impostor, **keywords: Any) -> Exception:

@@ -464,7 +464,11 @@ KEYWORDS: tuple[Keyword, ...] = (
     Keyword(
         name="loop",
         code_only=True,
-        reader=Refused("the running event loop is used. Leave it out.", insecure=True),
+        reader=Refused(
+            "it is not the running event loop, which is the one that is used. Leave it out, or pass "
+            "asyncio.get_running_loop().",
+            insecure=True,
+        ),
     ),
 )
 

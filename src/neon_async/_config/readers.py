@@ -9,6 +9,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import re
+import ssl
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Final, Generic, NoReturn, TypeVar
@@ -58,7 +59,8 @@ class Given:
             if isinstance(value, str):
                 return repr(value if len(value) <= 80 else value[:77] + "...")
             if isinstance(value, type):
-                return f"the class {value.__qualname__}"
+                module = "" if value.__module__ == "builtins" else f"{value.__module__}."
+                return f"the class {module}{value.__qualname__}"
             # Python refuses to print an integer of more than 4,300 digits.
             if value is None or isinstance(value, float) or (isinstance(value, int) and abs(value) < 10**18):
                 return repr(value)
@@ -473,6 +475,8 @@ class SSLMode(Reader[str]):
     def read(self, given: Given) -> str:
         if given.value is True:
             return "verify-full"
+        if isinstance(given.value, ssl.SSLContext):
+            _refuse_context(given.value, given)
         if not isinstance(given.value, str):
             given.must_be(
                 "'verify-full' or True", f"neon-async builds its own TLS context. {_SSLMODE_ADVICE}", insecure=True
@@ -485,6 +489,17 @@ class SSLMode(Reader[str]):
         if mode.lower() in {"true", "1", "on", "yes"}:  # libpq reads ssl=true in a URL as sslmode=require
             given.refuse(f"is {mode!r}, which means sslmode=require. {_SSLMODE_ADVICE}", insecure=True)
         given.must_be(self.expected, _SSLMODE_ADVICE)
+
+
+def _refuse_context(context: ssl.SSLContext, given: Given) -> NoReturn:
+    if context.verify_mode is ssl.CERT_REQUIRED and context.check_hostname:
+        given.refuse(
+            "is an SSLContext. It verifies the server, but neon-async builds a TLS context of its own for each "
+            "connection. Leave ssl= out, or write ssl=True. Pass a private root as trust_anchor=, a client certificate "
+            "as sslcert= and sslkey=, and revocation lists as crl=."
+        )
+    missing = "the host name" if context.verify_mode is ssl.CERT_REQUIRED else "the server's certificate"
+    given.refuse(f"is an SSLContext that does not verify {missing}. {_SSLMODE_ADVICE}", insecure=True)
 
 
 _SSLMODE_ADVICE = (

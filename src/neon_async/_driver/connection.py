@@ -15,7 +15,7 @@ from typing import Any, TypeVar, cast
 
 import asyncpg
 
-from .holder import ConnectionHooks, Use, end_lost, own_session, prepare_cached, protocol_of
+from .holder import ConnectionHooks, RecordT, Use, end_lost, own_session, prepare_cached, protocol_of
 from .resources import adopt_factory, adopt_statement
 from .session import Codec
 from .transaction import Transaction
@@ -26,7 +26,7 @@ _T = TypeVar("_T")
 _CANCEL_GRACE = 0.5
 
 
-class Connection(ConnectionHooks):
+class Connection(ConnectionHooks[RecordT]):
     """One verified connection, from `connect()` or from a pool. It does all that asyncpg's does.
 
     Three things differ from asyncpg. `transaction()` blocks end in bounded time. One cancellation or `timeout=` ends
@@ -177,7 +177,7 @@ def _later(timeout: float | None) -> float | None:
     return None if timeout is None else timeout + _CANCEL_GRACE
 
 
-def combine(base: type[Any], ours: type[Connection]) -> type[Any]:
+def combine(base: type[Any], ours: type[Connection[Any]]) -> type[Any]:
     """Return the class of connections that are of the caller's class `base` and behave as `ours` does.
 
     The caller's class stands in front: its overrides run first, with its own defaults, and `super()` reaches ours.

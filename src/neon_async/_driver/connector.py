@@ -11,7 +11,7 @@ import functools
 import os
 import ssl
 from collections.abc import Coroutine
-from typing import TYPE_CHECKING, Any, Unpack, cast
+from typing import TYPE_CHECKING, Any, TypeVar, Unpack, cast, overload
 
 import asyncpg
 
@@ -26,7 +26,7 @@ from .._wire.race import StepCallback
 from .._wire.tls import TLSReport
 from .._wire.trust import AnchorSource, TrustAnchor, find_isrg_root_x1, load_trust_anchor
 from .connection import Connection, combine
-from .holder import begin_session, leave_jit_alone, session_of
+from .holder import RecordT, begin_session, is_current, leave_jit_alone, session_of
 from .loop import LoopAdapter
 from .pooled import PooledConnection, is_pooled, tracked_settings
 from .protocol import SessionProtocol
@@ -36,8 +36,43 @@ if TYPE_CHECKING:
     from asyncpg.pool import PoolConnectionProxy
 
 
+_C = TypeVar("_C", bound=asyncpg.Connection)
+
 CONNECTION_CLASS = SubclassOf(asyncpg.Connection, "asyncpg.Connection")
 RECORD_CLASS = SubclassOf(asyncpg.Record, "asyncpg.Record")
+
+
+@overload
+def connect(
+    dsn: str | None = None,
+    *,
+    trust_anchor: AnchorSource | None = None,
+    loop: asyncio.AbstractEventLoop | None = None,
+    **keywords: Unpack[ConnectKeywords],
+) -> Coroutine[Any, Any, Connection]: ...
+
+
+@overload
+def connect(
+    dsn: str | None = None,
+    *,
+    trust_anchor: AnchorSource | None = None,
+    loop: asyncio.AbstractEventLoop | None = None,
+    record_class: type[RecordT],
+    **keywords: Unpack[ConnectKeywords],
+) -> Coroutine[Any, Any, Connection[RecordT]]: ...
+
+
+@overload
+def connect(
+    dsn: str | None = None,
+    *,
+    trust_anchor: AnchorSource | None = None,
+    loop: asyncio.AbstractEventLoop | None = None,
+    connection_class: type[_C],
+    record_class: type[asyncpg.Record] = ...,
+    **keywords: Unpack[ConnectKeywords],
+) -> Coroutine[Any, Any, _C]: ...
 
 
 @forget_arguments
@@ -45,10 +80,11 @@ def connect(
     dsn: str | None = None,
     *,
     trust_anchor: AnchorSource | None = None,
+    loop: asyncio.AbstractEventLoop | None = None,
     connection_class: type[Any] = asyncpg.Connection,
     record_class: type[Any] = asyncpg.Record,
     **keywords: Unpack[ConnectKeywords],
-) -> Coroutine[Any, Any, Connection]:
+) -> Coroutine[Any, Any, Any]:
     """Return one connection, verified in full and authenticated; close it with `await connection.close()`.
 
     The parameters are checked in the call itself, before the result is awaited and before a socket is opened.
@@ -57,6 +93,7 @@ def connect(
         dsn: The connection string. Default: the keywords and the environment variables of libpq (`PG*`).
         trust_anchor: The root certificates to trust instead of ISRG Root X1: PEM bytes, PEM text, or the path of a PEM
             file, with at most ten roots; or `LETS_ENCRYPT_ROOTS`.
+        loop: The running event loop, which is used in any case. Any other is refused.
         connection_class: A subclass of `asyncpg.Connection`.
         record_class: A subclass of `asyncpg.Record`.
         **keywords: The connection keywords of `create_pool()`; each wins over the DSN, which wins over the environment.
@@ -72,7 +109,7 @@ def connect(
     """
     CONNECTION_CLASS.check("connection_class", connection_class)
     RECORD_CLASS.check("record_class", record_class)
-    connector = prepare(dsn, trust_anchor=trust_anchor, **keywords)
+    connector = prepare(dsn, trust_anchor=trust_anchor, loop=loop, **keywords)
     return connector.connect(connection_class=connection_class, record_class=record_class)
 
 
@@ -92,13 +129,17 @@ def connection_tls_report(connection: asyncpg.Connection[Any] | PoolConnectionPr
 
 
 @forget_arguments
-def prepare(dsn: str | None, *, trust_anchor: AnchorSource | None = None, **keywords: object) -> Connector:
+def prepare(
+    dsn: str | None, *, trust_anchor: AnchorSource | None = None, loop: object = None, **keywords: object
+) -> Connector:
     """Check the parameters, find the trust anchor, and read the files that the parameters name. Opens no socket.
 
     Raises:
         ConfigurationError: A parameter is refused, or a file cannot be used.
     """
-    parameters = parse(dsn, keywords | {"trust_anchor": trust_anchor}, os.environ)
+    # `loop` says nothing where it is the running event loop, and would replace that, with its TLS, where it is not.
+    other_loop = None if is_current(loop) else loop
+    parameters = parse(dsn, keywords | {"trust_anchor": trust_anchor, "loop": other_loop}, os.environ)
     if parameters.trust_anchor is not None:
         anchor = load_trust_anchor(parameters.trust_anchor, parameters.sslrootcert)
     else:

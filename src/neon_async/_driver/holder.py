@@ -14,6 +14,7 @@ import contextlib
 import functools
 import inspect
 import logging
+import types
 import weakref
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
@@ -27,14 +28,31 @@ from .losses import Loss, Outcome, loss_with, lost_error
 from .session import Callbacks, Session
 
 if TYPE_CHECKING:
+    from typing_extensions import TypeVar
+
     from .._wire.transport import SessionTransport
     from .protocol import SessionProtocol
 
-    _Connection: TypeAlias = asyncpg.Connection[asyncpg.Record]
+    RecordT = TypeVar("RecordT", bound=asyncpg.Record, default=asyncpg.Record)  # the class of the rows
+    _Connection: TypeAlias = asyncpg.Connection
     _Proxy: TypeAlias = PoolConnectionProxy[asyncpg.Record]
-    _Pool: TypeAlias = asyncpg.Pool[asyncpg.Record]
+    _Pool: TypeAlias = asyncpg.Pool
 else:
-    _Connection, _Proxy, _Pool = asyncpg.Connection, PoolConnectionProxy, asyncpg.Pool
+    from typing import TypeVar
+
+    RecordT = TypeVar("RecordT", bound=asyncpg.Record)
+
+    class Subscriptable:
+        """A class of asyncpg, which is generic to type checkers only."""
+
+        def __init__(self, cls):
+            self._cls = cls
+
+        def __getitem__(self, _):
+            return self._cls
+
+    _Connection, _Pool = Subscriptable(asyncpg.Connection), Subscriptable(asyncpg.Pool)
+    _Proxy = PoolConnectionProxy
 
 _log = logging.getLogger("neon_async")
 
@@ -62,13 +80,16 @@ def has_ended(connection: Any) -> bool:
     return connection is None or bool(connection.is_closed())
 
 
-class ConnectionHooks(_Connection):
+class ConnectionHooks(_Connection[RecordT]):
     """asyncpg's connection: it ends from anywhere, its end is reported, and its cancel requests are ours."""
 
     __slots__ = ()
 
     _protocol: Any
     _loop: asyncio.AbstractEventLoop
+
+    if not TYPE_CHECKING:
+        __class_getitem__ = classmethod(types.GenericAlias)
 
     def __init__(self, *args: Any, **options: Any) -> None:
         try:
@@ -193,7 +214,7 @@ def _give_up_cancelling(connection: Any, name: str, waiter: asyncio.Future[None]
         asyncio.get_running_loop().call_exception_handler(context)
 
 
-def is_current(loop: asyncio.AbstractEventLoop) -> bool:
+def is_current(loop: object) -> bool:
     """Return whether this is the event loop that runs in this thread."""
     try:
         return asyncio.get_running_loop() is loop
@@ -293,7 +314,7 @@ def _closed_error_of(resource: Any, method: str) -> Exception:
     return closed_error(resource._connection, f"cannot call {name}: the underlying connection is closed")
 
 
-class StatementHooks(_Connection):
+class StatementHooks(_Connection[RecordT]):
     """asyncpg's connection: what prepares and what executes a statement can be overridden."""
 
     __slots__ = ()
@@ -843,7 +864,7 @@ class HolderQueue:
         return [None] * self._waiting()
 
 
-class PoolBase(_Pool):
+class PoolBase(_Pool[RecordT]):
     """asyncpg's pool as a base class: what other code reads of it is true, and none of its machinery runs.
 
     It keeps no parameter of its connections, because these include the password.
@@ -851,6 +872,9 @@ class PoolBase(_Pool):
     Args:
         **options: The options of the pool, by asyncpg's names.
     """
+
+    if not TYPE_CHECKING:
+        __class_getitem__ = classmethod(types.GenericAlias)
 
     _queue: HolderQueue
     _connect_kwargs: dict[str, object]
@@ -879,6 +903,9 @@ class PoolBase(_Pool):
     def _own_loop(self) -> asyncio.AbstractEventLoop:
         return self._loop
 
+    async def _lend(self, timeout: float | None) -> Any:
+        raise NotImplementedError
+
     async def _acquire(self, timeout: float | None) -> Any:
-        """Serve code that calls asyncpg's own method of this name."""
-        return await self.acquire(timeout=timeout)
+        """Serve code that calls asyncpg's own method of this name, such as asyncpg's acquire context."""
+        return await self._lend(timeout)

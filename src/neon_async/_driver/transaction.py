@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 
-Acquire: TypeAlias = "Callable[[], AbstractAsyncContextManager[Connection]]"
-Work: TypeAlias = "Callable[[Connection], Awaitable[_T]]"
+Acquire: TypeAlias = "Callable[[], AbstractAsyncContextManager[Connection[Any]]]"
+Work: TypeAlias = "Callable[[Connection[Any]], Awaitable[_T]]"
 
 # Seconds that a ROLLBACK may take: as long as the reset of a connection may; and where the deadline of the caller has
 # passed or the caller is being cancelled, one cancel request to a distant server.

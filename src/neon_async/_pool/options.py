@@ -7,13 +7,19 @@ It must not know how a pool works. The parameters of a connection are another ta
 
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, Generic, TypeAlias, cast
 
 import asyncpg
 
 from .._config.connection import ConnectKeywords
 from .._config.readers import LIMIT, AsyncFunction, Integer, Seconds
 from .._driver.connector import CONNECTION_CLASS, RECORD_CLASS
+from .._driver.holder import RecordT
+
+if TYPE_CHECKING:
+    from asyncpg.pool import PoolConnectionProxy
+
+    from .._driver.connection import Connection
 
 _Callback: TypeAlias = Callable[[Any], Awaitable[None]]
 
@@ -108,8 +114,11 @@ class PoolOptions:
         return self.min_size if self.init_size is None else self.init_size
 
 
-class PoolKeywords(ConnectKeywords, total=False):
-    """The keywords of `create_pool()`: the fields of `PoolOptions`, and the keywords of every connection."""
+class RowlessPoolKeywords(ConnectKeywords, Generic[RecordT], total=False):
+    """The keywords of `create_pool()`, but for `record_class`.
+
+    The types are those of asyncpg-stubs. Functions may also ask for a `Connection` of ours, which is what they get.
+    """
 
     min_size: int
     max_size: int
@@ -122,11 +131,19 @@ class PoolKeywords(ConnectKeywords, total=False):
     max_inactive_connection_lifetime: float
     check_after_idle: float
     leak_after: float | None
-    setup: _Callback | None
-    init: _Callback | None
-    reset: _Callback | None
-    connection_class: type[Any]
-    record_class: type[Any]
+    setup: (
+        "Callable[[PoolConnectionProxy[RecordT]], Awaitable[None]] | "
+        "Callable[[Connection[RecordT]], Awaitable[None]] | None"
+    )
+    init: "Callable[[Connection[RecordT]], Awaitable[None]] | None"
+    reset: "Callable[[Connection[RecordT]], Awaitable[None]] | None"
+    connection_class: "type[asyncpg.Connection[RecordT]]"
+
+
+class PoolKeywords(RowlessPoolKeywords[RecordT], total=False):
+    """The keywords of `create_pool()`: the fields of `PoolOptions`, and the keywords of every connection."""
+
+    record_class: type[RecordT]
 
 
 def check_timeout(name: str, value: object) -> None:

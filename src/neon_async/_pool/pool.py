@@ -13,14 +13,15 @@ import logging
 import time
 import warnings
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, NoReturn, Self, TypeAlias, TypeVar, Unpack, overload
 
 import asyncpg
 from asyncpg.pool import PoolAcquireContext
 
+from .._config.readers import SubclassOf
 from .._driver.connection import Connection
 from .._driver.connector import Connector, prepare, require_asyncio
-from .._driver.holder import Holder, HolderQueue, PoolBase, call_in, holder_of, is_current
+from .._driver.holder import Holder, HolderQueue, PoolBase, RecordT, call_in, holder_of, is_current
 from .._driver.transaction import run_transaction
 from .._errors import (
     ConfigurationError,
@@ -35,18 +36,21 @@ from .._neon.endpoint import Endpoint
 from .._wire.tls import TLSReport
 from .._wire.trust import AnchorSource
 from .loan import Loan
-from .options import PoolKeywords, PoolOptions, check_timeout
+from .options import PoolKeywords, PoolOptions, RowlessPoolKeywords, check_timeout
 from .slots import Slot, State
 from .stats import PoolStats
 from .supply import Supply
 from .waiters import WaitExpired
 
 if TYPE_CHECKING:
-    _AcquireContext: TypeAlias = PoolAcquireContext[asyncpg.Record]
+    _AcquireContext: TypeAlias = PoolAcquireContext
 else:
-    _AcquireContext = PoolAcquireContext
+    from .._driver.holder import Subscriptable
+
+    _AcquireContext = Subscriptable(PoolAcquireContext)
 
 _T = TypeVar("_T")
+_P = TypeVar("_P", bound="Pool[Any]")
 
 _log = logging.getLogger("neon_async")
 
@@ -61,22 +65,14 @@ class _Phase(enum.Enum):
     CLOSED = "closed"
 
 
-class AcquireContext(_AcquireContext):
+class AcquireContext(_AcquireContext[RecordT]):
     """What `pool.acquire()` returns: enter it with `async with`, or `await` it for a connection."""
 
-    __slots__ = ("_until",)
+    __slots__ = ()
 
-    pool: Pool
+    pool: Pool[RecordT]
 
-    def __init__(self, pool: Pool, timeout: float | None) -> None:  # asyncpg's name
-        super().__init__(pool, timeout)
-        self._until = None if timeout is None else time.monotonic() + timeout
-
-    def left(self) -> float | None:
-        """Return the seconds that are left of the timeout, or None where there is none."""
-        return None if self._until is None else self._until - time.monotonic()
-
-    async def __aenter__(self) -> Connection:  # type: ignore[override]  # a proxy for one of ours
+    async def __aenter__(self) -> Connection[RecordT]:  # type: ignore[override]  # a proxy for one of ours
         if self.connection is not None or self.done:
             raise asyncpg.InterfaceError("a connection is already acquired")
         connection = await self.pool._lend(self.timeout)
@@ -88,15 +84,18 @@ class AcquireContext(_AcquireContext):
         self.pool._end_loan(self.connection)  # in another event loop it raises, and nothing has changed
         self.done, self.connection = True, None
 
-    def __await__(self) -> Generator[Any, None, Connection]:  # type: ignore[override]
+    def __await__(self) -> Generator[Any, None, Connection[RecordT]]:  # type: ignore[override]
         self.done = True
         return self.pool._lend(self.timeout).__await__()
 
 
-class Pool(PoolBase):
+class Pool(PoolBase[RecordT]):
     """A pool of verified connections, made by `create_pool()`. It does all that asyncpg's pool does.
 
     Open it with `async with pool:` or `await pool`. `async with` closes it; otherwise close it with `pool.close()`.
+
+    A subclass that `create_pool(pool_class=)` makes may override and add methods. Its `__init__`, where it has one,
+    passes all arguments on; they are private.
     """
 
     def __init__(self, connector: Connector, options: PoolOptions) -> None:
@@ -181,10 +180,10 @@ class Pool(PoolBase):
     # -----------------------------------------------------------------------------------------------------------------
     # Opening
 
-    def __await__(self) -> Generator[Any, None, Pool]:
+    def __await__(self) -> Generator[Any, None, Self]:
         return self.__aenter__().__await__()
 
-    async def __aenter__(self) -> Pool:
+    async def __aenter__(self) -> Self:
         """Open the pool with `init_size` connections and return it. If that fails, no connection is left behind."""
         require_asyncio()
         if self._phase is _Phase.OPENING:
@@ -235,7 +234,7 @@ class Pool(PoolBase):
     # -----------------------------------------------------------------------------------------------------------------
     # Acquire
 
-    def acquire(self, *, timeout: float | None = None) -> AcquireContext:
+    def acquire(self, *, timeout: float | None = None) -> AcquireContext[RecordT]:
         """Return a connection from the pool.
 
         Use it as `async with pool.acquire() as connection:`, or `await` it and call `release()`.
@@ -255,7 +254,7 @@ class Pool(PoolBase):
             check_timeout("timeout", timeout)
         return AcquireContext(self, timeout)
 
-    async def _lend(self, timeout: float | None) -> Connection:
+    async def _lend(self, timeout: float | None) -> Connection[RecordT]:
         self._require_open()
         began = time.monotonic()
         limit = self._options.acquire_timeout if timeout is None else timeout
@@ -513,7 +512,7 @@ class Pool(PoolBase):
         role: str | None = None,
         settings: Mapping[str, str] | None = None,
         timeout: float | None = None,
-    ) -> AsyncIterator[Connection]:
+    ) -> AsyncIterator[Connection[RecordT]]:
         """Acquire a connection and run a transaction on it: `async with pool.transaction() as connection:`.
 
         BEGIN, the role and the settings travel with the first statement and cost no round trip. Leaving the block
@@ -548,7 +547,7 @@ class Pool(PoolBase):
 
     async def run_transaction(
         self,
-        work: Callable[[Connection], Awaitable[_T]],
+        work: Callable[[Connection[RecordT]], Awaitable[_T]],
         *,
         attempts: int = 3,
         isolation: str | None = None,
@@ -605,16 +604,16 @@ class Pool(PoolBase):
             again: Whether the arguments can be used a second time.
         """
         further = self._options.max_size if again else 0
+        until = None if timeout is None else time.monotonic() + timeout
         while True:
-            call = self.acquire(timeout=timeout)
             try:
-                async with call as connection:
-                    return await run(connection, call.left())
+                async with self.acquire(timeout=timeout) as connection:  # perhaps a subclass's own
+                    return await run(connection, None if until is None else until - time.monotonic())
             except ConnectionLostError as error:
                 if not further or not error.nothing_executed:
                     raise
             further -= 1
-            timeout = None if timeout is None else max(call.left() or 0.0, 0.0)
+            timeout = None if until is None else max(until - time.monotonic(), 0.0)
 
     if not TYPE_CHECKING:  # asyncpg-stubs has the signatures
 
@@ -663,10 +662,47 @@ class Pool(PoolBase):
             )
 
 
+@overload
+def create_pool(
+    dsn: str | None = None,
+    *,
+    trust_anchor: AnchorSource | None = None,
+    loop: asyncio.AbstractEventLoop | None = None,
+    **keywords: Unpack[RowlessPoolKeywords[asyncpg.Record]],
+) -> Pool: ...
+
+
+@overload
+def create_pool(
+    dsn: str | None = None,
+    *,
+    trust_anchor: AnchorSource | None = None,
+    loop: asyncio.AbstractEventLoop | None = None,
+    record_class: type[RecordT],
+    **keywords: Unpack[RowlessPoolKeywords[RecordT]],
+) -> Pool[RecordT]: ...
+
+
+@overload
+def create_pool(
+    dsn: str | None = None,
+    *,
+    trust_anchor: AnchorSource | None = None,
+    loop: asyncio.AbstractEventLoop | None = None,
+    pool_class: type[_P],
+    **keywords: Unpack[PoolKeywords[Any]],
+) -> _P: ...
+
+
 @forget_arguments
 def create_pool(
-    dsn: str | None = None, *, trust_anchor: AnchorSource | None = None, **keywords: Unpack[PoolKeywords]
-) -> Pool:
+    dsn: str | None = None,
+    *,
+    trust_anchor: AnchorSource | None = None,
+    loop: asyncio.AbstractEventLoop | None = None,
+    pool_class: type[Any] = Pool,
+    **keywords: Unpack[PoolKeywords[Any]],
+) -> Any:
     """Return a pool whose every connection is TLS 1.3, verified in full against one root and the host name.
 
     Opening the pool connects only where `init_size` or `min_size` asks for it, and then raises what an acquire does.
@@ -679,6 +715,8 @@ def create_pool(
         trust_anchor: The root certificates to trust in place of ISRG Root X1, for a private endpoint or a test: PEM
             bytes, PEM text, or a path, with at most ten roots. Or `LETS_ENCRYPT_ROOTS`: ISRG Root X1 and X2, Root YR
             and YE, by their fingerprints, which is more trust than Neon needs today.
+        loop: The running event loop, which is used in any case. Any other is refused.
+        pool_class: The class of the pool, a subclass of `Pool`, which is the default.
         **keywords: Options of the pool, and parameters of its connections.
 
     Raises:
@@ -688,12 +726,16 @@ def create_pool(
     Warns:
         UserWarning: `min_size` is above 0 on a Neon host, which keeps its compute from scaling to zero.
     """
+    _POOL_CLASS.check("pool_class", pool_class)
     options, parameters = PoolOptions.split(keywords)
-    connector = prepare(dsn, trust_anchor=trust_anchor, **parameters)
+    connector = prepare(dsn, trust_anchor=trust_anchor, loop=loop, **parameters)
     endpoint = connector.parameters.endpoint
     if options.min_size > 0 and endpoint is not None:
         _warn_of_floor(options.min_size, endpoint)
-    return Pool(connector, options)
+    return pool_class(connector, options)
+
+
+_POOL_CLASS = SubclassOf(Pool, "neon_async.Pool")
 
 
 def _with_options(function: Callable[..., Any]) -> inspect.Signature:

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 import neon_async
+from neon_async._pool.health import HealthLog
 
 PUBLIC = [(name, getattr(neon_async, name)) for name in neon_async.__all__]
 CLASSES = [pytest.param(name, value, id=name) for name, value in PUBLIC if isinstance(value, type)]
@@ -45,7 +46,8 @@ REPORT = neon_async.TLSReport(
 STATS = neon_async.create_pool(
     "postgresql://alex:s3cret@ep-a-b-123456.us-east-2.aws.neon.tech/neondb?sslmode=verify-full"
 ).stats()
-VALUES = [pytest.param(value, id=type(value).__name__) for value in (ENDPOINT, CERTIFICATE, REPORT, STATS)]
+HEALTH = HealthLog().snapshot()
+VALUES = [pytest.param(value, id=type(value).__name__) for value in (ENDPOINT, CERTIFICATE, HEALTH, REPORT, STATS)]
 
 
 def test_every_class_is_in_one_of_the_tables() -> None:

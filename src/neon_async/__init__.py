@@ -39,6 +39,7 @@ from ._errors import (
     is_unavailable,
 )
 from ._neon.endpoint import Endpoint
+from ._pool.health import PoolHealth
 from ._pool.pool import Pool, create_pool
 from ._pool.stats import PoolStats
 from ._wire.chain import ChainCertificate
@@ -72,6 +73,7 @@ __all__ = (
     "Pool",
     "PoolBusyError",
     "PoolClosedError",
+    "PoolHealth",
     "PoolStats",
     "PoolTimeoutError",
     "PooledHostError",

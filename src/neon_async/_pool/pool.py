@@ -35,6 +35,7 @@ from .._errors import (
 from .._neon.endpoint import Endpoint
 from .._wire.tls import TLSReport
 from .._wire.trust import AnchorSource
+from .health import PoolHealth
 from .loan import Loan
 from .options import PoolKeywords, PoolOptions, RowlessPoolKeywords, check_timeout
 from .slots import Slot, State
@@ -120,6 +121,7 @@ class Pool(PoolBase[RecordT]):
 
     def _enter(self, phase: _Phase) -> None:
         self._phase = phase
+        self._supply.health.entered(is_open=phase is _Phase.OPEN)
         self._set_state(
             initializing=phase is _Phase.OPENING,
             initialized=phase not in (_Phase.NEW, _Phase.OPENING),
@@ -176,6 +178,10 @@ class Pool(PoolBase[RecordT]):
             waiting=len(supply.waiters),
             **supply.tallies.snapshot() | {"heals": healing.heals, "heal_seconds": healing.seconds},
         )
+
+    def health(self) -> PoolHealth:
+        """Return what the pool knows about its database. Nothing is sent to find out."""
+        return self._supply.health.snapshot()
 
     # -----------------------------------------------------------------------------------------------------------------
     # Opening

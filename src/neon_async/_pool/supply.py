@@ -31,6 +31,7 @@ from .._errors import ConnectError, ConnectTimeoutError, NeonAsyncError, PoolTim
 from .._neon.endpoint import short_name
 from .._text import escape
 from .._timing import Timer
+from .health import HealthLog
 from .loan import Need
 from .options import PoolOptions
 from .pace import Pace, may_pass
@@ -69,6 +70,7 @@ class Supply:
         self.waiters: WaitQueue[Slot] = WaitQueue(give_back=self._offer)
         self.pace = Pace()
         self.tallies = Tallies()
+        self.health = HealthLog()
         self.size = 0  # open connections
         self.own_reset = options.reset is not None  # or, once there is a connection, its class has a reset() of its own
         self.closing = False  # from then on connections are closed instead of being offered
@@ -212,6 +214,8 @@ class Supply:
         slot.holder.mark_closed()
         self.size -= 1
         self.tallies.terminations.since(slot.opened_at)
+        if self.size == 0:
+            self.health.emptied()
         if self.size == 0 and not self.closing:
             _log.info("%s: no connection is open", self.name)
         if slot.loan is not None:
@@ -461,6 +465,7 @@ class Supply:
         slot.holder.adopt(connection)
         self.own_reset = self.options.reset is not None or resets_itself(connection)
         self.size += 1
+        self.health.connected()
         slot.used = False
         slot.opened_at = slot.heard_at = now
         max_lifetime = self.options.max_lifetime or math.inf
@@ -481,6 +486,7 @@ class Supply:
             plan = "retrying" if may_pass(error) else "not retrying for now"
             _log.info("%s: cannot connect, %s: %s", self.name, plan, what)
         self.pace.failed(error, began=began, now=time.monotonic())
+        self.health.failed(error)
         if not self.waiters:
             self._cold_since = None  # no caller waits for this wake any more
 

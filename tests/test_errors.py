@@ -365,10 +365,11 @@ async def test_a_role_without_login_is_an_authentication_error(postgres: LocalPo
 
 
 @pytest.mark.anyio
-async def test_an_error_that_is_not_about_connecting_stays_asyncpgs(postgres: LocalPostgres) -> None:
+async def test_an_error_that_no_class_describes_is_an_error_of_the_endpoint(postgres: LocalPostgres) -> None:
     with pytest.raises(asyncpg.PostgresError, match="unrecognized configuration parameter") as caught:
         await neon_async.connect(
             postgres.dsn, trust_anchor=postgres.trust_anchor, server_settings={"no_such_setting": "1"}
         )
-    assert not isinstance(caught.value, neon_async.NeonAsyncError)
+    assert type(caught.value) is neon_async.EndpointError
+    assert not neon_async.is_retryable(caught.value)
     assert caught.value.sqlstate == "42704"

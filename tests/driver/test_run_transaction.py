@@ -175,6 +175,25 @@ class TestWorkThatRunsAgain:
         assert len(raised) == attempts
         assert len(bench.retries) == attempts - 1
 
+    async def test_a_stale_statement_is_retried(self, bench: Bench) -> None:
+        """The transaction has failed, so nothing of it was kept, and asyncpg prepares the statement anew."""
+        runs = 0
+
+        async def work(connection: Any) -> Any:
+            nonlocal runs
+            runs += 1
+            await connection.execute(f"INSERT INTO {bench.name}_log VALUES (1)")
+            return await connection.fetch(f"SELECT * FROM {bench.name}")
+
+        await bench.admin.execute(f"CREATE TABLE {bench.name}_log (value int)")
+        async with bench.acquire() as connection:
+            await connection.fetch(f"SELECT * FROM {bench.name}")
+            await bench.admin.execute(f"ALTER TABLE {bench.name} ADD COLUMN added int")
+            await bench.run(work, acquire=lambda: contextlib.nullcontext(connection))
+        assert runs == 2
+        assert await bench.admin.fetchval(f"SELECT count(*) FROM {bench.name}_log") == 1
+        await bench.admin.execute(f"DROP TABLE {bench.name}_log")
+
     async def test_an_error_of_acquire_is_raised_as_it_is(self, bench: Bench) -> None:
         def acquire() -> Any:
             raise neon_async.PoolTimeoutError("none is free")
@@ -264,6 +283,86 @@ class TestWorkThatDoesNotRunAgain:
             await bench.run(work)
         assert len(bench.connections) == 1
         assert bench.connections[0].is_closed(), "ROLLBACK could not be sent, so the connection was terminated"
+        assert await bench.kept() == []
+
+    async def test_an_error_of_asyncpgs_own_does_not_run_the_work_again(self, bench: Bench) -> None:
+        """A text codec cannot be used for a binary COPY: asyncpg raises InternalClientError each time."""
+        runs = 0
+
+        async def work(connection: Any) -> None:
+            nonlocal runs
+            runs += 1
+            await connection.copy_records_to_table(f"{bench.name}_json", records=[("{}",)])
+
+        await bench.admin.execute(f"CREATE TABLE {bench.name}_json (value jsonb)")
+        async with bench.acquire() as connection:
+            await connection.set_type_codec("jsonb", encoder=str, decoder=str, schema="pg_catalog")
+            with pytest.raises(asyncpg.InternalClientError, match="no binary format encoder"):
+                await bench.run(work, acquire=lambda: contextlib.nullcontext(connection))
+            assert runs == 1
+            assert not connection.is_closed()
+            assert not connection.is_in_transaction()
+            assert await connection.fetchval("SELECT 1") == 1
+        await bench.admin.execute(f"DROP TABLE {bench.name}_json")
+
+    @pytest.mark.parametrize("method", ["execute", "fetch"])
+    async def test_a_class_whose_execute_returns_nothing_is_not_taken_for_a_rollback(
+        self, bench: Bench, method: str
+    ) -> None:
+        class Silent(asyncpg.Connection):  # type: ignore[type-arg]
+            async def execute(self, query: str, *args: Any, **options: Any) -> None:  # type: ignore[override]
+                await getattr(super(), method)(query, *args, **options)
+
+        await bench.run(bench.add, acquire=lambda: bench.acquire(connection_class=Silent))
+        assert await bench.kept() == [1]
+
+    async def test_a_class_whose_execute_returns_nothing_hides_no_rollback(self, bench: Bench) -> None:
+        class Silent(asyncpg.Connection):  # type: ignore[type-arg]
+            async def execute(self, query: str, *args: Any, **options: Any) -> str:
+                await super().execute(query, *args, **options)
+                return "COMMIT"
+
+        async def work(connection: Any) -> None:
+            await bench.add(connection)
+            with contextlib.suppress(asyncpg.DivisionByZeroError):
+                await connection.execute("SELECT 1/0")
+
+        with pytest.raises(neon_async.TransactionAbortedError, match="Let the error leave the work"):
+            await bench.run(work, acquire=lambda: bench.acquire(connection_class=Silent))
+        assert await bench.kept() == []
+
+    async def test_a_class_whose_execute_sends_no_commit_has_committed_nothing(self, bench: Bench) -> None:
+        class Forgetful(asyncpg.Connection):  # type: ignore[type-arg]
+            async def execute(self, query: str, *args: Any, **options: Any) -> str:
+                return "COMMIT" if query == "COMMIT;" else await super().execute(query, *args, **options)
+
+        with pytest.raises(neon_async.TransactionAbortedError, match="did not send COMMIT"):
+            await bench.run(bench.add, acquire=lambda: bench.acquire(connection_class=Forgetful))
+        assert bench.connections[0].is_closed()
+        assert await bench.kept() == []
+
+    async def test_a_loss_after_the_work_has_committed_is_raised_as_it_is(self, bench: Bench) -> None:
+        async def work(connection: Any) -> None:
+            await bench.add(connection)
+            await connection.execute("COMMIT")
+            await killed_before_commit(bench, connection)
+            await connection.execute("SELECT 1")
+
+        with pytest.raises(neon_async.ConnectionLostError):
+            await bench.run(work)
+        assert len(bench.connections) == 1
+        assert await bench.kept() == [1]
+
+    async def test_a_loss_of_another_connection_is_raised_as_it_is(self, bench: Bench) -> None:
+        async def work(connection: Any) -> None:
+            await bench.add(connection)
+            other = await bench.connect()
+            await killed_before_commit(bench, other)
+            await other.execute("SELECT 1")
+
+        with pytest.raises(neon_async.ConnectionLostError):
+            await bench.run(work)
+        assert len(bench.connections) == 1
         assert await bench.kept() == []
 
     async def test_a_violation_of_a_deferred_constraint_is_raised_as_it_is(self, bench: Bench) -> None:

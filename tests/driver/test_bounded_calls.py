@@ -13,7 +13,7 @@ from support.probes import HANG, connected
 from support.transactions import Bench, within_transaction
 
 import neon_async
-from neon_async._driver import connection as _connection
+from neon_async._driver.holder import own_session
 from neon_async.testing import LocalPostgres
 
 pytestmark = pytest.mark.anyio
@@ -180,11 +180,9 @@ class TestFromConnect:
             assert connection.is_closed()
 
     @pytest.mark.parametrize("call", MANY_ROWS[:2])
-    async def test_a_second_cancellation_ends_the_call_at_once(
-        self, bench: Bench, call: Call, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(_connection, "_CANCEL_GRACE", 2 * HANG)
+    async def test_a_second_cancellation_ends_the_call_at_once(self, bench: Bench, call: Call) -> None:
         async with bench.acquire() as connection:
+            own_session(connection).cancel_time = 2 * HANG
             await prepare(connection)
             bench.endpoint.freeze()
             task = asyncio.ensure_future(call(connection))

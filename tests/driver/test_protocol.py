@@ -133,7 +133,12 @@ class Spy:
         self.writes = 0
         self.last_words = None
         self.session = Session(
-            host="a host", endpoint=None, healing=Healing(), report=cast(Any, None), cancel=cast(Any, None)
+            host="a host",
+            endpoint=None,
+            healing=Healing(),
+            report=cast(Any, None),
+            handshake_time=0.0,
+            cancel=cast(Any, None),
         )
         self.get_settings: Any = None
 

@@ -309,7 +309,7 @@ class TestWorkThatDoesNotRunAgain:
     async def test_a_class_whose_execute_returns_nothing_is_not_taken_for_a_rollback(
         self, bench: Bench, method: str
     ) -> None:
-        class Silent(asyncpg.Connection):  # type: ignore[type-arg]
+        class Silent(asyncpg.Connection):
             async def execute(self, query: str, *args: Any, **options: Any) -> None:  # type: ignore[override]
                 await getattr(super(), method)(query, *args, **options)
 
@@ -317,7 +317,7 @@ class TestWorkThatDoesNotRunAgain:
         assert await bench.kept() == [1]
 
     async def test_a_class_whose_execute_returns_nothing_hides_no_rollback(self, bench: Bench) -> None:
-        class Silent(asyncpg.Connection):  # type: ignore[type-arg]
+        class Silent(asyncpg.Connection):
             async def execute(self, query: str, *args: Any, **options: Any) -> str:
                 await super().execute(query, *args, **options)
                 return "COMMIT"
@@ -332,7 +332,7 @@ class TestWorkThatDoesNotRunAgain:
         assert await bench.kept() == []
 
     async def test_a_class_whose_execute_sends_no_commit_has_committed_nothing(self, bench: Bench) -> None:
-        class Forgetful(asyncpg.Connection):  # type: ignore[type-arg]
+        class Forgetful(asyncpg.Connection):
             async def execute(self, query: str, *args: Any, **options: Any) -> str:
                 return "COMMIT" if query == "COMMIT;" else await super().execute(query, *args, **options)
 

@@ -21,6 +21,8 @@ from support.transactions import (
 
 import neon_async
 from neon_async._driver import transaction as _transaction
+from neon_async._driver.holder import own_session
+from neon_async._driver.session import cancel_time_for
 
 pytestmark = pytest.mark.anyio
 
@@ -55,6 +57,20 @@ class TestLeaving:
             with pytest.raises(asyncpg.ConnectionDoesNotExistError):
                 await within_transaction(connection, lambda: killed_in_a_statement(bench, connection), nested=nested)
 
+    async def test_a_distant_server_has_the_time_to_cancel_and_to_roll_back(self, bench: Bench) -> None:
+        """The inner block is rolled back, and the connection and the outer transaction live on."""
+        bench.endpoint.delay = 0.07  # 140 ms for a round trip
+        async with asyncio.timeout(HANG), bench.acquire() as connection, connection.transaction():
+            await bench.add(connection, 1)
+            with pytest.raises(TimeoutError):
+                await within_transaction(connection, lambda: connection.execute("SELECT pg_sleep(60)", timeout=0.3))
+            await bench.add(connection, 2)
+        assert await bench.kept() == [1, 2]
+
+    @pytest.mark.parametrize(("handshake", "expected"), [(0.0, 0.5), (0.14, 1.34), (0.5, 3.5), (60.0, 5.0)])
+    def test_the_time_to_cancel_grows_with_the_handshake(self, handshake: float, expected: float) -> None:
+        assert cancel_time_for(handshake) == pytest.approx(expected)
+
     async def test_an_error_is_not_hidden_by_a_rollback_that_is_lost(self, bench: Bench) -> None:
         async def body() -> None:
             await bench.kill(connection)  # which the client has not noticed yet
@@ -70,32 +86,27 @@ class TestLeaving:
     async def test_a_rollback_without_an_answer_ends_the_connection(
         self, bench: Bench, monkeypatch: pytest.MonkeyPatch, error: type[BaseException], nested: bool
     ) -> None:
-        short, long = "_ROLLBACK_TIMEOUT", "_LATE_ROLLBACK_TIMEOUT"
-        if error is not Mishap:
-            short, long = long, short
-        monkeypatch.setattr(_transaction, short, 0.02)
-        monkeypatch.setattr(_transaction, long, 2 * HANG)
+        in_time, late = (0.02, 2 * HANG) if error is Mishap else (2 * HANG, 0.02)
+        monkeypatch.setattr(_transaction, "_ROLLBACK_TIMEOUT", in_time)
 
         async def body() -> None:
             bench.endpoint.freeze()
             raise error
 
         async with bench.acquire() as connection, asyncio.timeout(HANG):
+            own_session(connection).cancel_time = late
             with pytest.raises(error):
                 await within_transaction(connection, body, nested=nested)
             assert connection.is_closed()
 
     @NESTED
-    async def test_a_second_cancellation_ends_the_connection_at_once(
-        self, bench: Bench, monkeypatch: pytest.MonkeyPatch, nested: bool
-    ) -> None:
-        monkeypatch.setattr(_transaction, "_LATE_ROLLBACK_TIMEOUT", 2 * HANG)
-
+    async def test_a_second_cancellation_ends_the_connection_at_once(self, bench: Bench, nested: bool) -> None:
         async def body() -> None:
             bench.endpoint.freeze()
             await connection.execute("SELECT 1")
 
         async with bench.acquire() as connection:
+            own_session(connection).cancel_time = 2 * HANG
             task = asyncio.ensure_future(within_transaction(connection, body, nested=nested))
             for _ in range(2):
                 await asyncio.wait({task}, timeout=0.1)

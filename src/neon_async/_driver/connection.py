@@ -22,8 +22,8 @@ from .transaction import Transaction
 
 _T = TypeVar("_T")
 
-# Seconds that a cancelled call may take to end, because it may have to read what the server still sends.
-_CANCEL_GRACE = 0.5
+# asyncpg's own timer for COPY must come after ours, by whatever an event loop may be late.
+_LATER = 0.5
 
 
 class Connection(ConnectionHooks[RecordT]):
@@ -156,7 +156,7 @@ class Connection(ConnectionHooks[RecordT]):
             running.cancel()
             running.add_done_callback(_retrieve)
             try:
-                await asyncio.wait({running}, timeout=_CANCEL_GRACE)
+                await asyncio.wait({running}, timeout=own_session(self).cancel_time)
             finally:
                 if not running.done():
                     end_lost(
@@ -174,7 +174,7 @@ def _retrieve(ended: asyncio.Future[Any]) -> None:
 def _later(timeout: float | None) -> float | None:
     # asyncpg's own timer for COPY ends neither the statement that asks for the columns nor the wait for room in the
     # send buffer, and in between it fails with AttributeError. The cancellation of ours ends them all, and comes first.
-    return None if timeout is None else timeout + _CANCEL_GRACE
+    return None if timeout is None else timeout + _LATER
 
 
 def combine(base: type[Any], ours: type[Connection[Any]]) -> type[Any]:

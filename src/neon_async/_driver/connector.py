@@ -242,6 +242,7 @@ class Connector:
             endpoint=self.parameters.endpoint,
             healing=self.healing,
             report=adapter.hand_over(),
+            handshake_time=adapter.handshake_time,
             cancel=adapter.cancel,
         )
         if is_pooled(connection):

@@ -26,10 +26,12 @@ class LoopAdapter:
 
     Attributes:
         report: The result of the TLS handshake, or None before it.
+        handshake_time: The seconds that it took.
     """
 
     def __init__(self, dialer: Dialer, *, secret: Secret, cache: LoginCache) -> None:
         self.report: TLSReport | None = None
+        self.handshake_time = 0.0
         self._loop = asyncio.get_running_loop()
         self._dialer = dialer
         self._secret: Secret | None = secret
@@ -87,7 +89,7 @@ class LoopAdapter:
         """Open a channel, log in, and return asyncpg's protocol, which owns the transport from then on."""
         parameters = self._dialer.parameters
         channel = self._channel = await self._dialer.open(lambda: LoginProtocol(parameters.host))
-        self.report = channel.report
+        self.report, self.handshake_time = channel.report, channel.handshake_time
         self._dialer.on_step("authentication")
         channel.protocol.require_silence()
         protocol = protocol_factory()

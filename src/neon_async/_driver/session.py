@@ -140,6 +140,18 @@ class Snapshot(NamedTuple):
         return "; ".join([RESET, *restore])
 
 
+# A cancelled statement ends after a connect, a TLS handshake, the request and its answer, and one more statement may
+# follow: the handshake and three round trips, and a handshake takes one at least. The rest is for a busy server.
+_CANCEL_HANDSHAKES = 6
+_MIN_CANCEL_TIME = 0.5
+_MAX_CANCEL_TIME = 5.0  # as the reset of a connection
+
+
+def cancel_time_for(handshake_time: float) -> float:
+    """Return the seconds that a cancelled statement and the one after it may take, by what the TLS handshake took."""
+    return min(_MIN_CANCEL_TIME + _CANCEL_HANDSHAKES * handshake_time, _MAX_CANCEL_TIME)
+
+
 class Session:
     """One session with the server, from its login to its end.
 
@@ -148,6 +160,7 @@ class Session:
         endpoint: What the host name says, or None when it is not a Neon endpoint.
         healing: Shared by the connections of one pool.
         report: What the TLS handshake settled on.
+        cancel_time: The seconds that a cancelled statement and the one after it may take; see `cancel_time_for()`.
         cancel: Sends a cancel request to the server of this session.
         on_closed: Called once, as soon as the connection is closed, by either side.
         snapshot: What a reset restores; see `remember()`.
@@ -167,6 +180,7 @@ class Session:
     __slots__ = (
         "calls",
         "cancel",
+        "cancel_time",
         "codecs",
         "commit_unknown",
         "endpoint",
@@ -190,12 +204,14 @@ class Session:
         endpoint: Endpoint | None,
         healing: Healing,
         report: TLSReport,
+        handshake_time: float,
         cancel: Callable[[int, int], Awaitable[None]],
     ) -> None:
         self.host = host
         self.endpoint = endpoint
         self.healing = healing
         self.report = report
+        self.cancel_time = cancel_time_for(handshake_time)
         self.cancel = cancel
         self.on_closed: Callable[[], None] | None = None
         self.remember(Snapshot())

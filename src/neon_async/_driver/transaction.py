@@ -29,16 +29,15 @@ from .losses import is_server_error, leaves_commit_open
 
 if TYPE_CHECKING:
     from .connection import Connection
+    from .session import Session
 
 _T = TypeVar("_T")
 
 Acquire: TypeAlias = "Callable[[], AbstractAsyncContextManager[Connection[Any]]]"
 Work: TypeAlias = "Callable[[Connection[Any]], Awaitable[_T]]"
 
-# Seconds that a ROLLBACK may take: as long as the reset of a connection may; and where the deadline of the caller has
-# passed or the caller is being cancelled, one cancel request to a distant server.
+# Seconds that a ROLLBACK may take: as long as the reset of a connection may.
 _ROLLBACK_TIMEOUT = 5.0
-_LATE_ROLLBACK_TIMEOUT = 0.5
 
 # Pauses between two runs: full jitter ("Exponential Backoff And Jitter", AWS Architecture Blog, 2015), so that two
 # transactions that conflicted do not conflict again. A conflict lasts as long as a transaction, hence milliseconds.
@@ -59,8 +58,9 @@ _ISOLATION = Choice(*sorted(ISOLATION_LEVELS))
 class Transaction(ResourceHooks, AsyncpgTransaction):
     """asyncpg's transaction or savepoint block, which is left in bounded time when it is left with an exception.
 
-    ROLLBACK gets 5.0 s, or 0.5 s when the exception is a cancellation or a timeout. If it is not answered by then, or
-    fails, the connection is terminated and the server rolls back. Either way the exception that ended the block is
+    ROLLBACK gets 5.0 s. When the exception is a cancellation or a timeout, it gets 0.5 s and six times what the TLS
+    handshake of the connection took, because a statement may have to be cancelled first. If it is not answered by then,
+    or fails, the connection is terminated and the server rolls back. Either way the exception that ended the block is
     raised, unless the task is cancelled meanwhile. COMMIT has no bound but the connection's `command_timeout`, because
     a COMMIT that was given up leaves it open whether the transaction was committed: `CommitUnknownError`. Where the
     connection was lost before COMMIT was sent, the error is a `ConnectionLostError` that says so.
@@ -126,7 +126,7 @@ class Transaction(ResourceHooks, AsyncpgTransaction):
             await super().__aexit__(extype, ex, tb)
             return
         try:
-            async with asyncio.timeout(_rollback_timeout(ex)):
+            async with asyncio.timeout(_rollback_timeout(ex, own_session(self._observed.connection))):
                 await super().__aexit__(extype, ex, tb)
         except BaseException as failure:
             self.end_connection(
@@ -212,9 +212,10 @@ def _claims(role: str | None, settings: Mapping[str, str] | None) -> list[str]:
     return statements
 
 
-def _rollback_timeout(error: BaseException) -> float:
+def _rollback_timeout(error: BaseException, session: Session) -> float:
+    # The deadline of the caller has passed, or the caller is being cancelled.
     late = isinstance(error, TimeoutError) or not isinstance(error, Exception)
-    return _LATE_ROLLBACK_TIMEOUT if late else _ROLLBACK_TIMEOUT
+    return session.cancel_time if late else _ROLLBACK_TIMEOUT
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -563,7 +563,8 @@ class Pool(PoolBase[RecordT]):
         """Run `work(connection)` in a transaction, commit, and return what it returned.
 
         The work runs again, on another connection, when the server reports a serialization failure (40001) or a
-        deadlock (40P01), from a statement or from COMMIT, and when the connection is lost before COMMIT was sent.
+        deadlock (40P01), from a statement or from COMMIT, when a prepared statement was stale, and when the connection
+        is lost before COMMIT was sent or, where the transaction is `readonly`, at any time.
         Everything in it but the database must be safe to repeat. `connection.transaction()` inside makes a savepoint.
         The work must not end the transaction itself; to roll back, raise an exception. There is no deadline but those
         of the pool and `command_timeout`; use `asyncio.timeout()`.

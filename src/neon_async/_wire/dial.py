@@ -42,15 +42,24 @@ class Channel(Generic[_P]):
         protocol: The transport's protocol.
         certificate: The server's leaf certificate in DER.
         report: The facts about the handshake.
+        handshake_time: The seconds that the handshake took: a round trip at least, and two with an SSLRequest.
     """
 
-    __slots__ = ("certificate", "protocol", "report", "transport")
+    __slots__ = ("certificate", "handshake_time", "protocol", "report", "transport")
 
-    def __init__(self, transport: asyncio.Transport, protocol: _P, certificate: bytes, report: TLSReport) -> None:
+    def __init__(
+        self,
+        transport: asyncio.Transport,
+        protocol: _P,
+        certificate: bytes,
+        report: TLSReport,
+        handshake_time: float,
+    ) -> None:
         self.transport: Final = transport
         self.protocol: Final = protocol
         self.certificate: Final = certificate
         self.report: Final = report
+        self.handshake_time: Final = handshake_time
 
     def abort(self) -> None:
         """Close the connection at once."""
@@ -118,6 +127,7 @@ class Dialer:
             sock = await tcp.connect(attempt.address, self.parameters)
         except OSError as error:
             raise UnverifiedError(error) from None
+        began = asyncio.get_running_loop().time()
         try:
             attempt.connected()
             if attempt.negotiation == "postgres":
@@ -127,12 +137,13 @@ class Dialer:
             sock.close()
             raise
         transport, protocol = await self._handshake(sock, context, attempt.negotiation, protocol_factory)
+        handshake_time = asyncio.get_running_loop().time() - began
         try:
             certificate, report = self._check(transport, context, attempt.negotiation)
         except BaseException:
             transport.abort()
             raise
-        return Channel(transport, protocol, certificate, report)
+        return Channel(transport, protocol, certificate, report, handshake_time)
 
     async def _resolve(self) -> list[tcp.Address]:
         if self.parameters.hostaddr is None:

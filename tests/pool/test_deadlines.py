@@ -161,6 +161,7 @@ async def test_an_acquire_timeout_on_a_frozen_server_states_the_latest_failure(e
         with pytest.raises(neon_async.PoolTimeoutError, match="latest failure to connect is the cause") as caught:
             await pool.acquire(timeout=0.5)
         assert isinstance(caught.value.__cause__, neon_async.ConnectTimeoutError)
+        assert str(caught.value).endswith(f" is the cause of this error: {caught.value.__cause__}")
         assert_secret_free(caught.value, password_of(endpoint))
 
 

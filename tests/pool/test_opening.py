@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 import asyncpg
 import pytest
@@ -16,6 +16,26 @@ from neon_async.testing import LocalPostgres
 from neon_async.testing._impostor import Impostor
 
 ROOT = issue(subject="root", ca=True)
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    "use",
+    [
+        pytest.param(lambda pool: pool.acquire(), id="acquire"),
+        pytest.param(lambda pool: pool.fetchval("SELECT 1"), id="fetchval"),
+        pytest.param(lambda pool: pool.transaction().__aenter__(), id="transaction"),
+        pytest.param(lambda pool: pool.run_transaction(print), id="run_transaction"),
+        pytest.param(lambda pool: pool.close(), id="close"),
+        pytest.param(lambda pool: asyncio.to_thread(pool.terminate), id="terminate"),
+    ],
+)
+async def test_a_pool_that_is_not_open_says_how_to_open_it(
+    postgres: LocalPostgres, use: Callable[[neon_async.Pool], Awaitable[object]]
+) -> None:
+    with pytest.raises(neon_async.PoolClosedError, match="Open it with `async with pool:` or `await pool`") as caught:
+        await use(make_pool(postgres))
+    assert "pool is not initialized" in str(caught.value)  # asyncpg's words
 
 
 @pytest.mark.anyio

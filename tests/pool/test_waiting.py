@@ -133,6 +133,19 @@ async def test_more_than_max_waiting_callers_are_refused_at_once(postgres: Local
         assert_balanced(pool)
 
 
+@pytest.mark.parametrize(("waiting", "text"), [(0, "and 0 callers waiting"), (1, "and 1 caller waiting;")])
+async def test_a_message_counts_the_waiters_in_proper_english(postgres: LocalPostgres, waiting: int, text: str) -> None:
+    async def then(number: int, connection: Any) -> int:
+        return number
+
+    async with make_pool(postgres, max_size=1, max_waiting=waiting) as pool, asyncio.timeout(HANG):
+        async with pool.acquire():
+            tasks = await enqueue(pool, waiting, then)
+            with pytest.raises(neon_async.PoolBusyError, match=text):
+                await pool.acquire()
+        await asyncio.gather(*tasks)
+
+
 async def test_connections_that_a_pool_opens_with_do_not_count_as_waiting(postgres: LocalPostgres) -> None:
     async with make_pool(postgres, max_size=3, init_size=3, max_waiting=1) as pool:
         assert pool.get_size() == 3

@@ -12,7 +12,7 @@ import textwrap
 from typing import TYPE_CHECKING, Any
 
 from .. import ISRG_ROOT_X1_SHA256
-from .._text import escape
+from .._text import counted, escape
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -157,11 +157,11 @@ def print_check(result: CheckResult, console: Console) -> None:
 def print_roots(places: Sequence[Place], console: Console) -> None:
     """Print the places that were searched for ISRG Root X1, and which of them contain it."""
     for place in places:
-        outcome, state = "ok", f"found among {place.certificates} certificates"
+        outcome, state = "ok", f"found among {counted(place.certificates or 0, 'certificate')}"
         if place.certificates is None:
             outcome, state = "skipped", "no such place on this system"
         elif not place.found:
-            outcome, state = "failed", f"not found among {place.certificates} certificates"
+            outcome, state = "failed", f"not found among {counted(place.certificates or 0, 'certificate')}"
         sign, style = _sign(outcome, console)
         print_wrapped(console, f"{place.name:<24}{state}", label=sign, indent=2, label_style=style)
         print_wrapped(console, place.location, indent=4, style="dim")
@@ -252,7 +252,7 @@ def _facts(result: CheckResult) -> Iterable[tuple[str, Sequence[tuple[str, str]]
             (
                 ("subject", tls.subject or "none"),
                 ("issuer", tls.issuer),
-                ("notAfter", f"{tls.not_after:%Y-%m-%d %H:%M} UTC, {result.days_left} days left"),
+                ("notAfter", f"{tls.not_after:%Y-%m-%d %H:%M} UTC, {counted(result.days_left or 0, 'day')} left"),
                 ("SHA-256", tls.sha256),
             ),
         )

@@ -33,6 +33,7 @@ from .._errors import (
     forget_arguments,
 )
 from .._neon.endpoint import Endpoint
+from .._text import counted
 from .._wire.tls import TLSReport
 from .._wire.trust import AnchorSource
 from .health import PoolHealth
@@ -40,7 +41,7 @@ from .loan import Loan
 from .options import PoolKeywords, PoolOptions, RowlessPoolKeywords, check_timeout
 from .slots import Slot, State
 from .stats import PoolStats
-from .supply import Supply
+from .supply import Supply, text_of
 from .waiters import WaitExpired
 
 if TYPE_CHECKING:
@@ -54,6 +55,9 @@ _T = TypeVar("_T")
 _P = TypeVar("_P", bound="Pool[Any]")
 
 _log = logging.getLogger("neon_async")
+
+
+_HOW_TO_OPEN = "Open it with `async with pool:` or `await pool`."
 
 
 class _Phase(enum.Enum):
@@ -320,10 +324,7 @@ class Pool(PoolBase[RecordT]):
                 unavailable=True,
             )
         if self._phase is _Phase.NEW:
-            raise PoolClosedError(
-                f"The pool {self._supply.name} is not open: pool is not initialized. Open it with `async with pool:` "
-                "or `await pool`."
-            )
+            raise PoolClosedError(f"The pool {self._supply.name} is not open: pool is not initialized. {_HOW_TO_OPEN}")
         self._require_own_loop()
 
     def _require_not_closing(self) -> None:
@@ -365,7 +366,7 @@ class Pool(PoolBase[RecordT]):
         return (
             f"{self._supply.name} has {count(State.IN_USE)} of {self._options.max_size} connections in use, "
             f"{count(State.CONNECTING)} connecting, {in_between} checked or reset, "
-            f"and {len(self._supply.waiters)} callers waiting"
+            f"and {counted(len(self._supply.waiters), 'caller')} waiting"
         )
 
     def _own_advice(self) -> str:
@@ -378,8 +379,9 @@ class Pool(PoolBase[RecordT]):
 
     def _advice(self) -> str:
         slots = self._supply.slots
-        if self._supply.pace.last_failure is not None:
-            return "The latest failure to connect is the cause of this error."
+        failure = self._supply.pace.last_failure
+        if failure is not None:
+            return f"The latest failure to connect is the cause of this error: {text_of(failure)}"
         if slots.count(State.CONNECTING):
             return "The compute may be waking. The connect goes on: try again, or raise acquire_timeout."
         if slots.count(State.CHECKING) or slots.count(State.RESETTING) or slots.count(State.CLOSING):
@@ -465,7 +467,7 @@ class Pool(PoolBase[RecordT]):
         except TimeoutError:
             count = self._supply.slots.count
             _log.info(
-                "%s: not closed within %g s; terminating %d connections in use and %d being reset",
+                "%s: not closed within %g s; terminating connections: %d in use, %d being reset",
                 *(self._supply.name, timeout, count(State.IN_USE), count(State.RESETTING) + count(State.CLOSING)),
             )
         finally:
@@ -503,7 +505,9 @@ class Pool(PoolBase[RecordT]):
 
     def _require_opened(self) -> None:
         if self._phase is _Phase.NEW:
-            raise PoolClosedError(f"The pool {self._supply.name} was never opened: pool is not initialized.")
+            raise PoolClosedError(
+                f"The pool {self._supply.name} was never opened: pool is not initialized. {_HOW_TO_OPEN}"
+            )
 
     # -----------------------------------------------------------------------------------------------------------------
     # Transactions, and asyncpg's calls that acquire by themselves

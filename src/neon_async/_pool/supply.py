@@ -481,10 +481,8 @@ class Supply:
     def _note_failure(self, error: Exception, began: float) -> None:
         before = self.pace.last_failure
         if before is None or may_pass(before) != may_pass(error):
-            ours = isinstance(error, NeonAsyncError)  # the text of any other error may contain anything
-            what = escape(str(error)) if ours else type(error).__name__
             plan = "retrying" if may_pass(error) else "not retrying for now"
-            _log.info("%s: cannot connect, %s: %s", self.name, plan, what)
+            _log.info("%s: cannot connect, %s: %s", self.name, plan, text_of(error))
         self.pace.failed(error, began=began, now=time.monotonic())
         self.health.failed(error)
         if not self.waiters:
@@ -540,6 +538,13 @@ class Supply:
         """Wait until the tasks that were cancelled have ended, for a moment at most."""
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=_CANCEL_GRACE)
+
+
+def text_of(error: Exception) -> str:
+    """Return what log lines and messages say of a failed dial."""
+    if isinstance(error, NeonAsyncError):
+        return escape(str(error))
+    return f"{type(error).__name__}."  # its text may contain anything
 
 
 def _twin(error: Exception) -> Exception:

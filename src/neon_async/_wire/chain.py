@@ -110,7 +110,7 @@ def chain_of(tls: ssl.SSLObject) -> Chain:
 @functools.lru_cache(maxsize=16)  # the chains of a few servers; parsing one takes a millisecond
 def read_chain(chain: Chain) -> ChainFacts:
     """Return the facts about a chain that was verified."""
-    served, verified = ([_describe(der) for der in ders] for ders in (chain.served, chain.verified))
+    served, verified = ([describe(der) for der in ders] for ders in (chain.served, chain.verified))
     end = _end_of(served)
     return ChainFacts(
         tuple(each.shown for each in served),
@@ -122,7 +122,7 @@ def read_chain(chain: Chain) -> ChainFacts:
 
 def root_without_cross_sign(served: Sequence[bytes]) -> KnownRoot | None:
     """Return the root of Let's Encrypt below which a served chain ends without leading to ISRG Root X1, or None."""
-    return _end_of([_describe(der) for der in served])
+    return _end_of([describe(der) for der in served])
 
 
 def path_warning(path_ends: datetime, root: str, now: datetime) -> str:
@@ -149,7 +149,7 @@ _NOTICE = timedelta(days=365)
 # Certificates
 
 
-class _Described(NamedTuple):
+class Described(NamedTuple):
     """A certificate as this module reads it.
 
     Attributes:
@@ -157,12 +157,14 @@ class _Described(NamedTuple):
         subject: The subject in DER.
         issuer: The issuer in DER.
         issuer_key: The identifier of the issuer's key, in hexadecimal digits, or "".
+        not_before: When it becomes valid, in UTC. None where it cannot be read.
     """
 
     shown: ChainCertificate
     subject: bytes
     issuer: bytes
     issuer_key: str
+    not_before: datetime | None = None
 
     @property
     def is_self_issued(self) -> bool:
@@ -177,7 +179,8 @@ def _to_der(tls: ssl.SSLObject, method: str) -> tuple[bytes, ...]:
 
 
 @functools.lru_cache(maxsize=64)
-def _describe(der: bytes) -> _Described:
+def describe(der: bytes) -> Described:
+    """Return a certificate as this module reads it."""
     from asn1crypto.x509 import Certificate  # takes long to import; scramp has imported it before the first dial
 
     sha256 = fingerprint(der)
@@ -190,9 +193,10 @@ def _describe(der: bytes) -> _Described:
             sha256,
         )
         issuer_key = (certificate.authority_key_identifier or b"").hex()
-        return _Described(shown, certificate.subject.dump(), certificate.issuer.dump(), issuer_key)
+        not_before = certificate.not_valid_before.astimezone(UTC)
+        return Described(shown, certificate.subject.dump(), certificate.issuer.dump(), issuer_key, not_before)
     except Exception:  # noqa: BLE001  asn1crypto raises what it likes; a server may send anything besides its chain
-        return _Described(ChainCertificate("unreadable", "unreadable", None, sha256), b"", b"", "")
+        return Described(ChainCertificate("unreadable", "unreadable", None, sha256), b"", b"", "")
 
 
 def _pairs(name: Any) -> tuple[tuple[tuple[str, str], ...], ...]:
@@ -209,7 +213,7 @@ def _camel_case(kind: str) -> str:
 # The path to a root of Let's Encrypt
 
 
-def _end_of(served: Sequence[_Described]) -> KnownRoot | None:
+def _end_of(served: Sequence[Described]) -> KnownRoot | None:
     """Return the root other than ISRG Root X1 below which the served chain ends, or None.
 
     Cross-signs, which lead on, are preferred to the root itself, which does not.
@@ -237,7 +241,7 @@ def _missing_cross_sign(root: KnownRoot) -> str:
     )
 
 
-def _path_ends(verified: Sequence[_Described]) -> datetime:
+def _path_ends(verified: Sequence[Described]) -> datetime:
     """Return when the path ends: the root, and the cross-signs by which one root of Let's Encrypt leads to another.
 
     The leaf and its issuer are renewed all the time, and tell nothing about the path.

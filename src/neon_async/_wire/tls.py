@@ -23,6 +23,7 @@ from .chain import (
     read_chain,
     root_without_cross_sign,
 )
+from .culprits import find_culprit
 from .files import MAX_CERTIFICATES, MAX_REVOCATION_LISTS, read_file, require_file
 from .trust import (
     AnchorSource,
@@ -196,8 +197,11 @@ def certificate_error(
     code = getattr(error, "verify_code", 0)
     detail = getattr(error, "verify_message", "") or "verification failed"
     reason, advice = _VERIFY_CODES.get(code, (detail, _ODD_CERTIFICATE))
-    if code in _NO_ISSUER and isinstance(error, ChainRefusedError) and (root := root_without_cross_sign(error.served)):
+    served = error.served if isinstance(error, ChainRefusedError) else ()
+    if code in _NO_ISSUER and (root := root_without_cross_sign(served)):
         reason, advice = _explain_missing_cross_sign(root, anchor)
+    elif culprit := find_culprit(code, served, anchor, datetime.now(UTC)):
+        reason, advice = culprit
     failure = CertificateError(
         f"The certificate of {server_name} was refused: {reason} (OpenSSL: {detail}). Trust anchor: {anchor}. {advice}"
     )

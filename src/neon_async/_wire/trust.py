@@ -20,6 +20,7 @@ from .._config.roots import ISRG_ROOT_X1_SHA256, KnownRoots
 from .._errors import ConfigurationError, InsecureConfigurationError
 from .._text import escape
 from .files import MAX_CERTIFICATES, read_file
+from .strict import fault_of_root
 
 AnchorSource: TypeAlias = str | bytes | os.PathLike[str] | KnownRoots
 
@@ -110,21 +111,25 @@ def load_trust_anchor(source: AnchorSource, sslrootcert: str | None = None) -> T
         sslrootcert: Where to look for known roots, besides certifi and the system's stores.
 
     Raises:
-        ConfigurationError: `source` cannot be read, or contains anything but one or a few self-signed CA certificates.
-            OpenSSL ends a chain at a self-signed certificate only, and every further one is another party to trust.
+        ConfigurationError: `source` cannot be read, or contains anything but one or a few self-signed CA certificates
+            that strict verification can accept. OpenSSL ends a chain at a self-signed certificate only, and every
+            further one is another party to trust.
     """
     if isinstance(source, KnownRoots):
         return _find_known_roots(source, sslrootcert)
     pem, name = _read_pem(source)
     blocks = list(dict.fromkeys(_pem_to_der(pem)))
     if not 1 <= len(blocks) <= _MAX_ROOTS:
-        found = f"{len(blocks)} certificates" if blocks else "no certificate"
+        found = f"{len(blocks)} certificates" if blocks else f"no certificate{_other_format(pem)}"
         advice = f"pass the root of your CA, in PEM format, or at most {_MAX_ROOTS} roots."
         raise ConfigurationError(f"{name} contains {found}; {advice}")
     try:
-        return _join([_anchor(block, name) for block in blocks])
+        roots = [_anchor(block, name) for block in blocks]
     except (ssl.SSLError, ValueError):
         pass
+    else:
+        _require_acceptable(roots)
+        return _join(roots)
     what = "is not a self-signed CA certificate" if len(blocks) == 1 else "contains more than self-signed CA roots"
     raise ConfigurationError(f"{name} {what}; pass the root of your CA, in PEM format.")
 
@@ -196,6 +201,16 @@ def _search(known: KnownRoots, places: Iterable[tuple[str, str]]) -> dict[str, T
         if len(found) == len(known):
             break
     return found
+
+
+def _require_acceptable(roots: Iterable[TrustAnchor]) -> None:
+    """Refuse a root for which every handshake would fail, with a message about the server's certificate."""
+    for root in roots:
+        if fault := fault_of_root(root.der):
+            raise ConfigurationError(
+                f"{root.source} contains the root {root.subject}, which {fault}. Strict verification (RFC 5280) "
+                "refuses every chain that ends at it. Have your CA issue a root that conforms, and pass that."
+            )
 
 
 def _join(roots: list[TrustAnchor]) -> TrustAnchor:
@@ -307,6 +322,13 @@ def _read_pem(source: AnchorSource) -> tuple[bytes, str]:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "not a path"
     raise ConfigurationError(f"trust_anchor {os.fspath(source)!r} cannot be read: {reason}.")
+
+
+def _other_format(data: bytes) -> str:
+    """Return what a file without a certificate in PEM contains instead, for a message."""
+    if data.startswith(b"\x30\x82"):  # an ASN.1 sequence of more than 255 bytes
+        return " in PEM format (it seems to be DER: convert it with `openssl x509 -inform der`)"
+    return " but a key" if b"PRIVATE KEY-----" in data else ""
 
 
 def _pem_to_der(pem: bytes) -> list[bytes]:

@@ -29,8 +29,9 @@ def anyio_backend(request: pytest.FixtureRequest) -> Any:
 
 @pytest.fixture(autouse=True)
 def no_postgres_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hide the PG* variables of the machine, which libpq, asyncpg and neon_async read, and DATABASE_URL."""
-    for name in [name for name in os.environ if name.startswith("PG") or name == "DATABASE_URL"]:
+    """Hide the variables of the machine that libpq, asyncpg and neon_async read: PG*, NEON_ASYNC_* and DATABASE_URL."""
+    hidden = [name for name in os.environ if name.startswith(("PG", "NEON_ASYNC_REVOCATION")) or name == "DATABASE_URL"]
+    for name in hidden:
         monkeypatch.delenv(name)
 
 

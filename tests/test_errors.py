@@ -34,6 +34,8 @@ TREE: list[Any] = [
         (neon_async.ConnectTimeoutError, (TimeoutError, asyncio.TimeoutError), True),
         (neon_async.TLSError, (ssl.SSLError, OSError), False),
         (neon_async.CertificateError, (neon_async.TLSError, ssl.SSLCertVerificationError), False),
+        (neon_async.CertificateRevokedError, (neon_async.CertificateError,), False),
+        (neon_async.RevocationUnknownError, (neon_async.CertificateError,), True),
         (neon_async.AuthenticationError, (asyncpg.InvalidAuthorizationSpecificationError,), False),
         (neon_async.ChannelBindingError, (neon_async.AuthenticationError,), False),
         (neon_async.InvalidPasswordError, (neon_async.AuthenticationError, asyncpg.InvalidPasswordError), False),

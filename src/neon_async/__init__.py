@@ -9,6 +9,7 @@ from ._driver.connector import connect, connection_tls_report
 from ._errors import (
     AuthenticationError,
     CertificateError,
+    CertificateRevokedError,
     ChannelBindingError,
     CommitUnknownError,
     ComputeUnavailableError,
@@ -30,6 +31,7 @@ from ._errors import (
     PoolTimeoutError,
     ProtocolError,
     QuotaExceededError,
+    RevocationUnknownError,
     TLSError,
     TooManyConnectionsError,
     TransactionAbortedError,
@@ -43,6 +45,7 @@ from ._pool.health import PoolHealth
 from ._pool.pool import Pool, create_pool
 from ._pool.stats import PoolStats
 from ._wire.chain import ChainCertificate
+from ._wire.revocation.report import RevocationReport
 from ._wire.tls import TLSReport, create_ssl_context
 
 __version__ = "0.1.0"
@@ -52,6 +55,7 @@ __all__ = (
     "LETS_ENCRYPT_ROOTS",
     "AuthenticationError",
     "CertificateError",
+    "CertificateRevokedError",
     "ChainCertificate",
     "ChannelBindingError",
     "CommitUnknownError",
@@ -79,6 +83,8 @@ __all__ = (
     "PooledHostError",
     "ProtocolError",
     "QuotaExceededError",
+    "RevocationReport",
+    "RevocationUnknownError",
     "TLSError",
     "TLSReport",
     "TooManyConnectionsError",

@@ -80,6 +80,16 @@ class CertificateError(TLSError, ssl.SSLCertVerificationError):
     """The server's certificate failed verification. Final: no other mode, address or attempt follows."""
 
 
+class CertificateRevokedError(CertificateError):
+    """The server's certificate, or one of its issuers, has been revoked."""
+
+
+class RevocationUnknownError(CertificateError):
+    """`revocation=require`, and no current revocation list says that the server's certificate has not been revoked."""
+
+    retryable = True
+
+
 class AuthenticationError(NeonAsyncError, asyncpg.InvalidAuthorizationSpecificationError):
     """The server requested something other than SCRAM-SHA-256, did not prove its identity, or rejected the user."""
 

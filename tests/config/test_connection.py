@@ -125,6 +125,33 @@ def test_only_the_value_that_takes_effect_is_judged() -> None:
     assert parse(weak, {"port": 1, "sslmode": "verify-full"}, {"PGSSLMODE": "allow", "PGPORT": "x"}).port == 1
 
 
+LEVELS = ["off", "advise", "require"]
+
+
+@pytest.mark.parametrize("code", [None, *LEVELS])
+@pytest.mark.parametrize("dsn", [None, *LEVELS])
+@pytest.mark.parametrize("environment", [None, "", *LEVELS])
+def test_each_source_can_raise_the_check_of_revocation_and_none_lowers_it(
+    code: str | None, dsn: str | None, environment: str | None
+) -> None:
+    given = [level for level in (code, dsn, environment) if level]
+    text = f"postgresql://a:b@{HOST}/d" + (f"?revocation={dsn}" if dsn else "")
+    variables = {} if environment is None else {"NEON_ASYNC_REVOCATION": environment}
+    read = parse(text, {"revocation": code}, variables)
+    assert read.revocation == max(given, key=LEVELS.index, default="off")
+
+
+@pytest.mark.parametrize("value", ["", "yes", "Require", "hard-fail", True, 1])
+def test_any_other_level_is_refused_wherever_it_is_written(value: object) -> None:
+    with pytest.raises(ConfigurationError, match=r"revocation .* must be (off, advise or require|a string)"):
+        parse(None, MINIMAL | {"revocation": value}, {"NEON_ASYNC_REVOCATION": "require"})
+    if value and isinstance(value, str):
+        with pytest.raises(ConfigurationError, match=r"revocation \(DSN\) must be off, advise or require"):
+            parse(f"postgresql://a:b@{HOST}/d?revocation={value}", {"revocation": "require"}, {})
+        with pytest.raises(ConfigurationError, match=r"NEON_ASYNC_REVOCATION\) must be off, advise or require"):
+            parse(None, MINIMAL, {"NEON_ASYNC_REVOCATION": value})
+
+
 def test_an_empty_environment_variable_is_unset() -> None:
     assert parse(None, MINIMAL, {"PGPORT": "", "PGSERVICE": "", "PGSSLROOTCERT": ""}).port == 5432
 

@@ -24,6 +24,7 @@ from neon_async._config.readers import (
     Host,
     HostAddress,
     Integer,
+    Level,
     Name,
     Reader,
     Refused,
@@ -77,6 +78,7 @@ def refusal(reader: Reader[Any], value: object, source: str | None = None) -> st
         pytest.param(SSLMode(), "verify-full", "verify-full", id="verify-full"),
         pytest.param(SSLMode(), True, "verify-full", id="asyncpg's ssl=True"),
         pytest.param(PEM(), b"x", b"x", id="PEM"),
+        pytest.param(Level("low", "high"), "low", "low", id="level"),
     ],
 )
 def test_a_value_is_read(reader: Reader[Any], value: object, expected: object) -> None:
@@ -284,6 +286,7 @@ def test_a_host_address_is_an_address_that_says_no_more(text: str) -> None:
         HostAddress(),
         SSLMode(),
         PEM(),
+        Level("low", "high"),
     ],
     ids=repr,
 )

@@ -6,7 +6,7 @@ import contextlib
 import socket
 import ssl
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -121,13 +121,17 @@ class PresentingServer:
         self.dsn = postgres.dsn
         self._postgres = postgres
         self._admin = admin
-        self._presented: Signed | None = None
+        self._presented: bytes | None = None
 
     def present(self, certificate: Signed) -> None:
         """Present `certificate` to every client from now on."""
-        if certificate is not self._presented:
-            _present(self._postgres, self._admin, certificate)
-            self._presented = certificate
+        self.present_chain(certificate.leaf)
+
+    def present_chain(self, leaf: Entity, *issuers: Entity) -> None:
+        """Present `leaf`, and the issuers that are sent along, to every client from now on."""
+        if leaf.der != self._presented:
+            _present(self._postgres, self._admin, leaf, issuers)
+            self._presented = leaf.der
 
 
 @contextlib.contextmanager
@@ -141,16 +145,16 @@ def presenting_server(folder: Path, bin_dir: str | None) -> Iterator[PresentingS
             yield PresentingServer(postgres, admin)
 
 
-def _present(server: LocalPostgres, admin: psycopg.Connection[Any], certificate: Signed) -> None:
-    """Make a running `server` present `certificate` to every client. `admin`: a superuser's connection."""
+def _present(server: LocalPostgres, admin: psycopg.Connection[Any], leaf: Entity, issuers: Sequence[Entity]) -> None:
+    """Make a running `server` present a chain to every client. `admin`: a superuser's connection."""
     row = admin.execute("SHOW data_directory").fetchone()
     assert row is not None
     folder = Path(row[0]).parent
-    (folder / "server.crt").write_bytes(certificate.leaf.pem)
-    (folder / "server.key").write_bytes(certificate.leaf.key_pem)
+    (folder / "server.crt").write_bytes(b"".join(each.pem for each in (leaf, *issuers)))
+    (folder / "server.key").write_bytes(leaf.key_pem)
     admin.execute("SELECT pg_reload_conf()")
     deadline = time.monotonic() + HANG
-    while _leaf_at(server.port) != certificate.der:
+    while _leaf_at(server.port) != leaf.der:
         assert time.monotonic() < deadline, "the server never presented its new certificate"
 
 

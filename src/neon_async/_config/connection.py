@@ -8,7 +8,7 @@ is judged, by its row in the table of keywords. It must not know what the parame
 
 import os
 import urllib.parse
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Literal, NoReturn, TypedDict, cast
 
@@ -18,7 +18,7 @@ from .dsn import VERIFIED_SCHEME, decode, harden_dsn, redact, split
 from .hints import answer_to_parameter, invisible_in, is_masked, is_password_placeholder, is_placeholder
 from .keywords import BY_DSN_NAME, BY_NAME, KEYWORDS, Keyword
 from .password import Password, PasswordSource
-from .readers import Given, Host, Reader
+from .readers import Given, Host, Level, Reader
 from .roots import KnownRoots
 from .startup import check_startup_size, startup_settings
 
@@ -53,6 +53,7 @@ class ConnectionParameters:
     sslnegotiation: str | None
     sslrootcert: str | None
     sslcrl: str | None
+    revocation: str
     sslcert: str | None
     sslkey: str | None
     sslpassword: str | None
@@ -105,6 +106,7 @@ class ConnectKeywords(TypedDict, total=False):
     sslrootcert: str | os.PathLike[str] | None
     sslcrl: str | os.PathLike[str] | None
     crl: str | os.PathLike[str] | None
+    revocation: str | None
     sslcert: str | os.PathLike[str] | None
     sslkey: str | os.PathLike[str] | None
     sslpassword: str | None
@@ -185,6 +187,7 @@ _DSN = "DSN"
 def _effective(environment: dict[str, Given], dsn: dict[str, Given], code: dict[str, Given]) -> dict[str, Given]:
     """Return what takes effect of each keyword."""
     merged = environment | dsn | code
+    _raise_levels(merged, (environment, dsn, code))
     given = {name: value for name, value in merged.items() if not (BY_NAME[name].can_be_off and _is_off(value))}
     return {
         name: value
@@ -285,6 +288,14 @@ def _refuse_outside_code(keyword: Keyword, key: str, source: str) -> NoReturn:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What only the whole can show
+
+
+def _raise_levels(given: dict[str, Given], sources: Sequence[Mapping[str, Given]]) -> None:
+    """Let the value that asks for the most win, wherever it is given, where a keyword's values are levels."""
+    for keyword in KEYWORDS:
+        if isinstance(keyword.reader, Level) and keyword.name in given:
+            values = [source[keyword.name] for source in sources if keyword.name in source]
+            given[keyword.name] = keyword.reader.highest(values)
 
 
 def _refuse_templates(given: Mapping[str, Given]) -> None:

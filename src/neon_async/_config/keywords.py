@@ -19,6 +19,7 @@ from .readers import (
     Host,
     HostAddress,
     Integer,
+    Level,
     Name,
     Reader,
     Refused,
@@ -224,6 +225,14 @@ KEYWORDS: tuple[Keyword, ...] = (
         variable="PGSSLCRLDIR",
         can_be_off=True,
         reader=Refused("directories of revocation lists are not read. Name one file with sslcrl."),
+    ),
+    Keyword(
+        name="revocation",
+        variable="NEON_ASYNC_REVOCATION",
+        reader=Level("off", "advise", "require"),
+        default="off",
+        note="Whether the revocation list that the server's certificate names is fetched and checked: never, after the "
+        "connect, or before it. Code, DSN and environment can each raise it, and none lowers it.",
     ),
     Keyword(
         name="sslcert",

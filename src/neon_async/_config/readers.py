@@ -11,7 +11,7 @@ import os
 import re
 import ssl
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Final, Generic, NoReturn, TypeVar
 
 from .._errors import ConfigurationError, InsecureConfigurationError
@@ -257,6 +257,33 @@ class Choice(Reader[str]):
         if word and self.weakness:
             given.refuse(f"is {given.shown}, which {self.weakness}. {self.advice}".rstrip(), insecure=True)
         given.must_be(self.expected, self.advice)
+
+
+class Level(Reader[str]):
+    """One of several words, each of which asks for more than the one before.
+
+    Attributes:
+        words: What is accepted, in that order.
+    """
+
+    __slots__ = ("words",)
+
+    def __init__(self, *words: str) -> None:
+        self.words: Final = words
+
+    @property
+    def expected(self) -> str:
+        return f"{', '.join(self.words[:-1])} or {self.words[-1]}"
+
+    def read(self, given: Given) -> str:
+        word = given.text()
+        if word not in self.words:
+            given.must_be(self.expected)
+        return word
+
+    def highest(self, values: Iterable[Given]) -> Given:
+        """Return the value that asks for the most; of equal ones the last."""
+        return max(values, key=lambda given: self.words.index(self.read(given)))
 
 
 class Text(Reader[str]):

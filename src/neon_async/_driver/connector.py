@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import logging
 import os
 import ssl
 from collections.abc import Coroutine
@@ -17,7 +18,7 @@ import asyncpg
 
 from .._config.connection import ConnectionParameters, ConnectKeywords, parse
 from .._config.readers import SubclassOf
-from .._errors import ConfigurationError, UnsupportedEventLoopError, forget_arguments
+from .._errors import CertificateRevokedError, ConfigurationError, UnsupportedEventLoopError, forget_arguments
 from .._neon import sql
 from .._neon.endpoint import short_name
 from .._wire.dial import Dialer, context_for, ignore_step
@@ -30,11 +31,14 @@ from .holder import RecordT, begin_session, is_current, leave_jit_alone, session
 from .loop import LoopAdapter
 from .pooled import PooledConnection, is_pooled, tracked_settings
 from .protocol import SessionProtocol
-from .session import Healing, Session
+from .session import Healing, Session, with_revocation
 
 if TYPE_CHECKING:
     from asyncpg.pool import PoolConnectionProxy
 
+    from .._wire.revocation.check import ChainCheck, Checker
+
+_log = logging.getLogger("neon_async")
 
 _C = TypeVar("_C", bound=asyncpg.Connection)
 
@@ -125,7 +129,7 @@ def connection_tls_report(connection: asyncpg.Connection[Any] | PoolConnectionPr
     session = session_of(connection)
     if session is None:
         raise ConfigurationError("This is not an open connection of neon-async. Pass one while it is acquired.")
-    return session.report
+    return session.tls_report()
 
 
 @forget_arguments
@@ -153,7 +157,23 @@ def prepare(
     context_for(parameters, anchor)
     if parameters.pooled:
         sql.prepare()
-    return Connector(parameters, anchor)
+    return Connector(parameters, anchor, _make_checker(parameters))
+
+
+def _make_checker(parameters: ConnectionParameters) -> Checker | None:
+    """Return what checks revocation, or None where that was not asked for."""
+    if parameters.revocation == "off":
+        return None
+    try:
+        from .._wire.revocation.check import Checker  # needs an extra, and takes long to import
+    except ModuleNotFoundError as error:
+        missing = error.name
+    else:
+        return Checker(parameters.revocation, parameters.host)
+    raise ConfigurationError(
+        f"revocation={parameters.revocation} needs {missing}, which is not installed. Run: "
+        "python -m pip install 'neon-async[revocation]'"
+    )
 
 
 class Connector:
@@ -163,13 +183,15 @@ class Connector:
         parameters: The server, and how to connect.
         anchor: The trust anchor.
         healing: What the connections share about stale prepared statements.
-        tls_report: The result of the latest TLS handshake, or None before the first.
+        revocation: The check of the latest chain's revocation, or None where it was not asked for.
     """
 
-    def __init__(self, parameters: ConnectionParameters, anchor: TrustAnchor) -> None:
+    def __init__(self, parameters: ConnectionParameters, anchor: TrustAnchor, checker: Checker | None = None) -> None:
         self.parameters = parameters
         self.anchor = anchor
-        self.tls_report: TLSReport | None = None
+        self.revocation: ChainCheck | None = None
+        self._tls_report: TLSReport | None = None
+        self._checker = checker
         self.healing = Healing()
         self._logins = LoginCache()
         # asyncpg requires a context. This one trusts no certificate, so that nothing would pass if it were ever used.
@@ -177,6 +199,11 @@ class Connector:
 
     def __repr__(self) -> str:
         return f"<Connector {short_name(self.parameters.host, self.parameters.endpoint)}>"
+
+    @property
+    def tls_report(self) -> TLSReport | None:
+        """The result of the latest TLS handshake, or None before the first; and the revocation as it is known now."""
+        return None if self._tls_report is None else with_revocation(self._tls_report, self.revocation)
 
     async def connect(
         self,
@@ -190,7 +217,8 @@ class Connector:
         Args:
             connection_class: A subclass of `asyncpg.Connection`.
             record_class: A subclass of `asyncpg.Record`.
-            on_step: Called with the name of each step as it begins: `dns`, `tcp`, `tls`, `authentication`.
+            on_step: Called with the name of each step as it begins: `dns`, `tcp`, `tls`, `revocation` where it waits
+                for a list, `authentication`.
 
         Raises:
             NeonAsyncError: The connection could not be made.
@@ -224,15 +252,18 @@ class Connector:
     async def _dial(
         self, secret: Secret, on_step: StepCallback, connection_class: type[Any], record_class: type[Any]
     ) -> Connection:
-        dialer = Dialer(self.parameters, self.anchor, on_step=on_step)
+        dialer = Dialer(self.parameters, self.anchor, self._checker, on_step=on_step)
         adapter = LoopAdapter(dialer, secret=secret, cache=self._logins)
         try:
             connection = await self._connect_asyncpg(adapter, self._class_for(connection_class), record_class)
+            if adapter.revocation is not None:
+                adapter.revocation.require_good()  # a list can have come during the login
         except BaseException:
             adapter.abort()
             raise
         finally:
-            self.tls_report = adapter.report or self.tls_report
+            if adapter.report is not None:
+                self._tls_report, self.revocation = adapter.report, adapter.revocation
         self._begin_session(connection, adapter)
         return connection
 
@@ -243,12 +274,15 @@ class Connector:
             healing=self.healing,
             report=adapter.hand_over(),
             handshake_time=adapter.handshake_time,
+            revocation=adapter.revocation,
             cancel=adapter.cancel,
         )
         if is_pooled(connection):
             session.initial_settings = tracked_settings(connection)
             leave_jit_alone(connection)  # behind a pooler the session can be another client's before it is on again
         begin_session(connection, session, functools.partial(SessionProtocol, host=session.host))
+        if session.revocation is not None:
+            session.watch = session.revocation.watch(connection, functools.partial(_end_revoked, session.name))
 
     def _class_for(self, base: type[Any]) -> type[Any]:
         return combine(cast(Any, base), PooledConnection if self.parameters.pooled else Connection)
@@ -281,6 +315,12 @@ class Connector:
             record_class=record_class,
         )
         return cast(Connection, connection)
+
+
+def _end_revoked(name: str, connection: Connection, error: CertificateRevokedError) -> None:
+    """Terminate a connection to a server whose certificate turned out to have been revoked."""
+    _log.warning("%s: a connection is terminated. %s", name, error)
+    connection.terminate()
 
 
 def require_asyncio() -> None:

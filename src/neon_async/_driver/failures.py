@@ -22,7 +22,8 @@ class Attempt:
     Attributes:
         parameters: The server, and how to connect.
         anchor: The trust anchor.
-        step: The step that was running: `password`, `start`, `dns`, `tcp`, `tls` or `authentication`.
+        step: The step that was running: `password`, `start`, `dns`, `tcp`, `tls`, `revocation` or
+            `authentication`.
         expired: Whether `connect_timeout` had expired.
     """
 
@@ -83,6 +84,10 @@ _STEPS = {
     "tls": (
         "the TLS handshake",
         "the TLS handshake had not finished. Check that this is the port of a PostgreSQL server",
+    ),
+    "revocation": (
+        "the revocation check",
+        "the revocation list of its certificate had not arrived. Check that this machine can fetch it over HTTP",
     ),
     "authentication": (
         "authentication",

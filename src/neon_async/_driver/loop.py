@@ -10,12 +10,15 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .._wire.dial import Channel, Dialer, ignore_step, send_cancel_request
 from .._wire.login import EarlyLoginRefusedError, LoginCache, LoginProtocol, Secret, log_in
 from .._wire.tls import TLSReport
 from .._wire.transport import SessionTransport
+
+if TYPE_CHECKING:
+    from .._wire.revocation.check import ChainCheck
 
 
 class LoopAdapter:
@@ -27,11 +30,13 @@ class LoopAdapter:
     Attributes:
         report: The result of the TLS handshake, or None before it.
         handshake_time: The seconds that it took.
+        revocation: The check of the chain's revocation, or None where it was not asked for.
     """
 
     def __init__(self, dialer: Dialer, *, secret: Secret, cache: LoginCache) -> None:
         self.report: TLSReport | None = None
         self.handshake_time = 0.0
+        self.revocation: ChainCheck | None = None
         self._loop = asyncio.get_running_loop()
         self._dialer = dialer
         self._secret: Secret | None = secret
@@ -90,6 +95,7 @@ class LoopAdapter:
         parameters = self._dialer.parameters
         channel = self._channel = await self._dialer.open(lambda: LoginProtocol(parameters.host))
         self.report, self.handshake_time = channel.report, channel.handshake_time
+        self.revocation = channel.revocation
         self._dialer.on_step("authentication")
         channel.protocol.require_silence()
         protocol = protocol_factory()

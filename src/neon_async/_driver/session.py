@@ -5,14 +5,18 @@ Data only. Knows no connection and sends nothing.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .._neon.endpoint import Endpoint, short_name
 from .._neon.sql import quote, quote_name
 from .._wire.tls import TLSReport
 from .losses import Loss
+
+if TYPE_CHECKING:
+    from .._wire.revocation.check import ChainCheck, Watch
 
 
 class Healing:
@@ -152,6 +156,11 @@ def cancel_time_for(handshake_time: float) -> float:
     return min(_MIN_CANCEL_TIME + _CANCEL_HANDSHAKES * handshake_time, _MAX_CANCEL_TIME)
 
 
+def with_revocation(report: TLSReport, check: ChainCheck | None) -> TLSReport:
+    """Return `report` with what is known now about the revocation of the chain."""
+    return report if check is None else dataclasses.replace(report, revocation=check.report())
+
+
 class Session:
     """One session with the server, from its login to its end.
 
@@ -159,10 +168,11 @@ class Session:
         host: The host name that was verified.
         endpoint: What the host name says, or None when it is not a Neon endpoint.
         healing: Shared by the connections of one pool.
-        report: What the TLS handshake settled on.
         cancel_time: The seconds that a cancelled statement and the one after it may take; see `cancel_time_for()`.
+        watch: Of the revocation of the server's chain, where it was asked for. It ends with the session.
         cancel: Sends a cancel request to the server of this session.
         on_closed: Called once, as soon as the connection is closed, by either side.
+        revocation: The check of the chain's revocation, or None where it was not asked for.
         snapshot: What a reset restores; see `remember()`.
         reset_query: The SQL that restores it.
         codecs: The type codecs that are registered now, by schema and type.
@@ -178,6 +188,7 @@ class Session:
     """
 
     __slots__ = (
+        "_report",
         "calls",
         "cancel",
         "cancel_time",
@@ -192,9 +203,10 @@ class Session:
         "loss",
         "on_closed",
         "on_last_call",
-        "report",
         "reset_query",
+        "revocation",
         "snapshot",
+        "watch",
     )
 
     def __init__(
@@ -206,11 +218,14 @@ class Session:
         report: TLSReport,
         handshake_time: float,
         cancel: Callable[[int, int], Awaitable[None]],
+        revocation: ChainCheck | None = None,
     ) -> None:
         self.host = host
         self.endpoint = endpoint
         self.healing = healing
-        self.report = report
+        self._report = report
+        self.revocation = revocation
+        self.watch: Watch[Any] | None = None
         self.cancel_time = cancel_time_for(handshake_time)
         self.cancel = cancel
         self.on_closed: Callable[[], None] | None = None
@@ -245,8 +260,14 @@ class Session:
         """The name of the database in log lines."""
         return short_name(self.host, self.endpoint)
 
+    def tls_report(self) -> TLSReport:
+        """Return what the TLS handshake settled on, and what is known now about the revocation of the chain."""
+        return with_revocation(self._report, self.revocation)
+
     def notify_closed(self) -> None:
         """Call `on_closed`, unless it has been called."""
+        if self.watch is not None:
+            self.watch.stop()
         callback, self.on_closed = self.on_closed, None
         if callback is not None:
             callback()

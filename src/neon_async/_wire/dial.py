@@ -7,17 +7,19 @@ them. This module must not know logins, asyncpg, pools or retries.
 from __future__ import annotations
 
 import asyncio
+import functools
 import math
 import os
 import socket
 import ssl
 import struct
 from collections.abc import Callable
-from typing import Final, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 
 from .._config.connection import ConnectionParameters
 from .._errors import ConnectError, NeonAsyncError, TLSError
 from . import tcp, threads
+from .chain import chain_of
 from .overhead import LimitedTLS, LimitingContext
 from .race import Attempt, Race, StepCallback, UnverifiedError
 from .tls import (
@@ -31,6 +33,9 @@ from .tls import (
 )
 from .trust import TrustAnchor
 
+if TYPE_CHECKING:
+    from .revocation.check import ChainCheck, Checker
+
 _P = TypeVar("_P", bound=asyncio.Protocol)
 
 
@@ -43,9 +48,10 @@ class Channel(Generic[_P]):
         certificate: The server's leaf certificate in DER.
         report: The facts about the handshake.
         handshake_time: The seconds that the handshake took: a round trip at least, and two with an SSLRequest.
+        revocation: The check of the chain's revocation, or None where it was not asked for.
     """
 
-    __slots__ = ("certificate", "handshake_time", "protocol", "report", "transport")
+    __slots__ = ("certificate", "handshake_time", "protocol", "report", "revocation", "transport")
 
     def __init__(
         self,
@@ -60,6 +66,7 @@ class Channel(Generic[_P]):
         self.certificate: Final = certificate
         self.report: Final = report
         self.handshake_time: Final = handshake_time
+        self.revocation: ChainCheck | None = None
 
     def abort(self) -> None:
         """Close the connection at once."""
@@ -81,15 +88,22 @@ class Dialer:
 
     Attributes:
         parameters: The server, and how to connect.
-        on_step: Called with the name of each step as it begins: `dns`, `tcp`, `tls`.
+        on_step: Called with the name of each step as it begins: `dns`, `tcp`, `tls`, and `revocation` where the
+            connect waits for a list.
     """
 
     def __init__(
-        self, parameters: ConnectionParameters, anchor: TrustAnchor, *, on_step: StepCallback = ignore_step
+        self,
+        parameters: ConnectionParameters,
+        anchor: TrustAnchor,
+        revocation: Checker | None = None,
+        *,
+        on_step: StepCallback = ignore_step,
     ) -> None:
         self.parameters = parameters
         self.on_step = on_step
         self._anchor = anchor
+        self._revocation = revocation
         self._addresses: list[tcp.Address] = []
 
     async def open(self, protocol_factory: Callable[[], _P]) -> Channel[_P]:
@@ -100,6 +114,7 @@ class Dialer:
 
         Raises:
             TLSError: The server refuses TLS, or does not meet the TLS policy.
+            CertificateError: Its certificate has been revoked, or `revocation=require` and that is unknown.
             ConnectError: No address accepts connections, or the server closed the connection.
             OSError: Another failure of the network, of name resolution or of the handshake.
         """
@@ -119,6 +134,7 @@ class Dialer:
             _remember_no_direct_tls(self.parameters)
         tcp.restore(attempt.address)
         self._addresses = [attempt.address]
+        await self._check_revocation(channel)
         return channel
 
     async def _open_at(self, attempt: Attempt, protocol_factory: Callable[[], _P]) -> Channel[_P]:
@@ -194,6 +210,23 @@ class Dialer:
         certificate = tls.getpeercert(binary_form=True)
         assert certificate is not None  # checked above
         return certificate, report
+
+    async def _check_revocation(self, channel: Channel[Any]) -> None:
+        """Check whether the chain that was verified has been revoked, where that was asked for.
+
+        After the race: an attempt that waits for a list would look like a server that is silent.
+        """
+        if self._revocation is None:
+            return
+        try:
+            tls = channel.transport.get_extra_info("ssl_object")
+            if tls is None:
+                raise ConnectError(f"{self.parameters.host} closed the connection after the TLS handshake. Try again.")
+            waits = functools.partial(self.on_step, "revocation")
+            channel.revocation = await self._revocation.judge(chain_of(tls), waits)
+        except BaseException:
+            channel.abort()
+            raise
 
 
 def context_for(parameters: ConnectionParameters, anchor: TrustAnchor) -> ssl.SSLContext:

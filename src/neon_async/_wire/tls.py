@@ -25,6 +25,7 @@ from .chain import (
 )
 from .culprits import find_culprit
 from .files import MAX_CERTIFICATES, MAX_REVOCATION_LISTS, read_file, require_file
+from .revocation.report import OFF, RevocationReport
 from .trust import (
     AnchorSource,
     TrustAnchor,
@@ -60,6 +61,7 @@ class TLSReport:
         chain: The certificates that were verified, from the leaf to the trust anchor.
         path_ends: When the trust anchor or a cross-sign that leads to it stops being trusted, in UTC. Root programs
             trust ISRG Root X1 until 2030-06-04, and the cross-signs below it end on 2032-09-02.
+        revocation: Whether the certificate has been revoked; as far as is known when the report is requested.
         warnings: What will go wrong, or goes wrong for other clients: a path that ends within a year, and a served
             chain without the cross-sign that leads to ISRG Root X1.
     """
@@ -80,6 +82,7 @@ class TLSReport:
     chain: tuple[ChainCertificate, ...] = ()
     path_ends: datetime | None = None
     warnings: tuple[str, ...] = ()
+    revocation: RevocationReport = OFF
 
 
 class ClientCertificate:

@@ -1,0 +1,347 @@
+"""Connects with a check of revocation: what each mode refuses, what it waits for, and what it fetches."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import datetime
+import http.server
+import threading
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import pytest
+from cryptography import x509
+from support.certificates import DAY, NOW, Entity, issue, present
+from support.crls import RevocablePKI, crl, point, scope, send
+from support.probes import HANG, nothing_is_left, until
+
+import neon_async
+from neon_async._driver.connector import Connector, prepare
+from neon_async._wire.revocation import check
+from neon_async._wire.revocation.lists import Source
+from neon_async.testing._impostor import Impostor, authentication_request, login, server_context
+
+pytestmark = pytest.mark.anyio
+
+Handler = http.server.BaseHTTPRequestHandler
+MODES = pytest.mark.parametrize("mode", ["advise", "require"])
+CLEARTEXT = authentication_request(3)
+
+
+@contextlib.asynccontextmanager
+async def serving(pki: RevocablePKI, leaf: Entity, *issuers: Entity) -> AsyncIterator[Impostor]:
+    """Run a server that presents `leaf`; it requests the password in cleartext, which shows that TLS is up."""
+    chain = present(leaf, *(issuers or (pki.issuer,))).chain
+    async with Impostor(login(server_context(chain), CLEARTEXT), trust_anchor=pki.root.pem) as server:
+        yield server
+
+
+def connector_for(server: Impostor, mode: str, **keywords: Any) -> Connector:
+    return prepare(server.dsn, trust_anchor=server.trust_anchor, revocation=mode, **keywords)
+
+
+async def outcome(connector: Connector) -> Exception | None:
+    """Return the error of a connect, or None where TLS is up."""
+    try:
+        await connector.connect()
+    except neon_async.AuthenticationError:
+        return None
+    except neon_async.NeonAsyncError as error:
+        return error
+    raise AssertionError("the server asked for the password in cleartext and got it")
+
+
+def status(connector: Connector) -> str | None:
+    report = connector.tls_report
+    return None if report is None else report.revocation.status
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Verdicts
+
+
+async def test_off_fetches_nothing_whatever_the_certificate_names(pki: RevocablePKI) -> None:
+    leaf = pki.leaf()
+    pki.publish("/1.crl", leaf)
+    async with serving(pki, leaf) as server:
+        connector = prepare(server.dsn, trust_anchor=server.trust_anchor)
+        assert await outcome(connector) is None
+        assert connector.tls_report is not None
+        assert connector.tls_report.revocation == neon_async.RevocationReport("off")
+    assert pki.lists.requests == []
+
+
+async def test_require_waits_for_the_lists_and_connects(pki: RevocablePKI) -> None:
+    pki.publish("/1.crl", *range(1, 10))
+    began = datetime.datetime.now(datetime.UTC)
+    async with serving(pki, pki.leaf()) as server:
+        connector = connector_for(server, "require")
+        assert await outcome(connector) is None
+        assert await outcome(connector) is None
+    assert sorted(pki.lists.requests) == ["/1.crl", "/root.crl"]
+    assert connector.tls_report is not None
+    report = connector.tls_report.revocation
+    assert (report.status, report.reason, report.subject) == ("good", "", "CN=leaf")
+    assert (report.list_url, report.entries, report.next_update) == (pki.lists.url("/1.crl"), 9, NOW + 9 * DAY)
+    assert report.checked_at is not None
+    assert began <= report.checked_at <= datetime.datetime.now(datetime.UTC)
+    (issuer,) = report.issuers
+    assert (issuer.status, issuer.subject, issuer.list_url) == ("good", "CN=issuer", pki.lists.url("/root.crl"))
+
+
+async def test_require_refuses_what_has_been_revoked(pki: RevocablePKI) -> None:
+    leaf = pki.leaf()
+    pki.publish("/1.crl", leaf)
+    async with serving(pki, leaf) as server:
+        error = await outcome(connector_for(server, "require"))
+    assert type(error) is neon_async.CertificateRevokedError
+    assert not neon_async.is_retryable(error)
+    assert "it has been revoked, according to " + pki.lists.url("/1.crl") in str(error)
+
+
+@MODES
+async def test_a_revoked_intermediate_is_refused_in_both_modes(pki: RevocablePKI, mode: str) -> None:
+    pki.publish_root(pki.issuer)
+    async with serving(pki, pki.leaf()) as server:
+        connector = connector_for(server, mode)
+        error = await outcome(connector)
+        if mode == "advise":
+            assert error is None
+            await until(lambda: status_of_issuer(connector) == "revoked")
+            error = await outcome(connector)
+    assert type(error) is neon_async.CertificateRevokedError
+    assert "The certificate CN=issuer in the chain of" in str(error)
+
+
+def status_of_issuer(connector: Connector) -> str | None:
+    report = connector.tls_report
+    return report.revocation.issuers[0].status if report is not None else None
+
+
+async def test_advise_does_not_wait_and_refuses_once_the_verdict_is_there(pki: RevocablePKI) -> None:
+    leaf, release = pki.leaf(), threading.Event()
+    pki.publish("/1.crl", leaf)
+    body = pki.lists.bodies["/1.crl"]
+    assert isinstance(body, bytes)
+
+    def answer_when_released(handler: Handler) -> None:
+        release.wait(HANG)
+        send(handler, body)
+
+    pki.lists.bodies["/1.crl"] = answer_when_released
+    async with serving(pki, leaf) as server:
+        connector = connector_for(server, "advise")
+        assert await outcome(connector) is None  # although the list is not there
+        assert status(connector) == "pending"
+        release.set()
+        await until(lambda: status(connector) == "revoked")
+        assert type(await outcome(connector)) is neon_async.CertificateRevokedError
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Lists that cannot be used
+
+
+def answer(code: int, *headers: tuple[str, str]) -> Callable[[Handler], None]:
+    def respond(handler: Handler) -> None:
+        handler.send_response(code)
+        for name, value in (*headers, ("Content-Length", "0")):
+            handler.send_header(name, value)
+        handler.end_headers()
+
+    return respond
+
+
+def too_long(handler: Handler) -> None:
+    send(handler, b"", length=71_000_000)
+
+
+def published(pki: RevocablePKI, **changes: Any) -> None:
+    pki.publish("/1.crl", **changes)
+
+
+SPOILED: list[Any] = [
+    pytest.param(lambda pki: published(pki, next_update=NOW), "expired at", id="expired"),
+    pytest.param(lambda pki: published(pki, last_update=NOW + DAY), "from the future", id="from the future"),
+    pytest.param(
+        lambda pki: pki.lists.bodies.update({"/1.crl": crl(pki.root, also=[(scope(pki.lists.url("/1.crl")), True)])}),
+        "of another issuer",
+        id="by the wrong issuer",
+    ),
+    pytest.param(
+        lambda pki: published(pki, also=[(scope(pki.lists.url("/2.crl"), users=True), True)]),
+        "another shard",
+        id="for another shard",
+    ),
+    pytest.param(lambda pki: published(pki, key=pki.root.key), "forged signature", id="forged"),
+    pytest.param(
+        lambda pki: published(
+            pki, also=[(scope(pki.lists.url("/1.crl"), users=True), True), (x509.DeltaCRLIndicator(1), True)]
+        ),
+        "is a delta",
+        id="delta",
+    ),
+    pytest.param(
+        lambda pki: pki.lists.bodies.update({"/1.crl": pki.lists.bodies["/1.crl"][:-5]}), "truncated", id="truncated"
+    ),
+    pytest.param(lambda pki: pki.lists.bodies.update({"/1.crl": too_long}), "larger than 70 MB", id="71 MB"),
+    pytest.param(
+        lambda pki: pki.lists.bodies.update({"/1.crl": answer(302, ("Location", "/root.crl"))}), "302", id="redirect"
+    ),
+    pytest.param(lambda pki: pki.lists.bodies.pop("/1.crl"), "404", id="404"),
+    pytest.param(lambda pki: pki.lists.bodies.update({"/1.crl": answer(500)}), "500", id="500"),
+]
+
+
+@MODES
+@pytest.mark.parametrize(("spoil", "reason"), SPOILED)
+async def test_a_list_that_cannot_be_used_is_unknown(
+    pki: RevocablePKI, mode: str, spoil: Callable[[RevocablePKI], None], reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    leaf = pki.leaf()
+    spoil(pki)
+    async with serving(pki, leaf) as server:
+        connector = connector_for(server, mode)
+        error = await outcome(connector)
+        if mode == "require":
+            assert type(error) is neon_async.RevocationUnknownError
+            assert neon_async.is_retryable(error)
+            assert reason in str(error)
+            assert pki.lists.url("/1.crl") in str(error)
+        else:
+            assert error is None
+            await until(lambda: status(connector) == "unknown")
+            for _ in range(3):
+                assert await outcome(connector) is None
+            assert connector.tls_report is not None
+            assert reason in connector.tls_report.revocation.reason
+    assert caplog.text.count(reason) == 1
+
+
+@MODES
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        pytest.param({}, "unknown", id="for a month"),
+        pytest.param({"not_after": NOW + 5 * DAY}, "short-lived", id="for six days"),
+        pytest.param({"also": [(point("ldap://c.example.com/1"), False)]}, "unknown", id="by LDAP only"),
+    ],
+)
+async def test_a_leaf_without_a_list_is_unknown_unless_it_is_short_lived(
+    pki: RevocablePKI, mode: str, changes: dict[str, Any], expected: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    leaf = pki.leaf(None, **changes)
+    async with serving(pki, leaf) as server:
+        connector = connector_for(server, mode)
+        for _ in range(3):
+            error = await outcome(connector)
+            assert type(error) is (
+                neon_async.RevocationUnknownError if (mode, expected) == ("require", "unknown") else type(None)
+            )
+            assert "names no list" in (str(error) if error else "names no list")
+    if connector.tls_report is not None:
+        assert connector.tls_report.revocation.status == expected
+        assert "names no list" in connector.tls_report.revocation.reason
+    assert caplog.text.count("names no list") == 1
+
+
+async def test_an_intermediate_whose_list_cannot_be_fetched_is_unknown_and_one_that_names_none_is_not_checked(
+    pki: RevocablePKI,
+) -> None:
+    silent = issue(pki.root, "silent", ca=True)
+    leaf = issue(silent, also=[(point(pki.lists.url("/s.crl")), False)])
+    pki.lists.bodies["/s.crl"] = crl(silent, also=[(scope(pki.lists.url("/s.crl")), True)])
+    async with serving(pki, leaf, silent) as server:
+        connector = connector_for(server, "require")
+        assert await outcome(connector) is None
+        assert connector.tls_report is not None
+        assert connector.tls_report.revocation.issuers == ()
+    del pki.lists.bodies["/root.crl"]
+    async with serving(pki, pki.leaf()) as server:
+        error = await outcome(connector_for(server, "require"))
+    assert type(error) is neon_async.RevocationUnknownError
+    assert "The certificate CN=issuer in the chain" in str(error)
+
+
+async def test_a_list_that_comes_back_is_fetched_again_after_a_pause(pki: RevocablePKI) -> None:
+    leaf = pki.leaf()
+    body = pki.lists.bodies.pop("/1.crl")
+    async with serving(pki, leaf) as server:
+        connector = connector_for(server, "require")
+        for _ in range(5):  # the first one fetches, and the others come within the pause
+            assert type(await outcome(connector)) is neon_async.RevocationUnknownError
+        assert pki.lists.requests.count("/1.crl") == 1
+        pki.lists.bodies["/1.crl"] = body
+        async with asyncio.timeout(HANG):
+            while await outcome(connector) is not None:
+                await asyncio.sleep(0.01)
+        assert pki.lists.requests.count("/1.crl") == 2
+
+
+async def test_a_list_that_does_not_come_is_waited_for_until_connect_timeout(pki: RevocablePKI) -> None:
+    leaf, release = pki.leaf(), threading.Event()
+    pki.lists.bodies["/1.crl"] = lambda handler: (release.wait(HANG), None)[1]
+    async with serving(pki, leaf) as server:
+        connector = connector_for(server, "require", connect_timeout=0.5)
+        try:
+            error = await outcome(connector)
+        finally:
+            release.set()
+    assert type(error) is neon_async.ConnectTimeoutError
+    assert "the revocation list of its certificate had not arrived" in str(error)
+
+
+async def test_a_connect_that_is_cancelled_while_it_waits_leaves_nothing_open(pki: RevocablePKI) -> None:
+    leaf, release = pki.leaf(), threading.Event()
+    body = pki.lists.bodies["/1.crl"]
+    assert isinstance(body, bytes)
+
+    def answer_when_released(handler: Handler) -> None:
+        release.wait(HANG)
+        send(handler, body)
+
+    pki.lists.bodies["/1.crl"] = answer_when_released
+    async with serving(pki, leaf) as server:
+        connector = connector_for(server, "require")
+        steps: list[str] = []
+        connecting = asyncio.ensure_future(connector.connect(on_step=steps.append))
+        await until(lambda: "revocation" in steps)
+        connecting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await connecting
+        release.set()
+        async with nothing_is_left():
+            assert await outcome(connector) is None
+    assert pki.lists.requests.count("/1.crl") == 1  # the cancelled connect's, which the next one used
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is fetched, and what is not
+
+
+async def test_two_servers_on_one_shard_share_the_list(pki: RevocablePKI) -> None:
+    async with serving(pki, pki.leaf()) as one, serving(pki, pki.leaf()) as other:
+        await asyncio.gather(*(outcome(connector_for(server, "require")) for server in (one, other) * 5))
+    assert sorted(pki.lists.requests) == ["/1.crl", "/root.crl"]
+
+
+async def test_a_chain_of_isrg_root_x1_cannot_make_the_client_fetch_from_elsewhere(pki: RevocablePKI) -> None:
+    # The decision itself: a chain of the genuine root cannot be made here.
+    facts = check._facts_of(pki.leaf().der, pki.issuer.der, neon_async.ISRG_ROOT_X1_SHA256)
+    assert facts.source is None
+    assert (facts.unchecked.status, facts.unchecked.list_url) == ("unknown", pki.lists.url("/1.crl"))
+    assert "is not below c.lencr.org" in facts.unchecked.reason
+    genuine = pki.leaf(None, also=[(point("http://ye1.c.lencr.org/119.crl"), False)])
+    facts = check._facts_of(genuine.der, pki.issuer.der, neon_async.ISRG_ROOT_X1_SHA256)
+    assert facts.source == Source("http://ye1.c.lencr.org/119.crl", pki.issuer.der, False, True)
+
+
+async def test_a_certificate_that_is_its_own_anchor_needs_a_list_of_its_own(pki: RevocablePKI) -> None:
+    facts = check.read((pki.root.der,))
+    assert [each.unchecked.status for each in facts] == ["unknown"]
+
+
+async def test_a_certificate_that_cannot_be_read_is_unknown() -> None:
+    facts = check.read((b"garbage", b"garbage"))
+    assert [each.unchecked.reason for each in facts] == ["the certificate cannot be read"]

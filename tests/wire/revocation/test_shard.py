@@ -1,0 +1,290 @@
+"""One list of the process: obtained once, from the disk where it is fresh there, renewed, and never an older one."""
+
+from __future__ import annotations
+
+import datetime
+import http.server
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support.certificates import DAY, NOW
+from support.crls import RevocablePKI, send
+from support.probes import HANG
+from support.revocations import forget_everything
+
+from neon_async._wire.revocation import disk, shard
+from neon_async._wire.revocation.lists import Source
+from neon_async._wire.revocation.shard import Shard, renewal, shard_of
+
+SECOND = datetime.timedelta(seconds=1)
+
+
+def source_of(pki: RevocablePKI, name: str = "/1.crl") -> Source:
+    return Source(pki.lists.url(name), pki.issuer.der, for_cas=False, must_name_url=True)
+
+
+def obtain(one: Shard) -> Shard:
+    """Let the list be obtained, and wait until that has ended."""
+    ended = threading.Event()
+    one.listeners.add(ended.set)
+    one.refresh()
+    assert ended.wait(HANG)
+    one.listeners.discard(ended.set)
+    return one
+
+
+def now_due(one: Shard) -> Shard:
+    """Let the time to renew or to retry have come."""
+    one.state = one.state._replace(renew_at=time.time() - 1, retry_at=time.monotonic() - 1)
+    return one
+
+
+def test_a_list_is_fetched_once_for_all_who_ask_at_the_same_time(pki: RevocablePKI) -> None:
+    leaf = pki.leaf()
+    pki.publish("/1.crl", leaf)
+    one = shard_of(source_of(pki))
+    assert shard_of(source_of(pki)) is one
+    release = threading.Event()
+    body = pki.lists.bodies["/1.crl"]
+    assert isinstance(body, bytes)
+
+    def answer_when_released(handler: http.server.BaseHTTPRequestHandler) -> None:
+        release.wait(HANG)
+        send(handler, body)
+
+    pki.lists.bodies["/1.crl"] = answer_when_released
+    ended = threading.Event()
+    one.listeners.add(ended.set)
+    for _ in range(20):
+        shard_of(source_of(pki)).refresh()
+    assert one.is_awaited
+    release.set()
+    assert ended.wait(HANG)
+    one.refresh()  # there is nothing to do
+    assert (one.is_busy, pki.lists.requests) == (False, ["/1.crl"])
+    assert one.current is not None
+    assert leaf.certificate.serial_number in one.current
+
+
+def test_a_new_process_takes_the_list_from_the_disk(
+    pki: RevocablePKI, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pki.publish("/1.crl")
+    obtain(shard_of(source_of(pki)))
+    forget_everything(tmp_path, monkeypatch)
+    again = obtain(shard_of(source_of(pki)))
+    assert again.current is not None
+    assert pki.lists.requests == ["/1.crl"]
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        pytest.param(lambda path: path.write_bytes(b""), id="empty"),
+        pytest.param(lambda path: path.write_bytes(b"garbage"), id="garbage"),
+        pytest.param(lambda path: path.write_bytes(path.read_bytes()[:-1]), id="cut off"),
+        pytest.param(lambda path: path.write_bytes(bytes(path.stat().st_size)), id="zeros"),
+        pytest.param(lambda path: os.utime(path, (0, 1.0)), id="so old that it is time to renew"),
+    ],
+)
+def test_a_file_that_is_of_no_use_is_replaced(
+    pki: RevocablePKI, cache_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoil: Callable[[Path], Any]
+) -> None:
+    pki.publish("/1.crl", last_update=NOW - 20 * DAY)  # in the second half of its life
+    obtain(shard_of(source_of(pki)))
+    (path,) = cache_folder.iterdir()
+    good = path.read_bytes()
+    spoil(path)
+    forget_everything(tmp_path, monkeypatch)
+    assert obtain(shard_of(source_of(pki))).current is not None
+    assert pki.lists.requests == ["/1.crl", "/1.crl"]
+    assert path.read_bytes() == good
+
+
+def test_a_forged_list_on_the_disk_is_not_believed(pki: RevocablePKI) -> None:
+    leaf = pki.leaf()
+    pki.publish("/1.crl", leaf, key=pki.root.key)
+    forged = pki.lists.bodies["/1.crl"]
+    assert isinstance(forged, bytes)
+    disk.store(source_of(pki), forged)
+    pki.publish("/1.crl")
+    found = obtain(shard_of(source_of(pki))).current
+    assert found is not None
+    assert leaf.certificate.serial_number not in found
+
+
+def test_a_list_that_is_due_is_renewed_and_stays_in_use_if_that_fails(
+    pki: RevocablePKI, caplog: pytest.LogCaptureFixture
+) -> None:
+    leaf = pki.leaf()
+    one = obtain(shard_of(source_of(pki)))
+    disk._path(one.source).unlink()
+    first, good = one.current, pki.lists.bodies.pop("/1.crl")
+    obtain(now_due(one))
+    assert one.current is first
+    assert (one.state.failures, one.state.failure) == (1, "was answered with HTTP status 404")
+    one.refresh()
+    assert not one.is_busy  # a pause follows the failure
+    assert one.next_refresh() > 0
+    obtain(now_due(one))
+    assert one.state.failures == 2
+    assert caplog.text.count("was answered with HTTP status 404") == 1  # the same outage
+    pki.publish("/1.crl", leaf)
+    assert pki.lists.bodies["/1.crl"] != good
+    obtain(now_due(one))
+    assert one.state.failures == 0
+    assert one.current is not None
+    assert leaf.certificate.serial_number in one.current
+
+
+def test_the_pauses_after_failures_grow_up_to_five_minutes(pki: RevocablePKI) -> None:
+    one, pauses = shard_of(source_of(pki)), []
+    for failures in range(12):
+        one.state = one.state._replace(failures=failures)
+        pauses.append(one._failed("fails").retry_at - time.monotonic())
+    assert all(0.4 <= pause <= min(2**number, 300) for number, pause in enumerate(pauses))
+    assert pauses[-1] > 149
+
+
+@pytest.mark.parametrize(
+    ("numbers", "refused"),
+    [
+        pytest.param([5, 6], False, id="growing"),
+        pytest.param([5, 5], False, id="the same"),
+        pytest.param([5, 4], True, id="decreasing"),
+        pytest.param([5, None], True, id="missing"),
+        pytest.param([None, 5], False, id="new"),
+    ],
+)
+def test_a_list_with_a_lower_number_than_before_is_refused(
+    pki: RevocablePKI, numbers: list[int | None], refused: bool
+) -> None:
+    one = shard_of(source_of(pki))
+    for place, number in enumerate(numbers):
+        pki.publish("/1.crl", number=number, last_update=NOW - 3 * DAY, next_update=NOW + (3 + place) * DAY)
+        disk._path(one.source).unlink(missing_ok=True)
+        obtain(now_due(one))
+    assert one.current is not None
+    assert one.current.next_update == NOW + (3 if refused else 4) * DAY
+    assert bool(one.state.failures) is refused
+    assert ("an earlier one had 5" in one.state.failure) is refused
+
+
+def test_a_decreasing_number_is_noticed_across_a_restart(
+    pki: RevocablePKI, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pki.publish("/1.crl", number=5, last_update=NOW - 20 * DAY)
+    one = obtain(shard_of(source_of(pki)))
+    os.utime(disk._path(one.source), (0, 1.0))  # time to renew
+    forget_everything(tmp_path, monkeypatch)
+    pki.publish("/1.crl", number=4)
+    one = obtain(shard_of(source_of(pki)))
+    assert one.current is not None
+    assert one.current.number == 5
+    assert "an earlier one had 5" in one.state.failure
+
+
+def test_an_expired_list_is_no_list(pki: RevocablePKI) -> None:
+    pki.publish("/1.crl", next_update=datetime.datetime.now(datetime.UTC).replace(microsecond=0) + 2 * SECOND)
+    one = obtain(shard_of(source_of(pki)))
+    assert one.current is not None
+    deadline = time.monotonic() + HANG
+    while one.current is not None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    obtain(now_due(one))
+    assert one.state.failure.startswith("expired at")
+    assert one.current is None
+
+
+@given(
+    begin=st.floats(0, 1e9),
+    life=st.floats(1, 1e8),
+    age=st.floats(0, 1),
+    jitter=st.floats(0, 1),
+)
+def test_a_list_is_renewed_in_the_second_half_of_its_life(begin: float, life: float, age: float, jitter: float) -> None:
+    fetched_at = begin + age * life
+    due = renewal(begin, begin + life, fetched_at=fetched_at, jitter=jitter)
+    assert due >= fetched_at
+    if due > fetched_at + 1.001:  # else the rest of its life is short
+        assert begin + 0.49 * life <= due <= begin + life + 1
+    if age < 0.49:
+        assert due <= begin + 0.61 * life + 1
+
+
+def test_a_list_of_certificates_of_cas_is_looked_at_daily(pki: RevocablePKI) -> None:
+    source = Source(pki.lists.url("/root.crl"), pki.root.der, for_cas=True, must_name_url=False)
+    pki.publish_root(next_update=NOW + 300 * DAY)
+    one = obtain(shard_of(source))
+    assert 86_300 < one.state.renew_at - time.time() <= 86_400
+
+
+def test_lists_that_nothing_needs_are_forgotten_when_there_are_many(pki: RevocablePKI) -> None:
+    watched = shard_of(source_of(pki, "/watched.crl"))
+    watched.listeners.add(print)
+    for number in range(50):
+        shard_of(source_of(pki, f"/{number}.crl"))
+    assert len(shard._shards) < 12
+    assert shard_of(source_of(pki, "/watched.crl")) is watched
+
+
+def test_a_thread_that_cannot_be_started_is_a_failure(pki: RevocablePKI, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", fail)
+    one = obtain(shard_of(source_of(pki)))
+    assert (one.is_busy, one.state.failure) == (False, "can't start new thread")
+
+
+PROCESS = """
+import sys, threading, time
+from neon_async._wire.revocation.lists import Source
+from neon_async._wire.revocation.shard import shard_of
+url, issuer = sys.argv[1:]
+one = shard_of(Source(url, bytes.fromhex(issuer), for_cas=False, must_name_url=True))
+ended = threading.Event()
+one.listeners.add(ended.set)
+print("ready", flush=True)
+sys.stdin.readline()
+one.refresh()
+ended.wait()
+print(one.current.entries, one.state.failure)
+"""
+
+
+def test_two_processes_at_once_both_get_the_whole_list(pki: RevocablePKI) -> None:
+    pki.publish("/1.crl", *range(1, 2000))
+    command = [sys.executable, "-c", PROCESS, pki.lists.url("/1.crl"), pki.issuer.der.hex()]
+    processes = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    for process in processes:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.write("\n")
+        process.stdin.flush()
+    shown = [process.communicate(timeout=HANG)[0].strip() for process in processes]
+    assert shown == ["1999", "1999"]
+    assert 1 <= len(pki.lists.requests) <= 2
+    third = subprocess.run(command, input="\n", capture_output=True, text=True, timeout=HANG, check=True)
+    assert third.stdout.split() == ["ready", "1999"]
+    assert len(pki.lists.requests) <= 2  # a later worker fetches nothing
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
+def test_a_forked_process_does_not_wait_for_the_threads_of_its_parent(pki: RevocablePKI) -> None:
+    one = shard_of(source_of(pki))
+    one.is_busy = True
+    shard.forget_all()  # what a child does
+    assert shard_of(source_of(pki)) is not one

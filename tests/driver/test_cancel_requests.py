@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 from collections.abc import AsyncIterator
 from typing import Any
@@ -64,6 +65,31 @@ async def test_a_query_that_times_out_is_cancelled_on_the_server(postgres: Local
         state = "SELECT state FROM pg_stat_activity WHERE pid = $1"
         assert await admin.fetchval(state, connection.get_server_pid()) == "idle"
         await until(lambda: not connection._cancellations)
+
+
+def held_by_the_loop() -> int:
+    """Return how many TLS channels and pending timers there are."""
+    gc.collect()
+    kinds = ("SSLProtocol", "TimerHandle")  # of asyncio and of uvloop
+    found = [one for one in gc.get_objects() if type(one).__name__ in kinds]
+    return sum(
+        not (isinstance(one, asyncio.TimerHandle) or hasattr(one, "when")) or not one.cancelled() for one in found
+    )
+
+
+@NEGOTIATIONS
+async def test_cancelled_queries_leave_no_channel_and_no_timer(postgres: LocalPostgres, negotiation: str) -> None:
+    async with connected(postgres, sslnegotiation=negotiation, connect_timeout=100 * HANG) as connection:
+        for _ in range(8):
+            task = asyncio.create_task(connection.execute("SELECT pg_sleep(3600)"))
+            await asyncio.sleep(0.01)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            assert await connection.fetchval("SELECT 1") == 1
+            await until(lambda: not connection._cancellations)
+        # The session's channel, the timers of its statement cache and of this wait; not one of each for each query.
+        await until(lambda: held_by_the_loop() < 8)
 
 
 async def test_a_cancel_request_goes_to_the_address_of_the_session(

@@ -133,6 +133,8 @@ class Race(Generic[_T]):
         while self._running:
             waited: list[asyncio.Future[Any]] = [*self._running, self._changed]
             await asyncio.wait(waited, timeout=self._patience(), return_when=asyncio.FIRST_COMPLETED)
+            if self._changed.done():
+                self._changed = self._loop.create_future()
             for task in [task for task in self._running if task.done()]:
                 error = task.exception()
                 if error is not None and not isinstance(error, UnverifiedError):
@@ -161,8 +163,6 @@ class Race(Generic[_T]):
 
     def _patience(self) -> float | None:
         """Return the seconds after which another attempt starts, or None while there is none to start."""
-        if self._changed.done():
-            self._changed = self._loop.create_future()
         others = [attempt.due for attempt in self._running.values() if self._waiting or self._can_fall_back(attempt)]
         due = min(others, default=math.inf)
         return None if due == math.inf else max(0.0, due - self._loop.time())

@@ -137,6 +137,11 @@ AROUND = [
     pytest.param(f"prisma://accelerate.prisma-data.net/?api_key={SECRET}", "service of Prisma", id="Prisma"),
     pytest.param(f"https://{HOST}/sql", "is the address of a web page", id="https"),
     pytest.param(HOST, "is a host name", id="a host name"),
+    pytest.param("None", "is the text of a missing value", id="None"),
+    pytest.param(
+        f"postgresql+psycopg2://alex:{SECRET}@{HOST}/d", "begins with 'postgresql+psycopg2://'", id="psycopg2"
+    ),
+    pytest.param(f"POSTGRESQL://alex:{SECRET}@{HOST}/d", "begins with 'POSTGRESQL://'", id="capitals"),
     pytest.param(f"alex:{SECRET}@{HOST}/d", "has no scheme", id="no scheme"),
     pytest.param(f"mysql://alex:{SECRET}@{HOST}/d", "begins with 'mysql://'", id="another database"),
     pytest.param(f"{DSN}\u200b", "invisible character U+200B", id="a zero-width space at the end"),

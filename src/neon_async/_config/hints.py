@@ -15,8 +15,8 @@ from typing import Final
 
 _SETTING = 'pass server_settings={"name": "value"} in code; a pooled host accepts few of them, see ALTER ROLE ... SET.'
 _SEARCH_PATH = (
-    'pass server_settings={"search_path": "..."} in code. On a pooled host use ALTER ROLE ... SET search_path, or '
-    "SET LOCAL in a transaction."
+    'pass server_settings={"search_path": "app"} in code, or write options=-csearch_path%3Dapp in the DSN. On a pooled '
+    "host use ALTER ROLE ... SET search_path, or SET LOCAL in a transaction."
 )
 _LIFETIME = "pass max_lifetime= to create_pool(), in seconds."
 _MAX_SIZE = "pass max_size= to create_pool()."
@@ -126,10 +126,11 @@ _SHAPES: Final = (
     ),
     (
         r"\s*(?:(?:export|set|setx|ENV)\s+)?[A-Za-z_][A-Za-z0-9_.]*\s*[=:]\s*[\"']?(?:postgres|psql)",
-        "begins with the name of a variable, as in DATABASE_URL=...",
+        "begins with the name of a variable, such as DATABASE_URL=",
         "Pass only what follows the '='.",
     ),
     (r"(?:export\s+)?[A-Za-z_][A-Za-z0-9_]*=", "begins with the name of a variable", "Pass only what follows the '='."),
+    (r"(?:None|null|undefined)\Z", "is the text of a missing value", "Set the variable that it comes from."),
     (r"[${%]|os\.environ|process\.env|env\(", "is the name of a variable", "Pass the value of the variable."),
     (r"(?i:postgres(?:ql)?)(?:\+\w+)?:/?(?!/)", "lacks the '//' behind the scheme", "Write postgresql://..."),
     (r"prisma(?:\+postgres)?://", "leads to a service of Prisma and to no PostgreSQL server", _COPY),

@@ -70,7 +70,7 @@ _CACHED = 4_096
 # A text without one of these words is never refused. The test is one search at C speed per text.
 _SUSPICIOUS = (
     r"listen|advisory_lock|set_config|setseed|origin_session|pg_settings|pg_temp|u&\""
-    r"|(?<![\w$])(?:set|temp|temporary|prepare|hold|load)(?![\w$])"
+    r"|(?<![\w$])(?:temp|temporary|cursor)(?![\w$])|(?:\A|[;/\s])(?:set|prepare|load)(?![\w$])"
 )
 
 

@@ -82,6 +82,10 @@ from neon_async._neon.sql import session_feature
         ("SELECT 1 INTO TEMP a", "SELECT INTO TEMP"),
         ("WITH a AS (SELECT 1) SELECT * INTO pg_temp_3.b FROM a", "SELECT INTO TEMP"),
         ("CREATE FUNCTION f() RETURNS int BEGIN ATOMIC SELECT CASE WHEN a THEN 1 END; END; LISTEN a", "LISTEN"),
+        ("CREATE OR REPLACE PROCEDURE p() BEGIN ATOMIC SELECT 1 AS case, t.case, 2 AS end; END; LISTEN a", "LISTEN"),
+        ("CREATE TABLE t (begin atomic); LISTEN a", "LISTEN"),
+        ("CREATE TABLE begin atomic; LISTEN a", "LISTEN"),
+        ("BEGIN ATOMIC; LISTEN a", "LISTEN"),
     ],
     ids=lambda value: value[:50],
 )

@@ -24,13 +24,16 @@ def statements(query: str) -> Iterator[list[str]]:
             statement, depth = [], 0
             continue
         depth += (lexeme == "(") - (lexeme == ")")
-        if statement[:1] == ["create"]:  # as psql finds the end of BEGIN ATOMIC ... END
-            if lexeme == "atomic" and statement[-1] == "begin":
-                nested = 1
-            elif nested:
-                nested += (lexeme == "case") - (lexeme == "end")
+        if nested:  # as psql finds the end of BEGIN ATOMIC ... END
+            is_label = statement[-1] in ("as", ".")
+            nested += 0 if is_label else (lexeme == "case") - (lexeme == "end")
+        elif lexeme == "atomic" and depth == 0 and statement[-1:] == ["begin"]:
+            nested = int(statement[0] == "create" and not _ROUTINES.isdisjoint(statement[1:4]))
         statement.append(lexeme)
     yield _decoded(statement)
+
+
+_ROUTINES = frozenset({"function", "procedure"})
 
 
 def identifier(lexeme: str) -> str:

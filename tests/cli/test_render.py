@@ -54,6 +54,7 @@ async def test_the_json_of_a_good_connection_has_the_documented_keys(postgres: L
         "certificate",
         "anchor",
         "chain",
+        "revocation",
         "server_version",
         "problem",
     ]

@@ -5,9 +5,11 @@ This module must not know arguments, exit statuses or how a result is shown; `re
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import dataclasses
 import datetime
+import importlib.util
 import time
 from typing import TYPE_CHECKING, Literal
 
@@ -20,6 +22,7 @@ from .._errors import (
     ProtocolError,
     TLSError,
 )
+from .._wire.revocation.report import RevocationReport
 
 if TYPE_CHECKING:
     import os
@@ -90,6 +93,7 @@ class CheckResult:
         tls: What was negotiated and verified. Known after tls.
         days_left: Whole days until the server's certificate expires. Known after tls.
         server_version: The version as PostgreSQL writes it. Known after query.
+        revocation: Whether the certificates of the server have been revoked. Known after tls; None with `offline`.
         problem: The error that ended the check, or None.
     """
 
@@ -99,6 +103,7 @@ class CheckResult:
     tls: TLSReport | None = None
     days_left: int | None = None
     server_version: str | None = None
+    revocation: RevocationReport | None = None
     problem: Problem | None = None
 
     @property
@@ -114,24 +119,34 @@ class CheckResult:
         return max((step.started or 0.0) + (step.seconds or 0.0) for step in self.steps)
 
 
-async def check(dsn: str | None = None, *, trust_anchor: bytes | str | os.PathLike[str] | None = None) -> CheckResult:
+async def check(
+    dsn: str | None = None,
+    *,
+    trust_anchor: bytes | str | os.PathLike[str] | None = None,
+    offline: bool = False,
+) -> CheckResult:
     """Open one verified connection, run one query, close the connection, and return what happened.
 
+    The revocation lists that the server's certificates name are fetched meanwhile, and waited for at the end.
+
     The connection is tried once. A refused configuration and a failed step are part of the result, not exceptions.
-    The dial ends within the `connect_timeout` of the parameters, and the query within the same time again.
+    The dial ends within the `connect_timeout` of the parameters, the query within the same time again, and the wait for
+    the lists likewise.
 
     Args:
         dsn: The connection string. None (the default): the PG* variables of libpq are used alone.
         trust_anchor: As in `create_pool()`. None (the default): ISRG Root X1.
+        offline: Whether to fetch no list, unless DSN or environment ask for it. False (the default): lists are fetched.
     """
     timeline = _Timeline()
     timeline.begin("parse")
     try:
-        connector = prepare(dsn, trust_anchor=trust_anchor)
+        connector = prepare(dsn, trust_anchor=trust_anchor, revocation=None if offline or _missing() else "advise")
     except NeonAsyncError as error:
         problem = timeline.fail(error)
         return CheckResult(timeline.steps({}), problem=problem)
     server_version, failure = await _connect_and_query(connector, timeline)
+    revoked = await _await_lists(connector)
     tls = connector.tls_report
     return CheckResult(
         steps=timeline.steps(_details(connector, tls, server_version)),
@@ -140,14 +155,20 @@ async def check(dsn: str | None = None, *, trust_anchor: bytes | str | os.PathLi
         tls=tls,
         days_left=(tls.not_after - datetime.datetime.now(datetime.UTC)).days if tls else None,
         server_version=server_version,
-        problem=failure,
+        revocation=_revocation(tls, offline=offline),
+        problem=revoked or failure,
     )
 
 
 async def _connect_and_query(connector: Connector, timeline: _Timeline) -> tuple[str | None, Problem | None]:
     """Return the server's version, or the problem."""
+
+    def begin(step: str) -> None:
+        if step in _STEPS:  # waiting for a list, where DSN or environment require it, is a part of tls
+            timeline.begin(step)
+
     try:
-        connection = await connector.connect(on_step=timeline.begin)
+        connection = await connector.connect(on_step=begin)
     except Exception as error:  # noqa: BLE001  # NeonAsyncError, and any other error that a server sends
         return None, timeline.fail(error)
     limit = connector.parameters.connect_timeout
@@ -166,6 +187,32 @@ async def _connect_and_query(connector: Connector, timeline: _Timeline) -> tuple
     return str(server_version), None
 
 
+async def _await_lists(connector: Connector) -> Problem | None:
+    """Wait for the revocation lists that are being fetched, and return the problem if something has been revoked."""
+    if connector.revocation is None:
+        return None
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(connector.parameters.connect_timeout):
+            await connector.revocation.settle()
+    error = connector.revocation.revoked()
+    return None if error is None else _problem("tls", error)
+
+
+def _revocation(tls: TLSReport | None, *, offline: bool) -> RevocationReport | None:
+    if tls is None:
+        return None
+    missing = _missing()
+    if tls.revocation.status == "off" and missing and not offline:
+        reason = f"it needs {' and '.join(missing)}; run: python -m pip install 'neon-async[revocation]'"
+        return RevocationReport("unknown", tls.subject, reason=reason)
+    return None if tls.revocation.status == "off" else tls.revocation
+
+
+def _missing() -> list[str]:
+    """Return the packages of the extra `revocation` that are not installed."""
+    return [name for name in ("cryptography", "platformdirs") if importlib.util.find_spec(name) is None]
+
+
 def _details(connector: Connector, tls: TLSReport | None, server_version: str | None) -> Mapping[str, str]:
     """Return the detail of each step that succeeded."""
     parameters = connector.parameters
@@ -177,6 +224,16 @@ def _details(connector: Connector, tls: TLSReport | None, server_version: str | 
         "authentication": f"as {parameters.user}, {tls.mechanism}" if tls else "",
         "query": f"PostgreSQL {server_version}",
     }
+
+
+def _problem(step: str, error: Exception) -> Problem:
+    return Problem(
+        step=step,
+        type=type(error).__name__,
+        message=str(error) or "The error has no message.",
+        retryable=isinstance(error, NeonAsyncError) and error.retryable,
+        refused=isinstance(error, _REFUSALS) and not isinstance(error, InvalidPasswordError),
+    )
 
 
 class _Timeline:
@@ -206,15 +263,9 @@ class _Timeline:
 
     def fail(self, error: Exception) -> Problem:
         """End the running step with `error`, and return the problem."""
-        message = str(error) or "The error has no message."
-        self.end("failed", message)
-        return Problem(
-            step=self._ended[-1].name,
-            type=type(error).__name__,
-            message=message,
-            retryable=isinstance(error, NeonAsyncError) and error.retryable,
-            refused=isinstance(error, _REFUSALS) and not isinstance(error, InvalidPasswordError),
-        )
+        problem = _problem(self._running[0] if self._running else "", error)
+        self.end("failed", problem.message)
+        return problem
 
     def steps(self, details: Mapping[str, str]) -> tuple[Step, ...]:
         """Return all steps in order. Those that succeeded get their text from `details`."""

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from .._wire.chain import ChainCertificate
+    from .._wire.revocation.report import RevocationReport
     from .._wire.tls import TLSReport
     from .._wire.trust import Place
     from .check import CheckResult, Step
@@ -54,6 +55,9 @@ def check_to_json(result: CheckResult) -> str:
       of the first one that is trusted
     - `chain`: `served` and `verified` (each a list of `subject`, `issuer`, `not_after` and `sha256`, the leaf first),
       `path_ends` (ISO 8601: until when the anchor and the cross-signs below it are trusted) and `warnings`, or null
+    - `revocation`: `status` ("good", "revoked", "unknown", "short-lived" or "pending"), `subject`, `list_url`,
+      `entries`, `next_update` and `checked_at` (ISO 8601), `reason`, and `issuers` (a list of the same without
+      `issuers`), or null
     - `server_version`: as PostgreSQL writes it, or null
     - `problem`: `step`, `type` (the error's class), `message` and `retryable`, or null
     """
@@ -73,6 +77,11 @@ def check_to_json(result: CheckResult) -> str:
         },
         "anchor": anchor and _pick(anchor, "subject", "source", "sha256"),
         "chain": tls and _chain(tls),
+        "revocation": result.revocation
+        and {
+            **_revocation(result.revocation),
+            "issuers": [_revocation(each) for each in result.revocation.issuers],
+        },
         "server_version": result.server_version,
         "problem": problem and _pick(problem, "step", "type", "message", "retryable"),
     }
@@ -108,6 +117,13 @@ def _chain(tls: TLSReport) -> dict[str, Any]:
         "verified": listed(tls.chain),
         "path_ends": tls.path_ends and tls.path_ends.isoformat(),
         "warnings": list(tls.warnings),
+    }
+
+
+def _revocation(report: RevocationReport) -> dict[str, Any]:
+    moments = {name: getattr(report, name) for name in ("next_update", "checked_at")}
+    return _pick(report, "status", "subject", "list_url", "entries", "reason") | {
+        name: moment and moment.isoformat() for name, moment in moments.items()
     }
 
 
@@ -257,8 +273,25 @@ def _facts(result: CheckResult) -> Iterable[tuple[str, Sequence[tuple[str, str]]
             ),
         )
         yield "Chain", tuple(_chain_facts(tls))
+    if result.revocation is not None:
+        yield "Revocation", tuple(_revocation_facts(result.revocation))
     if anchor is not None:
         yield "Trust anchor", (("subject", anchor.subject), ("found in", anchor.source), ("SHA-256", anchor.sha256))
+
+
+def _revocation_facts(report: RevocationReport) -> Iterable[tuple[str, str]]:
+    yield "status", report.status
+    if report.reason:
+        yield "because", report.reason
+    if report.list_url is not None:
+        yield "list", report.list_url
+    if report.next_update is not None and report.checked_at is not None:
+        yield "entries", f"{report.entries}"
+        yield "next update", f"{report.next_update:%Y-%m-%d %H:%M} UTC"
+        yield "checked at", f"{report.checked_at:%Y-%m-%d %H:%M} UTC"
+    for number, each in enumerate(report.issuers):
+        because = f": {each.reason}" if each.reason else ""
+        yield "" if number else "issuers", f"{each.subject}, {each.status}{because}"
 
 
 def _chain_facts(tls: TLSReport) -> Iterable[tuple[str, str]]:

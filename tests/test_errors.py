@@ -48,6 +48,11 @@ TREE: list[Any] = [
         (neon_async.TooManyConnectionsError, (neon_async.EndpointError, asyncpg.TooManyConnectionsError), True),
         (neon_async.DatabaseNotFoundError, (neon_async.EndpointError, asyncpg.InvalidCatalogNameError), False),
         (neon_async.PooledHostError, (asyncpg.FeatureNotSupportedError,), False),
+        (
+            neon_async.StaleStatementError,
+            (asyncpg.exceptions.ProtocolError, asyncpg.exceptions.OutdatedSchemaCacheError),
+            True,
+        ),
         (neon_async.WrongMethodError, (asyncpg.InterfaceError,), False),
         (neon_async.PoolTimeoutError, (TimeoutError, asyncio.TimeoutError), True),
         (neon_async.PoolBusyError, (RuntimeError,), True),

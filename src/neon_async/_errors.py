@@ -151,6 +151,20 @@ class PooledHostError(NeonAsyncError, asyncpg.FeatureNotSupportedError):
     """The statement needs a session of its own, which a `-pooler` host does not provide. Use the direct host."""
 
 
+class StaleStatementError(
+    NeonAsyncError, asyncpg.exceptions.ProtocolError, asyncpg.exceptions.OutdatedSchemaCacheError
+):
+    """A statement was executed, and its rows could not be read, because they are not as they were when it was prepared.
+
+    The next use is prepared anew. Whether the statement may be executed a second time, only the caller knows.
+    """
+
+    retryable = True
+
+    def __init__(self, message: str = "") -> None:  # OutdatedSchemaCacheError requires a message
+        super().__init__(message)
+
+
 class WrongMethodError(NeonAsyncError, asyncpg.InterfaceError):
     """The statement needs another method than the one it was given to, such as COPY. Nothing was sent."""
 

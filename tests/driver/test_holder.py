@@ -243,7 +243,7 @@ class TestCancelRequests:
 # Statements
 
 
-class Noting(StatementHooks, Connection):
+class Noting(Connection):
     """Notes what is prepared and what is executed."""
 
     __slots__ = ("prepared", "run")
@@ -326,14 +326,59 @@ class TestStatements:
         assert noting.prepared[0] == query
 
     @pins("_do_execute")
-    async def test_a_stale_statement_raises_where_asyncpg_would_retry(self, noting: Any, connection: Any) -> None:
-        for one in (noting, connection):
-            await one.execute("CREATE TEMP TABLE IF NOT EXISTS noted (a int)")
-            await one.fetch("SELECT * FROM noted")
-            await one.execute("ALTER TABLE noted ADD COLUMN b int")
+    async def test_a_stale_statement_raises_where_asyncpg_would_retry(self, connection: Any) -> None:
+        await connection.execute("CREATE TEMP TABLE noted (a int)")
+
+        def run() -> Any:
+            protocol = connection._protocol
+            return StatementHooks.run_statement(
+                connection,
+                "SELECT * FROM noted",
+                lambda state, timeout: protocol.bind_execute(state, (), "", 0, False, timeout),
+                None,
+            )
+
+        await run()
+        await connection.execute("ALTER TABLE noted ADD COLUMN b int")
         with pytest.raises(asyncpg.InvalidCachedStatementError):
-            await noting.fetch("SELECT * FROM noted")
-        assert await connection.fetch("SELECT * FROM noted") == []
+            await run()
+
+    @pins("_prepare")
+    async def test_what_copy_records_to_table_asks_for_is_asked_each_time(self, connection: Any) -> None:
+        await connection.execute("CREATE TEMP TABLE noted (a int4)")
+        await connection.copy_records_to_table("noted", records=[(1,)])
+        await connection.execute("ALTER TABLE noted ALTER COLUMN a TYPE float4")
+        await connection.copy_records_to_table("noted", records=[(2.5,)])
+        assert await connection.fetchval("SELECT array_agg(a) FROM noted") == [1, 2.5]
+
+    @pins("_query", "_state", "_maybe_gc_stmt")
+    async def test_a_prepared_statement_can_be_given_another_state(self, connection: Any) -> None:
+        statement = await connection.prepare("SELECT 42")
+        old, other = holder.state_of(statement), await connection.prepare("SELECT 43")
+        holder.set_state(statement, holder.state_of(other))
+        assert await statement.fetchval() == 43
+        assert (holder.query_of(statement), old.closed, holder.state_of(other).closed) == ("SELECT 42", True, False)
+        await connection.fetchval("SELECT 44")
+        prepared = "SELECT count(*) FROM pg_prepared_statements WHERE statement = 'SELECT 42'"
+        assert await connection.fetchval(prepared) == 0
+
+    @pytest.mark.parametrize(
+        ("query", "types"),
+        [
+            ("SELECT $1::int4 AS a, 'b'::text AS b", {23, 25}),
+            ("SET LOCAL work_mem = '1MB'", set()),
+        ],
+        ids=["some", "none"],
+    )
+    @pins("_get_parameters", "_get_attributes")
+    async def test_a_statement_is_described(self, connection: Any, query: str, types: set[int]) -> None:
+        state = holder.state_of(await connection.prepare(query))
+        assert holder.types_of(state) == types
+        assert holder.description_of(state) == (([23], [("a", 23), ("b", 25)]) if types else ([], []))
+
+    @pytest.mark.parametrize(("name", "own"), [(None, True), ("mine", False)])
+    async def test_a_name_of_asyncpgs_is_known(self, connection: Any, name: str | None, own: bool) -> None:
+        assert holder.has_own_name(holder.state_of(await connection.prepare("SELECT 1", name=name))) is own
 
     @pytest.mark.parametrize("certainly", [True, False], ids=["gone", "perhaps gone"])
     @pins("_stmt_cache", "_mark_stmts_as_closed")

@@ -34,7 +34,6 @@ HOLDER = "_driver.holder"
 COMPUTED = {
     HOLDER: {"Proxy.__getattr__"},  # all of a connection's, for the caller
     "_driver.loop": {"LoopAdapter.__getattr__"},  # the running loop's
-    "_driver.pooled": {"tracked_settings"},  # names of PostgreSQL's settings
     "_driver.protocol": {"SessionProtocol.__getattr__"},  # all of asyncpg's protocol, for asyncpg
     "_driver.transaction": {"_Observed.__getattr__", "_Observed.__setattr__"},  # all of a connection's, for asyncpg
     "_pool.options": {"PoolOptions.__post_init__"},

@@ -139,7 +139,7 @@ class TestWorkThatRunsAgain:
 
         async def setup(connection: Any) -> None:
             if not ended:
-                ended.append(connection.transaction().connection)
+                ended.append(connection._con)
                 await bench.kill(connection)
                 await until(ended[0].is_closed)
 

@@ -98,7 +98,7 @@ class Unproxied:
 
     def __init__(self, proxy: Any) -> None:
         self._lent = proxy
-        self._itself = proxy.transaction().connection
+        self._itself = proxy._con
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._itself if name == "is_closed" else self._lent, name)

@@ -15,7 +15,8 @@ from typing import Any, TypeVar, cast
 
 import asyncpg
 
-from .holder import ConnectionHooks, RecordT, Use, end_lost, own_session, prepare_cached, protocol_of
+from .healing import HealedStatements, once
+from .holder import RecordT, Use, end_lost, own_session, prepare_cached, protocol_of
 from .resources import adopt_factory, adopt_statement
 from .session import Codec
 from .transaction import Transaction
@@ -26,7 +27,7 @@ _T = TypeVar("_T")
 _LATER = 0.5
 
 
-class Connection(ConnectionHooks[RecordT]):
+class Connection(HealedStatements[RecordT]):
     """One verified connection, from `connect()` or from a pool. It does all that asyncpg's does.
 
     Three things differ from asyncpg. `transaction()` blocks end in bounded time. One cancellation or `timeout=` ends
@@ -108,15 +109,15 @@ class Connection(ConnectionHooks[RecordT]):
 
     def use_of(self, resource: object) -> Use:
         """Return a call on a prepared statement, a cursor or a transaction of this connection."""
-        return Use(own_session(self))
+        return Use(self, resource)
 
     async def executemany(self, command: str, args: Any, **options: Any) -> Any:
         """Run `command` for each sequence of arguments, as asyncpg does; one cancellation ends it."""
-        return await self._cancellable(super().executemany(command, args, **options))
+        return await self._cancellable(super().executemany(command, once(args), **options))
 
     async def fetchmany(self, query: str, args: Any, **options: Any) -> Any:
         """Run `query` for each sequence of arguments and return the rows, as asyncpg does; one cancellation ends it."""
-        return await self._cancellable(super().fetchmany(query, args, **options))
+        return await self._cancellable(super().fetchmany(query, once(args), **options))
 
     async def copy_to_table(
         self,

@@ -192,7 +192,7 @@ class Connector:
         self.revocation: ChainCheck | None = None
         self._tls_report: TLSReport | None = None
         self._checker = checker
-        self.healing = Healing()
+        self.healing = Healing(is_shared=parameters.pooled)
         self._logins = LoginCache()
         # asyncpg requires a context. This one trusts no certificate, so that nothing would pass if it were ever used.
         self._placeholder = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)

@@ -16,7 +16,7 @@ import inspect
 import logging
 import types
 import weakref
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import asyncpg
@@ -314,43 +314,117 @@ def _closed_error_of(resource: Any, method: str) -> Exception:
     return closed_error(resource._connection, f"cannot call {name}: the underlying connection is closed")
 
 
-class StatementHooks(_Connection[RecordT]):
+class StatementHooks(ConnectionHooks[RecordT]):
     """asyncpg's connection: what prepares and what executes a statement can be overridden."""
 
     __slots__ = ()
 
-    async def get_statement(self, query: str, timeout: float | None, **options: Any) -> Any:
+    def get_statement(self, query: str, timeout: float | None, **options: Any) -> Awaitable[Any]:
         """Return asyncpg's state of a prepared statement, from its cache or from the server."""
-        return await super()._get_statement(query, timeout, **options)  # type: ignore[misc]
+        state: Awaitable[Any] = super()._get_statement(query, timeout, **options)  # type: ignore[misc]
+        return state
 
-    async def run_statement(self, query: str, executor: Any, timeout: float | None, **options: Any) -> Any:
-        """Get the statement and execute it with `executor`. A stale one raises; asyncpg itself would retry."""
-        return await super()._do_execute(query, executor, timeout, retry=False, **options)  # type: ignore[misc]
+    def run_statement(self, query: str, executor: Any, timeout: float | None, **options: Any) -> Awaitable[Any]:
+        """Get the statement and execute it with `executor`; return the result and the state."""
+        result: Awaitable[Any] = super()._do_execute(query, executor, timeout, retry=False, **options)  # type: ignore[misc]
+        return result
 
-    async def _get_statement(self, query: str, timeout: float | None, **options: Any) -> Any:
-        return await self.get_statement(query, timeout, **options)
+    def _get_statement(self, query: str, timeout: float | None, **options: Any) -> Awaitable[Any]:
+        return self.get_statement(query, timeout, **options)
 
-    async def _do_execute(
+    def _do_execute(
         self,
         query: str,
         executor: Any,
         timeout: float | None,
         retry: bool = True,
         **options: Any,
-    ) -> Any:
-        return await self.run_statement(query, executor, timeout, **options)
+    ) -> Awaitable[Any]:
+        return self.run_statement(query, executor, timeout, **options)
+
+    async def _prepare(self, query: str, *, use_cache: bool = False, **options: Any) -> Any:
+        # asyncpg itself caches only what copy_records_to_table() asks for the columns of a table: after DDL it would
+        # encode records for the old ones, which the server may take.
+        return await super()._prepare(query, use_cache=False, **options)  # type: ignore[misc]
+
+
+def get_statement(connection: Any, query: str, timeout: float | None, options: Mapping[str, Any]) -> Awaitable[Any]:
+    """Return a prepared statement as asyncpg's own code gets it, through a caller's overrides as well."""
+    state: Awaitable[Any] = connection._get_statement(query, timeout, **options)
+    return state
+
+
+def prepares(connection: Any) -> int:
+    """Return how often the connection has prepared a statement."""
+    count: int = connection._protocol.prepares
+    return count
+
+
+def search_path(connection: Any) -> str | None:
+    """Return the `search_path` of the transaction or session, where it is known."""
+    path: str | None = connection._protocol.search_path
+    return path
+
+
+def query_of(resource: Any) -> str:
+    """Return the text of a prepared statement or cursor, as its caller wrote it."""
+    query: str = resource._query
+    return query
+
+
+def state_of(resource: Any) -> Any:
+    """Return asyncpg's state of a prepared statement or cursor; None for a cursor that is not prepared yet."""
+    return resource._state
+
+
+def set_state(statement: Any, state: Any) -> None:
+    """Give a prepared statement another state. asyncpg closes the old one on the server."""
+    old = statement._state
+    state.attach()
+    statement._state = state
+    old.detach()
+    statement._connection._maybe_gc_stmt(old)
+
+
+def has_own_name(state: Any) -> bool:
+    """Return whether asyncpg has named a statement, or it has none: it can be prepared again under another name."""
+    name: str = state.name
+    return not name or name.startswith("__asyncpg_")
+
+
+def description_of(state: Any) -> Any:
+    """Return how the server has described a statement: the types of its parameters, the names and types of its rows.
+
+    None where asyncpg has forgotten the types.
+    """
+    try:
+        return (
+            [type_.oid for type_ in state._get_parameters() or ()],
+            [(column.name, column.type.oid) for column in state._get_attributes()],
+        )
+    except (asyncpg.InternalClientError, TypeError):
+        return None
+
+
+def types_of(state: Any) -> set[int]:
+    """Return the OIDs of the types of a statement's parameters and columns."""
+    parameters, columns = description_of(state) or ((), ())
+    return {*parameters, *(oid for _, oid in columns)}
 
 
 class Use:
-    """A call of a caller on a connection's resource: it is under way from its first step to its end."""
+    """A call of a caller on a resource of a connection: it is under way from its first step to its end."""
 
-    __slots__ = ("session",)
+    __slots__ = ("connection", "resource", "session")
 
-    def __init__(self, session: Session) -> None:
-        self.session = session
+    def __init__(self, connection: Any, resource: Any) -> None:
+        self.connection = connection
+        self.resource = resource
+        self.session = own_session(connection)
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> Use:
         self.session.calls += 1
+        return self
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         self.session.end_call()
@@ -403,7 +477,8 @@ def _forget_statements(reference: weakref.ref[Any], certainly: bool) -> None:
 
 async def prepare_cached(connection: Any, query: str) -> Any:
     """Return a prepared statement as `prepare()` does, and keep it in the cache of the connection as `fetch()` does."""
-    return await connection._prepare(query, use_cache=True)
+    asyncpgs: Any = asyncpg.Connection
+    return await asyncpgs._prepare(connection, query, use_cache=True)
 
 
 def end_lost(connection: Any, why: str) -> None:

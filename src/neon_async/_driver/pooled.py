@@ -1,40 +1,23 @@
 """What a connection does differently behind a transaction pooler: PgBouncer in transaction mode, as on `-pooler` hosts.
 
-It refuses what needs a session of its own, heals stale prepared statements, and resets only what would follow the next
-client. Knows no pools.
-
-A stale statement is healed within the call outside a transaction. Inside a transaction, from a prepared statement or
-from a cursor the error is raised, and what is prepared next is healed; a statement that was prepared before the DDL
-stays stale. The same holds for asyncpg's `ProtocolError`, which means that the query was executed and its rows are not
-as asyncpg knew them.
+It refuses what needs a session of its own, and resets only what would follow the next client. Knows no pools.
 """
 
 from __future__ import annotations
 
-import logging
-import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NoReturn
-
-import asyncpg
 
 from .._errors import PooledHostError
 from .._neon.endpoint import direct_host
 from .._neon.sql import REPORTED_SETTINGS, quote, session_feature
 from .connection import Connection
-from .holder import StatementHooks, Use, own_session, timeout_of
+from .holder import Use, own_session
 from .session import Session
 from .transaction import Transaction
 
-_log = logging.getLogger("neon_async")
 
-# A server connection that has not had the statement before prepares it again after the DDL. asyncpg reads the rows as
-# they were described to it earlier, and finds a wrong number of columns or of bytes.
-_MISREAD = (asyncpg.exceptions.ProtocolError,)
-_STALE = (asyncpg.InvalidCachedStatementError, *_MISREAD)
-
-
-class PooledConnection(StatementHooks, Connection):
+class PooledConnection(Connection):
     """A connection to a pooled host."""
 
     __slots__ = ()
@@ -52,7 +35,7 @@ class PooledConnection(StatementHooks, Connection):
     async def executemany(self, command: str, args: Any, **options: Any) -> Any:
         """Execute SQL for each sequence of arguments, as asyncpg does; `PooledHostError` where it needs a session."""
         refuse_session_features(self, command)
-        return await super().executemany(command, _once(args), **options)
+        return await super().executemany(command, args, **options)
 
     async def fetch(self, query: str, *args: Any, **options: Any) -> Any:
         """Return all rows, as asyncpg does; `PooledHostError` where the query needs a session of its own."""
@@ -72,7 +55,7 @@ class PooledConnection(StatementHooks, Connection):
     async def fetchmany(self, query: str, args: Any, **options: Any) -> Any:
         """Return the rows of all runs, as asyncpg does; `PooledHostError` where the query needs a session."""
         refuse_session_features(self, query)
-        return await super().fetchmany(query, _once(args), **options)
+        return await super().fetchmany(query, args, **options)
 
     async def prepare(self, query: str, **options: Any) -> Any:
         """Return a prepared statement, as asyncpg does; `PooledHostError` where it needs a session of its own."""
@@ -91,8 +74,7 @@ class PooledConnection(StatementHooks, Connection):
 
     def use_of(self, resource: object) -> Use:
         """Return a call on a prepared statement, a cursor or a transaction of this connection."""
-        session = own_session(self)
-        return Use(session) if isinstance(resource, Transaction) else _ResourceUse(session)
+        return Use(self, resource) if isinstance(resource, Transaction) else _HeldUse(self, resource)
 
     async def copy_from_query(self, query: str, *args: Any, **options: Any) -> Any:
         """Copy the rows of a query, as asyncpg does; `PooledHostError` where it needs a session of its own."""
@@ -125,42 +107,16 @@ class PooledConnection(StatementHooks, Connection):
 
     # How statements are prepared and executed
 
-    async def get_statement(self, query: str, timeout: float | None, **options: Any) -> Any:
-        """Prepare the text with the token of this pool, and once more where it has become stale."""
-        session, began = own_session(self), time.monotonic()
-        session.holds_server = True
-        token = session.healing.token
-        try:
-            return await super().get_statement(query + token, timeout, **options)
-        except asyncpg.InvalidCachedStatementError:
-            if not self._may_retry(token):
-                raise
-        with _Retry(self, timeout, began) as retry:
-            return await super().get_statement(query + session.healing.token, retry.timeout, **options)
+    def get_statement(self, query: str, timeout: float | None, **options: Any) -> Any:
+        """Prepare the text, or take it from the cache."""
+        own_session(self).holds_server = True
+        return super().get_statement(query, timeout, **options)
 
     async def run_statement(self, query: str, executor: Any, timeout: float | None, **options: Any) -> Any:
-        """Execute a statement, and once more where it has become stale and nothing of it was executed."""
-        session, began = own_session(self), time.monotonic()
-        token = session.healing.token
-        try:
-            result = await super().run_statement(query, executor, timeout, **options)
-        except asyncpg.InvalidCachedStatementError:
-            if not self._may_retry(token):
-                raise
-        except _MISREAD:
-            note_stale(session, token)
-            raise  # it was executed: only the caller can decide whether it may be once more
-        else:
-            session.holds_server = False
-            return result
-        with _Retry(self, timeout, began) as retry:
-            result = await super().run_statement(query, executor, retry.timeout, **options)
-        session.holds_server = False
+        """Prepare and execute a text."""
+        result = await super().run_statement(query, executor, timeout, **options)
+        own_session(self).holds_server = False
         return result
-
-    def _may_retry(self, token: str) -> bool:
-        note_stale(own_session(self), token)
-        return not (self.is_closed() or self.is_in_transaction())
 
 
 class _HeldServer:
@@ -180,59 +136,23 @@ class _HeldServer:
             self._session.holds_server = False
 
 
-class _Retry:
-    """The second run of a statement: its share of the timeout, and its time in the statistics.
-
-    Args:
-        connection: The connection that the statement runs on.
-        timeout: Seconds for both runs together. Default: the connection's `command_timeout`.
-        began: When the first run began.
-    """
-
-    def __init__(self, connection: PooledConnection, timeout: float | None, began: float) -> None:
-        self._session = own_session(connection)
-        self._began = time.monotonic()
-        self._token = self._session.healing.token
-        limit = timeout_of(connection, timeout)
-        self.timeout = None if limit is None else limit - (self._began - began)
-
-    def __enter__(self) -> _Retry:
-        return self
-
-    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
-        self._session.healing.seconds += time.monotonic() - self._began
-        if isinstance(error, _STALE):
-            note_stale(self._session, self._token)
-
-
-class _ResourceUse(Use):
-    """A call on a prepared statement or cursor, which cannot be healed: it reports that it is stale."""
+class _HeldUse(Use):
+    """A call on a prepared statement or cursor, for which PgBouncer reserves a server connection."""
 
     __slots__ = ()
 
-    def __enter__(self) -> None:
-        super().__enter__()
+    def __enter__(self) -> Use:
         self.session.holds_server = True
+        return super().__enter__()
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         if error is None:
             self.session.holds_server = False
-        elif isinstance(error, _STALE):
-            note_stale(self.session, getattr(error, "query", None))
         super().__exit__(kind, error, traceback)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is stale, what is refused, what is set back
-
-
-def note_stale(session: Session, stale: str | None) -> None:
-    """Have everything prepared again from now on, because `stale`, a text or the end of one, was refused as stale."""
-    if session.healing.renew(stale):
-        _log.info(
-            "%s: a prepared statement is stale, the schema has changed; statements are prepared again from now on",
-            session.name,
-        )
+# What is refused, what is set back
 
 
 def refuse_session_features(connection: object, query: object, args: Sequence[object] = ()) -> Session:
@@ -278,23 +198,3 @@ def tracked_settings(connection: Any) -> dict[str, str]:
 def _restoring(connection: Any, initial: dict[str, str]) -> str:
     now = tracked_settings(connection)
     return "; ".join(f"SET {name} TO {quote(value)}" for name, value in initial.items() if now.get(name) != value)
-
-
-class _Once:
-    """Rows from an iterator. A second run would go on with the rows that the first run has left."""
-
-    def __init__(self, rows: Iterator[Any]) -> None:
-        self._rows: Iterator[Any] | None = rows
-
-    def __iter__(self) -> Iterator[Any]:
-        rows, self._rows = self._rows, None
-        if rows is None:
-            raise asyncpg.InvalidCachedStatementError(
-                "The prepared statement was stale, and its rows came from an iterator that is used up. Nothing was "
-                "written. Call again with the rows from the beginning."
-            )
-        return rows
-
-
-def _once(rows: Iterable[Any]) -> Iterable[Any]:
-    return _Once(rows) if isinstance(rows, Iterator) else rows

@@ -69,6 +69,8 @@ class SessionProtocol:
         "is_recalled",
         "mentioned",
         "on_dropped",
+        "prepares",
+        "transaction_search_path",
     )
 
     def __init__(self, protocol: Any, transport: SessionTransport, *, host: str) -> None:
@@ -87,6 +89,8 @@ class SessionProtocol:
         self.has_deallocated = False  # statements may have been deallocated in SQL
         # Called when statements that asyncpg has prepared may be gone, with whether they are certainly.
         self.on_dropped: Callable[[bool], None] = lambda _: None
+        self.prepares = 0  # how often a statement was prepared
+        self.transaction_search_path: str | None = None  # of the settings of the open transaction
         self.is_recalled = False  # the loan has ended, and calls of it are still under way: they send nothing more
         self._keeps_nothing = False  # a COMMIT that is sent now ends a transaction that is read-only
         # Dotted names in texts and arguments, where someone collects them: what may be custom settings.
@@ -116,6 +120,14 @@ class SessionProtocol:
             and self._asyncpg.is_connected()
             and not holder.has_cancelled(self._asyncpg)
         )
+
+    @property
+    def search_path(self) -> str | None:
+        """The `search_path`, where it is known: PostgreSQL 18 reports it, and a transaction may set it."""
+        if self.transaction_search_path is not None and self.is_in_transaction():
+            return self.transaction_search_path
+        path: str | None = getattr(self.get_settings(), "search_path", None)
+        return path
 
     @property
     def is_running(self) -> bool:
@@ -221,6 +233,7 @@ class SessionProtocol:
         self._note(query)
         if effects := _allowed(query):
             self._effects[query] = effects
+        self.prepares += 1
         return await self._run(self._asyncpg.prepare(name, query, *args, **options), None, ready=False)
 
     async def bind_execute(self, state: Any, args: Any, *rest: Any, **options: Any) -> Any:

@@ -12,6 +12,7 @@ from typing import Any
 from asyncpg import cursor, prepared_stmt
 from asyncpg.connresource import guarded
 
+from .healing import once
 from .holder import ResourceHooks, open_resource, use_of
 
 
@@ -29,32 +30,32 @@ class PreparedStatement(ResourceHooks, prepared_stmt.PreparedStatement):
     @guarded
     async def fetch(self, *args: Any, **options: Any) -> Any:
         """Return all rows, as asyncpg does."""
-        with use_of(self):
-            return await super().fetch(*args, **options)
+        with use_of(self) as use:
+            return await use.connection.run_prepared(self, super().fetch, args, options)
 
     @guarded
     async def fetchval(self, *args: Any, **options: Any) -> Any:
         """Return one value, as asyncpg does."""
-        with use_of(self):
-            return await super().fetchval(*args, **options)
+        with use_of(self) as use:
+            return await use.connection.run_prepared(self, super().fetchval, args, options)
 
     @guarded
     async def fetchrow(self, *args: Any, **options: Any) -> Any:
         """Return one row, as asyncpg does."""
-        with use_of(self):
-            return await super().fetchrow(*args, **options)
+        with use_of(self) as use:
+            return await use.connection.run_prepared(self, super().fetchrow, args, options)
 
     @guarded
     async def fetchmany(self, args: Any, **options: Any) -> Any:
         """Return the rows of all runs, as asyncpg does."""
-        with use_of(self):
-            return await super().fetchmany(args, **options)
+        with use_of(self) as use:
+            return await use.connection.run_prepared(self, super().fetchmany, [once(args)], options)
 
     @guarded
     async def executemany(self, args: Any, **options: Any) -> Any:
         """Execute the statement for each sequence of arguments, as asyncpg does."""
-        with use_of(self):
-            return await super().executemany(args, **options)
+        with use_of(self) as use:
+            return await use.connection.run_prepared(self, super().executemany, [once(args)], options)
 
     def cursor(self, *args: Any, **options: Any) -> Any:
         """Return a cursor factory, as asyncpg does."""
@@ -70,8 +71,12 @@ class CursorFactory(ResourceHooks, cursor.CursorFactory):
         return CursorIterator(super().__aiter__())
 
     def __await__(self) -> Generator[Any, None, Any]:
-        with use_of(self):
-            return Cursor((yield from super().__await__()))
+        with use_of(self) as use:
+            try:
+                return Cursor((yield from super().__await__()))
+            except Exception as error:
+                use.connection.note_failure(self, error)
+                raise
 
 
 # asyncpg's cursors keep their classes inside: tracers compare them.
@@ -92,8 +97,14 @@ class CursorIterator:
         return self
 
     async def __anext__(self) -> Any:
-        with use_of(open_resource(self._rows)):
-            return await self._rows.__anext__()
+        with use_of(open_resource(self._rows)) as use:
+            try:
+                return await self._rows.__anext__()
+            except StopAsyncIteration:
+                raise
+            except Exception as error:
+                use.connection.note_failure(self._rows, error)
+                raise
 
 
 class Cursor:
@@ -109,18 +120,30 @@ class Cursor:
 
     async def fetch(self, n: int, *, timeout: float | None = None) -> Any:
         """Return the next `n` rows, as asyncpg does."""
-        with use_of(open_resource(self._opened)):
-            return await self._opened.fetch(n, timeout=timeout)
+        with use_of(open_resource(self._opened)) as use:
+            try:
+                return await self._opened.fetch(n, timeout=timeout)
+            except Exception as error:
+                use.connection.note_failure(self._opened, error)
+                raise
 
     async def fetchrow(self, *, timeout: float | None = None) -> Any:
         """Return the next row or None, as asyncpg does."""
-        with use_of(open_resource(self._opened)):
-            return await self._opened.fetchrow(timeout=timeout)
+        with use_of(open_resource(self._opened)) as use:
+            try:
+                return await self._opened.fetchrow(timeout=timeout)
+            except Exception as error:
+                use.connection.note_failure(self._opened, error)
+                raise
 
     async def forward(self, n: int, *, timeout: float | None = None) -> Any:
         """Skip `n` rows and return how many there were, as asyncpg does."""
-        with use_of(open_resource(self._opened)):
-            return await self._opened.forward(n, timeout=timeout)
+        with use_of(open_resource(self._opened)) as use:
+            try:
+                return await self._opened.forward(n, timeout=timeout)
+            except Exception as error:
+                use.connection.note_failure(self._opened, error)
+                raise
 
 
 def adopt_statement(statement: Any) -> Any:

@@ -24,44 +24,86 @@ class Healing:
 
     PgBouncer shares prepared statements among clients by their text. A server connection that prepared a text before
     the DDL answers "cached plan must not change result type" for ever, however often a client prepares it again. So
-    the pool changes its texts: from then on every query that is prepared ends with a comment.
+    the pool changes the text: from then on a comment follows the query. Other connections, on direct hosts as well,
+    then prepare it before it fails on them. All other texts stay as they are.
 
     The comment is random, because another process may have healed with a comment of its own before, and its texts may
     be stale again. It stands at the end, because pg_hint_plan reads the first comment. At the end of a `--` comment it
     becomes part of that comment, and still makes another text.
 
+    Where the `search_path` is known, each has texts of its own: under another one the same query can have another
+    result, and neither is stale.
+
+    Args:
+        is_shared: Whether a pooler shares statements, so that one that is prepared now can be an old one.
+
     Attributes:
-        token: The comment behind every query that is prepared; empty until the first stale statement.
-        heals: How often the token was renewed.
+        heals: How often a text was renewed.
         seconds: How long calls took to run once more, in total.
     """
 
-    __slots__ = ("heals", "seconds", "token")
+    __slots__ = ("_general", "_tokens", "heals", "is_shared", "seconds")
 
-    def __init__(self) -> None:
-        self.token = ""
+    def __init__(self, *, is_shared: bool = False) -> None:
+        self.is_shared = is_shared
+        self._general = ""  # of the queries that have none of their own
+        self._tokens: dict[tuple[str, str | None], str] = {}
         self.heals = 0
         self.seconds = 0.0
 
     def __repr__(self) -> str:
         return f"<Healing {self.heals} heals in {self.seconds:.3f} s>"
 
-    def renew(self, stale: str | None = None) -> bool:
-        """Change the text of every query that is prepared from now on.
+    @property
+    def has_tokens(self) -> bool:
+        """Whether any text is sent otherwise than its caller wrote it."""
+        return bool(self._tokens or self._general)
 
-        Calls fail together, and some were sent with a token that has been renewed since: one renewal serves them all.
+    def text_of(self, query: str, search_path: str | None) -> str:
+        """Return the text that is sent for a query.
 
         Args:
-            stale: The text that was refused as it was sent, or the end of it. None where it is not known.
+            query: The query of the caller.
+            search_path: Of the transaction or session, or None where it is not known.
+        """
+        tokens = self._tokens
+        return query + (tokens.get((query, search_path)) or tokens.get((query, None)) or self._general)
+
+    def renew(self, query: str, search_path: str | None, sent: str) -> bool:
+        """Change the text that is sent for `query` from now on.
+
+        Calls fail together, and some were sent with a text that has been renewed since: one renewal serves them all.
+
+        Args:
+            query: The query of the caller.
+            search_path: As in `text_of()`.
+            sent: The text that was stale.
 
         Returns:
             Whether a renewal was needed.
         """
-        if stale is not None and not stale.endswith(self.token):
+        if sent != self.text_of(query, search_path):
             return False
-        self.token = f" /* neon-async {os.urandom(4).hex()} */"
+        self._tokens.pop((query, search_path), None)  # the latest ones stay when there are too many
+        if len(self._tokens) >= _MAX_TOKENS:
+            del self._tokens[next(iter(self._tokens))]
+        self._tokens[query, search_path] = _token()
         self.heals += 1
         return True
+
+    def renew_all(self) -> None:
+        """Change the text of every query, where a pooler may have old statements for any."""
+        if self.is_shared:
+            self._tokens.clear()
+            self._general = _token()
+
+
+# How many queries have a token of their own: as many as asyncpg caches on ten connections.
+_MAX_TOKENS = 1000
+
+
+def _token() -> str:
+    return f" /* neon-async {os.urandom(4).hex()} */"
 
 
 _NOTHING: Mapping[Any, Any] = {}

@@ -86,7 +86,8 @@ class Transaction(ResourceHooks, AsyncpgTransaction):
         settings: Mapping[str, str] | None = None,
     ) -> None:
         self._lent = lent(connection)
-        self._observed = _Observed(connection, _claims(role, settings), readonly=readonly)
+        search_path = (settings or {}).get("search_path")
+        self._observed = _Observed(connection, _claims(role, settings), readonly=readonly, search_path=search_path)
         super().__init__(cast(Any, self._observed), isolation, readonly, deferrable)
 
     @property
@@ -152,14 +153,16 @@ class _Observed:
     The rest of the bookkeeping is asyncpg's.
     """
 
-    __slots__ = ("claims", "connection", "readonly")
+    __slots__ = ("claims", "connection", "readonly", "search_path")
 
     claims: Sequence[str]
     connection: Any
     readonly: bool
+    search_path: str | None
 
-    def __init__(self, connection: Any, claims: Sequence[str], *, readonly: bool) -> None:
+    def __init__(self, connection: Any, claims: Sequence[str], *, readonly: bool, search_path: str | None) -> None:
         object.__setattr__(self, "claims", claims)
+        object.__setattr__(self, "search_path", search_path)
         object.__setattr__(self, "connection", connection)
         object.__setattr__(self, "readonly", readonly)
 
@@ -173,6 +176,8 @@ class _Observed:
         protocol, beginning = protocol_of(self.connection), _beginning(query, self.claims)
         with contextlib.ExitStack() as stack:
             if protocol is not None and beginning is not None:
+                if query.startswith("BEGIN"):
+                    protocol.transaction_search_path = self.search_path
                 stack.enter_context(protocol.replacing(query, beginning))
             elif protocol is not None and self.readonly:
                 stack.enter_context(protocol.keeping_nothing())

@@ -431,7 +431,10 @@ class Pool(PoolBase[RecordT]):
         return loan.end(timeout)
 
     async def expire_connections(self) -> None:
-        """Lend no connection again that is open now: idle ones are replaced when needed, others when released."""
+        """Lend no connection again that is open now: idle ones are replaced when needed, others when released.
+
+        On a pooled host all statements are prepared under new texts, so that none is one that PgBouncer has kept.
+        """
         self._supply.expire()
 
     # -----------------------------------------------------------------------------------------------------------------

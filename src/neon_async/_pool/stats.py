@@ -83,7 +83,7 @@ class PoolStats:
     termination_seconds: float
     """For how long they were open."""
     heals: int
-    """How often the prepared statements were renewed after "cached plan must not change result type" (pooled hosts)."""
+    """How often a prepared statement was prepared again because it had become stale."""
     heal_seconds: float
     retries: int
     """Further attempts of `run_transaction()`."""

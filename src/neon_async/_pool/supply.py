@@ -136,6 +136,7 @@ class Supply:
     def expire(self) -> None:
         """Lend no connection again that has been made so far."""
         self._generation += 1
+        self.connector.healing.renew_all()
 
     def _reap(self) -> None:
         """Close connections that were idle for too long, down to `min_size`, and those that are too old."""

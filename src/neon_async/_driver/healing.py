@@ -1,0 +1,236 @@
+"""Prepare and execute statements, and heal those that have become stale within the call.
+
+A statement that is stale is prepared again under another text (see `Healing`) and executed again, where nothing of it
+was executed and no transaction was aborted by it, or where the transaction is read-only. Otherwise the error is raised
+once, and the next use is healed. Cursors are not healed, because they may have returned rows. `stale.judge()` decides.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from typing import Any, NoReturn
+
+import asyncpg
+
+from .._errors import StaleStatementError
+from . import holder
+from .holder import RecordT, StatementHooks, own_session, timeout_of
+from .losses import is_server_error
+from .stale import Verdict, is_stale_when_prepared, judge
+
+_log = logging.getLogger("neon_async")
+
+
+class HealedStatements(StatementHooks[RecordT]):
+    """asyncpg's connection, which heals stale statements."""
+
+    __slots__ = ()
+
+    async def get_statement(self, query: str, timeout: float | None, **options: Any) -> Any:
+        """Prepare the text, or take it from the cache; once more where a pooler has an old statement for it."""
+        began, text = time.monotonic(), _text_of(self, query)
+        try:
+            return await super().get_statement(text, timeout, **options)
+        except (asyncpg.PostgresError, asyncpg.InternalClientError) as error:
+            if self.is_closed() or not is_stale_when_prepared(error):
+                raise
+            self.note_stale(query, text)
+            if _aborts(self, error):
+                raise _as_cached_statement_error(error)  # noqa: B904  it has its cause
+        with _second_run(self, timeout, began) as left:
+            return await super().get_statement(_text_of(self, query), left, **options)
+
+    async def run_statement(self, query: str, executor: Any, timeout: float | None, **options: Any) -> Any:
+        """Prepare and execute a text, and once more where it is stale and that does no harm."""
+        prepared = holder.prepares(self)
+        began, state = time.monotonic(), None
+        try:
+            state = await holder.get_statement(self, query, timeout, options)
+            left = None if timeout is None else timeout - (time.monotonic() - began)
+            return await executor(state, left), state
+        except Exception as error:
+            if state is None:
+                raise
+            await self._allow_second_run(error, query, state, is_old=holder.prepares(self) == prepared)
+        with _second_run(self, timeout, began) as left:
+            began_again = time.monotonic()
+            try:
+                state = await holder.get_statement(self, query, left, options)
+                left = None if left is None else left - (time.monotonic() - began_again)
+                return await executor(state, left), state
+            except Exception as error:  # noqa: BLE001  of a codec, too
+                self._refuse_third_run(error, query, state)
+
+    async def run_prepared(self, statement: Any, method: Callable[..., Awaitable[Any]], args: Any, options: Any) -> Any:
+        """Call a method of a prepared statement. A stale one is prepared again, and stays the same object.
+
+        Args:
+            statement: The prepared statement.
+            method: Its method.
+            args: The arguments of the method.
+            options: The keyword arguments of the method.
+        """
+        timeout, began = options.get("timeout"), time.monotonic()
+        query, state = holder.query_of(statement), holder.state_of(statement)
+        try:
+            return await method(*args, **options)
+        except Exception as error:
+            if not holder.has_own_name(state):
+                raise
+            await self._allow_second_run(error, query, state, is_old=True)
+        with _second_run(self, timeout, began) as left:
+            own = {"named": bool(state.name), "use_cache": False, "record_class": state.record_class}
+            holder.set_state(statement, await holder.get_statement(self, query, left, own))
+            if timeout is not None:
+                options = {**options, "timeout": timeout - (time.monotonic() - began)}
+            try:
+                return await method(*args, **options)
+            except Exception as error:  # noqa: BLE001  of a codec, too
+                self._refuse_third_run(error, query, holder.state_of(statement))
+
+    def note_failure(self, cursor: Any, error: Exception) -> None:
+        """Have the text of a cursor prepared again where `error` says that it is stale.
+
+        Raises:
+            StaleStatementError: Rows were read that are not as they were described.
+        """
+        state = holder.state_of(cursor)
+        verdict = judge(error, lambda: holder.types_of(state) if state else ())
+        sent = state.query if state else getattr(error, "query", None)
+        if verdict.is_certain and sent is not None:
+            self.note_stale(holder.query_of(cursor), sent)
+        if verdict is Verdict.MISREAD:
+            raise _stale_error(error) from error
+
+    def note_stale(self, query: str, sent: str) -> None:
+        """Have `query` prepared again from now on, because it was stale as it was sent."""
+        session = own_session(self)
+        if session.healing.renew(query, holder.search_path(self), sent):
+            _log.info(
+                "%s: a prepared statement is stale, the schema has changed; it is prepared again from now on",
+                session.name,
+            )
+
+    async def _allow_second_run(self, error: Exception, query: str, state: Any, *, is_old: bool) -> None:
+        """Return where the statement may be executed once more, and raise what the caller gets otherwise.
+
+        Args:
+            error: What the first run raised.
+            query: The text of the caller.
+            state: asyncpg's state of the statement that was executed.
+            is_old: Whether it was prepared before this call.
+        """
+        verdict = Verdict.OTHER if self.is_closed() else judge(error, lambda: holder.types_of(state))
+        if verdict is Verdict.OTHER:
+            raise error
+        is_old = is_old or own_session(self).healing.is_shared
+        if _aborts(self, error):
+            if verdict.is_certain or is_old:
+                self.note_stale(query, state.query)
+            raise (_as_cached_statement_error(error) if verdict.is_certain else error)
+        if not verdict.is_certain and not (is_old and await self._has_changed(error, query, state)):
+            raise error
+        self.note_stale(query, state.query)
+        if isinstance(error, asyncpg.exceptions.OutdatedSchemaCacheError):
+            await self.reload_schema_state()
+        if verdict.is_misread and not await self._is_read_only():
+            raise _stale_error(error) from error
+
+    def _refuse_third_run(self, error: Exception, query: str, state: Any) -> NoReturn:
+        """Raise `error`, which the second run has raised."""
+        verdict = Verdict.OTHER if state is None or self.is_closed() else judge(error, lambda: holder.types_of(state))
+        if verdict.is_certain:
+            self.note_stale(query, state.query)
+        if verdict is Verdict.MISREAD:
+            raise _stale_error(error) from error
+        raise error
+
+    async def _has_changed(self, error: Exception, query: str, state: Any) -> bool:
+        """Return whether the server describes the text otherwise than when it was prepared.
+
+        A pooler does not share statements without a name.
+        """
+        try:
+            fresh = await super().get_statement(query, None, named=False, use_cache=False)
+        except asyncpg.PostgresError as failure:
+            raise failure from error  # the text itself is wrong by now
+        if holder.description_of(fresh) != holder.description_of(state):
+            return True
+        if not self.is_in_transaction():
+            await holder.send(self, "SELECT 1")  # a prepare keeps its locks on tables until something is executed
+        return False
+
+    async def _is_read_only(self) -> bool:
+        rows = await holder.fetch(self, "SELECT current_setting('transaction_read_only') = 'on'")
+        return bool(rows[0][0])
+
+
+def _text_of(connection: Any, query: str) -> str:
+    """Return the text that is sent for `query`."""
+    healing = own_session(connection).healing
+    return healing.text_of(query, holder.search_path(connection)) if healing.has_tokens else query
+
+
+def _aborts(connection: Any, error: Exception) -> bool:
+    """Return whether an error of the server has aborted a transaction of the caller."""
+    return is_server_error(error) and bool(connection.is_in_transaction())
+
+
+@contextlib.contextmanager
+def _second_run(connection: Any, timeout: float | None, began: float) -> Iterator[float | None]:
+    """The second run of a statement: yield its share of the timeout, and count its time.
+
+    Args:
+        connection: The connection that the statement runs on.
+        timeout: Seconds for both runs together. Default: the connection's `command_timeout`.
+        began: When the first run began.
+    """
+    healing, begins = own_session(connection).healing, time.monotonic()
+    limit = timeout_of(connection, timeout)
+    try:
+        yield None if limit is None else limit - (begins - began)
+    finally:
+        healing.seconds += time.monotonic() - begins
+
+
+def _as_cached_statement_error(error: Exception) -> Exception:
+    """Return an error of the server as the one that callers know of a stale statement."""
+    if isinstance(error, asyncpg.InvalidCachedStatementError):
+        return error
+    failure = asyncpg.InvalidCachedStatementError(
+        f"A prepared statement is stale: {error}. The transaction is aborted, and the statement is prepared again from "
+        "now on: run the transaction again."
+    )
+    failure.__cause__ = error
+    return failure
+
+
+def _stale_error(error: Exception) -> StaleStatementError:
+    return StaleStatementError(
+        f"The statement was executed, and its rows could not be read: they are not as they were when it was prepared "
+        f"({error}). It is prepared again from now on: call again, if it may be executed twice."
+    )
+
+
+class Once:
+    """Rows from an iterator. A second run would go on with the rows that the first run has left."""
+
+    def __init__(self, rows: Iterator[Any]) -> None:
+        self._rows: Iterator[Any] | None = rows
+
+    def __iter__(self) -> Iterator[Any]:
+        rows, self._rows = self._rows, None
+        if rows is None:
+            raise asyncpg.InvalidCachedStatementError(
+                "The prepared statement was stale, and its rows came from an iterator that is used up. Nothing was "
+                "written. Call again with the rows from the beginning."
+            )
+        return rows
+
+
+def once(rows: Iterable[Any]) -> Iterable[Any]:
+    """Return `rows` such that a second run does not write a part of them."""
+    return Once(rows) if isinstance(rows, Iterator) else rows

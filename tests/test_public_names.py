@@ -49,13 +49,18 @@ STATS = neon_async.create_pool(
     "postgresql://alex:s3cret@ep-a-b-123456.us-east-2.aws.neon.tech/neondb?sslmode=verify-full"
 ).stats()
 HEALTH = HealthLog().snapshot()
-SAMPLES = (ENDPOINT, CERTIFICATE, HEALTH, REVOCATION, REPORT, STATS)
+EVENTS = (neon_async.Notification("orders", "7", 42), neon_async.Gap(None))
+SAMPLES = (ENDPOINT, CERTIFICATE, HEALTH, REVOCATION, REPORT, STATS, *EVENTS)
 VALUES = [pytest.param(value, id=type(value).__name__) for value in SAMPLES]
 
 
 def test_every_class_is_in_one_of_the_tables() -> None:
     covered = {case.values[1] for case in ERRORS} | {type(case.values[0]) for case in VALUES}
-    assert {case.values[1] for case in CLASSES} == covered | {neon_async.Connection, neon_async.Pool}
+    assert {case.values[1] for case in CLASSES} == covered | {
+        neon_async.Connection,
+        neon_async.Listener,
+        neon_async.Pool,
+    }
 
 
 @pytest.mark.parametrize(("name", "value"), [*CLASSES, *FUNCTIONS])

@@ -6,6 +6,7 @@ from ._config.dsn import harden_dsn
 from ._config.roots import ISRG_ROOT_X1_SHA256, LETS_ENCRYPT_ROOTS
 from ._driver.connection import Connection
 from ._driver.connector import connect, connection_tls_report
+from ._driver.listen import Gap, Listener, Notification, listen
 from ._errors import (
     AuthenticationError,
     CertificateError,
@@ -71,10 +72,13 @@ __all__ = (
     "EndpointDisabledError",
     "EndpointError",
     "EndpointNotFoundError",
+    "Gap",
     "IPNotAllowedError",
     "InsecureConfigurationError",
     "InvalidPasswordError",
+    "Listener",
     "NeonAsyncError",
+    "Notification",
     "Pool",
     "PoolBusyError",
     "PoolClosedError",
@@ -100,6 +104,7 @@ __all__ = (
     "harden_dsn",
     "is_retryable",
     "is_unavailable",
+    "listen",
 )
 
 

@@ -68,6 +68,10 @@ class LoopAdapter:
                 self.abort()
                 self._cache.mechanism = None
                 protocol = await self._open_session(protocol_factory, secret, early=None)
+        except (OSError, asyncio.CancelledError):  # cancelled: the deadline has expired, most likely
+            if self._channel is not None:
+                self._dialer.postpone_address()
+            raise
         finally:
             self._dialer.on_step = ignore_step  # a cancel request is no step of a dial
         assert self._transport is not None

@@ -125,7 +125,7 @@ class Dialer:
             self.parameters,
             self._addresses,
             ways,
-            run=lambda attempt: self._open_at(attempt, protocol_factory),
+            run=lambda race, attempt: self._open_at(race, attempt, protocol_factory),
             discard=Channel.abort,
             on_step=self.on_step,
         )
@@ -137,7 +137,14 @@ class Dialer:
         await self._check_revocation(channel)
         return channel
 
-    async def _open_at(self, attempt: Attempt, protocol_factory: Callable[[], _P]) -> Channel[_P]:
+    def postpone_address(self) -> None:
+        """Let later dials try the address of the channel last: the server did not finish the login."""
+        for address in self._addresses:
+            tcp.postpone(address)
+
+    async def _open_at(
+        self, race: Race[Channel[_P]], attempt: Attempt, protocol_factory: Callable[[], _P]
+    ) -> Channel[_P]:
         """Make one attempt."""
         try:
             sock = await tcp.connect(attempt.address, self.parameters)
@@ -145,10 +152,11 @@ class Dialer:
             raise UnverifiedError(error) from None
         began = asyncio.get_running_loop().time()
         try:
-            attempt.connected()
+            race.note_connect(attempt)
+            context = await self._build_context()
+            race.note_wait(attempt)
             if attempt.negotiation == "postgres":
                 await _request_tls(sock, self.parameters.host)
-            context = await self._build_context()
         except BaseException:
             sock.close()
             raise

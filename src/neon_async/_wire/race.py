@@ -55,20 +55,14 @@ class Attempt:
         due: The time of the event loop's clock at which the next attempt starts beside this one.
     """
 
-    __slots__ = ("_on_connect", "address", "due", "has_fallen_back", "is_connected", "negotiation", "other_way")
+    __slots__ = ("address", "due", "has_fallen_back", "is_connected", "negotiation", "other_way")
 
-    def __init__(self, address: tcp.Address, *ways: str, on_connect: Callable[[Attempt], None]) -> None:
+    def __init__(self, address: tcp.Address, *ways: str) -> None:
         self.address = address
         self.negotiation, self.other_way = ways[0], ways[1] if len(ways) > 1 else None
         self.has_fallen_back = False
         self.is_connected = False
         self.due = math.inf
-        self._on_connect = on_connect
-
-    def connected(self) -> None:
-        """Note that the address has accepted the connection."""
-        self.is_connected = True
-        self._on_connect(self)
 
 
 class Race(Generic[_T]):
@@ -78,7 +72,7 @@ class Race(Generic[_T]):
         parameters: The server, and how to connect.
         addresses: Its addresses, in the order in which to try them.
         ways: One or both ways to TLS, in the order in which to try them.
-        run: Makes an attempt. It calls `attempt.connected()`.
+        run: Makes an attempt. It calls `note_connect()`, and `note_wait()` before it waits for the server's answer.
         discard: Closes the result of an attempt that has lost.
         on_step: Called with `tcp` or `tls` when the attempt that is ahead comes to this step.
     """
@@ -89,12 +83,12 @@ class Race(Generic[_T]):
         addresses: Sequence[tcp.Address],
         ways: Sequence[str],
         *,
-        run: Callable[[Attempt], Coroutine[Any, Any, _T]],
+        run: Callable[[Race[_T], Attempt], Coroutine[Any, Any, _T]],
         discard: Callable[[_T], None],
         on_step: StepCallback,
     ) -> None:
         self._parameters = parameters
-        self._waiting = deque(Attempt(address, *ways, on_connect=self._note_connect) for address in addresses)
+        self._waiting = deque(Attempt(address, *ways) for address in addresses)
         # Every attempt gets its turn before `connect_timeout` expires.
         self._silence = min(_SILENCE, parameters.connect_timeout / (len(addresses) * len(ways) + 1))
         self._run = run
@@ -105,6 +99,16 @@ class Race(Generic[_T]):
         self._failures: list[tuple[Attempt, Exception]] = []
         self._loop = asyncio.get_running_loop()
         self._changed: asyncio.Future[None] = self._loop.create_future()
+
+    def note_connect(self, attempt: Attempt) -> None:
+        """Note that the address of `attempt` has accepted the connection."""
+        attempt.is_connected, attempt.due = True, math.inf
+        self._note_change()
+
+    def note_wait(self, attempt: Attempt) -> None:
+        """Start another attempt beside `attempt` if the server stays silent from now on."""
+        attempt.due = self._loop.time() + self._silence
+        self._note_change()
 
     async def winner(self) -> tuple[Attempt, _T]:
         """Return the first attempt that succeeds, and its result. All others are ended.
@@ -152,11 +156,10 @@ class Race(Generic[_T]):
         if self._waiting:
             attempt = self._waiting.popleft()
             attempt.due = self._loop.time() + _CONNECT_DELAY
-            self._running[asyncio.ensure_future(self._run(attempt))] = attempt
+            self._running[asyncio.ensure_future(self._run(self, attempt))] = attempt
             self._announce()
 
-    def _note_connect(self, attempt: Attempt) -> None:
-        attempt.due = self._loop.time() + self._silence
+    def _note_change(self) -> None:
         if not self._changed.done():
             self._changed.set_result(None)
         self._announce()
@@ -182,7 +185,7 @@ class Race(Generic[_T]):
     def _fall_back(self, attempt: Attempt) -> None:
         """Try the other way to TLS next, once, and at the same address."""
         if attempt.other_way is not None:
-            self._waiting.appendleft(Attempt(attempt.address, attempt.other_way, on_connect=self._note_connect))
+            self._waiting.appendleft(Attempt(attempt.address, attempt.other_way))
             attempt.other_way, attempt.has_fallen_back = None, True
 
     def _go_on_after(self, attempt: Attempt, error: UnverifiedError) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from ._config.dsn import harden_dsn
 from ._config.roots import ISRG_ROOT_X1_SHA256, LETS_ENCRYPT_ROOTS
+from ._driver.connect import connect
 from ._driver.connection import Connection
-from ._driver.connector import connect, connection_tls_report
+from ._driver.connector import connection_tls_report
 from ._driver.listen import Gap, Listener, Notification, listen
 from ._errors import (
     AuthenticationError,

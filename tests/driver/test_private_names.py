@@ -32,7 +32,7 @@ HOLDER = "_driver.holder"
 
 # Attributes whose names are computed: what a search in the source cannot see.
 COMPUTED = {
-    HOLDER: {"Proxy.__getattr__"},  # all of a connection's, for the caller
+    HOLDER: {"<module>", "Proxy.__getattr__"},  # all of a connection's, for the caller
     "_driver.loop": {"LoopAdapter.__getattr__"},  # the running loop's
     "_driver.protocol": {"SessionProtocol.__getattr__"},  # all of asyncpg's protocol, for asyncpg
     "_driver.transaction": {"_Observed.__getattr__", "_Observed.__setattr__"},  # all of a connection's, for asyncpg

@@ -11,12 +11,11 @@ import functools
 import logging
 import os
 import ssl
-from collections.abc import Coroutine
-from typing import TYPE_CHECKING, Any, TypeVar, Unpack, cast, overload
+from typing import TYPE_CHECKING, Any, cast
 
 import asyncpg
 
-from .._config.connection import ConnectionParameters, ConnectKeywords, parse
+from .._config.connection import ConnectionParameters, parse
 from .._config.readers import SubclassOf
 from .._errors import CertificateRevokedError, ConfigurationError, UnsupportedEventLoopError, forget_arguments
 from .._neon import sql
@@ -25,9 +24,9 @@ from .._wire.dial import Dialer, context_for, ignore_step
 from .._wire.login import LoginCache, Secret
 from .._wire.race import StepCallback
 from .._wire.tls import TLSReport
-from .._wire.trust import AnchorSource, TrustAnchor, find_isrg_root_x1, load_trust_anchor
+from .._wire.trust import TrustAnchor, find_isrg_root_x1, load_trust_anchor
 from .connection import Connection, combine
-from .holder import RecordT, begin_session, is_current, leave_jit_alone, session_of
+from .holder import begin_session, is_current, leave_jit_alone, session_of
 from .loop import LoopAdapter
 from .pooled import PooledConnection, is_pooled, tracked_settings
 from .protocol import SessionProtocol
@@ -40,81 +39,8 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("neon_async")
 
-_C = TypeVar("_C", bound=asyncpg.Connection)
-
 CONNECTION_CLASS = SubclassOf(asyncpg.Connection, "asyncpg.Connection")
 RECORD_CLASS = SubclassOf(asyncpg.Record, "asyncpg.Record")
-
-
-@overload
-def connect(
-    dsn: str | None = None,
-    *,
-    trust_anchor: AnchorSource | None = None,
-    loop: asyncio.AbstractEventLoop | None = None,
-    **keywords: Unpack[ConnectKeywords],
-) -> Coroutine[Any, Any, Connection]: ...
-
-
-@overload
-def connect(
-    dsn: str | None = None,
-    *,
-    trust_anchor: AnchorSource | None = None,
-    loop: asyncio.AbstractEventLoop | None = None,
-    record_class: type[RecordT],
-    **keywords: Unpack[ConnectKeywords],
-) -> Coroutine[Any, Any, Connection[RecordT]]: ...
-
-
-@overload
-def connect(
-    dsn: str | None = None,
-    *,
-    trust_anchor: AnchorSource | None = None,
-    loop: asyncio.AbstractEventLoop | None = None,
-    connection_class: type[_C],
-    record_class: type[asyncpg.Record] = ...,
-    **keywords: Unpack[ConnectKeywords],
-) -> Coroutine[Any, Any, _C]: ...
-
-
-@forget_arguments
-def connect(
-    dsn: str | None = None,
-    *,
-    trust_anchor: AnchorSource | None = None,
-    loop: asyncio.AbstractEventLoop | None = None,
-    connection_class: type[Any] = asyncpg.Connection,
-    record_class: type[Any] = asyncpg.Record,
-    **keywords: Unpack[ConnectKeywords],
-) -> Coroutine[Any, Any, Any]:
-    """Return one connection, verified in full and authenticated; close it with `await connection.close()`.
-
-    The parameters are checked in the call itself, before the result is awaited and before a socket is opened.
-
-    Args:
-        dsn: The connection string. Default: the keywords and the environment variables of libpq (`PG*`).
-        trust_anchor: The root certificates to trust instead of ISRG Root X1: PEM bytes, PEM text, or the path of a PEM
-            file, with at most ten roots; or `LETS_ENCRYPT_ROOTS`.
-        loop: The running event loop, which is used in any case. Any other is refused.
-        connection_class: A subclass of `asyncpg.Connection`.
-        record_class: A subclass of `asyncpg.Record`.
-        **keywords: The connection keywords of `create_pool()`; each wins over the DSN, which wins over the environment.
-
-    Raises:
-        ConfigurationError: A parameter is refused; from the call itself. The following come when the result is awaited.
-        ConnectTimeoutError: The connection was not ready within `connect_timeout`.
-        ConnectError: The server could not be reached.
-        TLSError: The server refuses TLS, or failed verification (`CertificateError`).
-        AuthenticationError: The login failed.
-        EndpointError: Neon refused the connection.
-        UnsupportedEventLoopError: No asyncio event loop is running.
-    """
-    CONNECTION_CLASS.check("connection_class", connection_class)
-    RECORD_CLASS.check("record_class", record_class)
-    connector = prepare(dsn, trust_anchor=trust_anchor, loop=loop, **keywords)
-    return connector.connect(connection_class=connection_class, record_class=record_class)
 
 
 def connection_tls_report(connection: asyncpg.Connection[Any] | PoolConnectionProxy[Any]) -> TLSReport:
@@ -133,17 +59,42 @@ def connection_tls_report(connection: asyncpg.Connection[Any] | PoolConnectionPr
 
 
 @forget_arguments
-def prepare(
-    dsn: str | None, *, trust_anchor: AnchorSource | None = None, loop: object = None, **keywords: object
-) -> Connector:
+def prepare(dsn: str | None, **parameters: Any) -> Connector:
     """Check the parameters, find the trust anchor, and read the files that the parameters name. Opens no socket.
+
+    Args:
+        dsn: The connection string.
+        **parameters: The keywords of `judge()`.
 
     Raises:
         ConfigurationError: A parameter is refused, or a file cannot be used.
     """
-    # `loop` says nothing where it is the running event loop, and would replace that, with its TLS, where it is not.
-    other_loop = None if is_current(loop) else loop
-    parameters = parse(dsn, keywords | {"trust_anchor": trust_anchor, "loop": other_loop}, os.environ)
+    return load(judge(dsn, **parameters))
+
+
+def judge(dsn: str | None, **parameters: object) -> ConnectionParameters:
+    """Check the parameters: keywords by all names that code may use. Reads no file.
+
+    Raises:
+        ConfigurationError: A parameter is refused.
+    """
+    return parse(dsn, parameters, os.environ)
+
+
+def other_loop(loop: object) -> object:
+    """Return None for the running event loop, which is used in any case, and anything else to be judged, and refused.
+
+    With another event loop, code could replace the sockets and the TLS of a connection.
+    """
+    return None if is_current(loop) else loop
+
+
+def load(parameters: ConnectionParameters) -> Connector:
+    """Find the trust anchor, and read the files that the parameters name.
+
+    Raises:
+        ConfigurationError: A file cannot be used.
+    """
     if parameters.trust_anchor is not None:
         anchor = load_trust_anchor(parameters.trust_anchor, parameters.sslrootcert)
     else:

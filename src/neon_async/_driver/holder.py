@@ -14,6 +14,7 @@ import contextlib
 import functools
 import inspect
 import logging
+import sys
 import types
 import weakref
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
@@ -53,6 +54,8 @@ else:
 
     _Connection, _Pool = Subscriptable(asyncpg.Connection), Subscriptable(asyncpg.Pool)
     _Proxy = PoolConnectionProxy
+
+_F = TypeVar("_F", bound=Callable[..., Any])
 
 _log = logging.getLogger("neon_async")
 
@@ -212,6 +215,15 @@ def _give_up_cancelling(connection: Any, name: str, waiter: asyncio.Future[None]
     else:
         context = {"message": "A cancel request failed unexpectedly", "exception": error}
         asyncio.get_running_loop().call_exception_handler(context)
+
+
+def coroutine_function(function: _F) -> _F:
+    """Mark a function that returns a coroutine as what `inspect.iscoroutinefunction()` looks for."""
+    if sys.version_info >= (3, 12):
+        return inspect.markcoroutinefunction(function)
+    code = cast(Any, function).__code__  # Python 3.11 has no other mark, and does nothing else with this one
+    cast(Any, function).__code__ = code.replace(co_flags=code.co_flags | inspect.CO_COROUTINE)
+    return function
 
 
 def is_current(loop: object) -> bool:
@@ -775,6 +787,11 @@ class Proxy(_Proxy):
             finally:
                 if self._con is not None:  # else the end of the loan has removed it
                     self.remove_query_logger(callback)
+
+
+for _name, _method in vars(Proxy).items():
+    if inspect.iscoroutinefunction(getattr(asyncpg.Connection, _name, None)):
+        coroutine_function(_method)  # with Python 3.11, asyncpg does not mark them
 
 
 class Holder(PoolConnectionHolder):

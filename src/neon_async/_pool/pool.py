@@ -20,7 +20,7 @@ from asyncpg.pool import PoolAcquireContext
 
 from .._config.readers import SubclassOf
 from .._driver.connection import Connection
-from .._driver.connector import Connector, prepare, require_asyncio
+from .._driver.connector import Connector, other_loop, prepare, require_asyncio
 from .._driver.holder import Holder, HolderQueue, PoolBase, RecordT, call_in, holder_of, is_current
 from .._driver.transaction import run_transaction
 from .._errors import (
@@ -742,7 +742,7 @@ def create_pool(
     """
     _POOL_CLASS.check("pool_class", pool_class)
     options, parameters = PoolOptions.split(keywords)
-    connector = prepare(dsn, trust_anchor=trust_anchor, loop=loop, **parameters)
+    connector = prepare(dsn, trust_anchor=trust_anchor, loop=other_loop(loop), **parameters)
     endpoint = connector.parameters.endpoint
     if options.min_size > 0 and endpoint is not None:
         _warn_of_floor(options.min_size, endpoint)

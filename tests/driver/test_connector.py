@@ -124,13 +124,19 @@ async def test_the_keywords_of_asyncpg_reach_asyncpg(postgres: LocalPostgres) ->
             return self[name]
 
     async with connected(
-        postgres, connection_class=MyConnection, record_class=MyRecord, command_timeout=1.0, statement_cache_size=0
+        postgres,
+        connection_class=MyConnection,
+        record_class=MyRecord,
+        command_timeout=1.0,
+        statement_cache_size=0,
+        max_cached_statement_lifetime=0.5,
     ) as connection:
         row: Any = await connection.fetchrow("SELECT 7 AS seven")
         assert row.seven == 7
         with pytest.raises(TimeoutError):
             await connection.execute("SELECT pg_sleep(3600)")
         assert connection._stmt_cache.get_max_size() == 0
+        assert connection._stmt_cache.get_max_lifetime() == 0.5
         assert isinstance(connection, MyConnection)
         assert type(connection).__name__ == "MyConnection"
 

@@ -231,10 +231,10 @@ class TestCancelRequests:
     @pins("_stmt_cache")
     async def test_cached_statements_expire_by_the_loop_of_the_cache(self, postgres: LocalPostgres) -> None:
         prepared = "SELECT count(*) FROM pg_prepared_statements WHERE statement = 'SELECT 42'"
-        async with connected(postgres, max_cached_statement_lifetime=1) as connection:
+        async with connected(postgres, max_cached_statement_lifetime=0.5) as connection:
             await connection.fetch("SELECT 42")
             assert await connection.fetchval(prepared) == 1
-            await asyncio.sleep(1.1)
+            await asyncio.sleep(0.6)
             await connection.fetch("SELECT 43")  # asyncpg closes expired ones when it prepares another
             assert await connection.fetchval(prepared) == 0
 

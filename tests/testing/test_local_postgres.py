@@ -88,6 +88,18 @@ def test_the_dsn_contains_the_neon_host_and_the_loopback_address(postgres: Local
     assert postgres.host == SERVER_NAME
 
 
+def test_tools_can_create_databases_from_the_database_that_they_connect_to_first(
+    postgres: LocalPostgres, tmp_path: Path
+) -> None:
+    with connect(postgres, tmp_path, dbname="postgres", autocommit=True) as connection:
+        connection.execute("CREATE DATABASE of_a_tool")
+        connection.execute("DROP DATABASE of_a_tool")
+        names = connection.execute(
+            "SELECT datname FROM pg_database WHERE NOT datistemplate ORDER BY datname"
+        ).fetchall()
+    assert [name for (name,) in names] == ["neondb", "postgres"]
+
+
 def test_the_server_does_not_run_as_root(postgres: LocalPostgres, tmp_path: Path) -> None:
     listing = processes()
     server = postmaster(postgres, tmp_path)

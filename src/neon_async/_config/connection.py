@@ -62,7 +62,7 @@ class ConnectionParameters:
     startup_settings: Mapping[str, str]
     command_timeout: float | None
     statement_cache_size: int
-    max_cached_statement_lifetime: int
+    max_cached_statement_lifetime: float
     max_cacheable_statement_size: int
 
     def __repr__(self) -> str:
@@ -126,7 +126,7 @@ class ConnectKeywords(TypedDict, total=False):
     pooled: bool | None
     command_timeout: float | None
     statement_cache_size: int
-    max_cached_statement_lifetime: int
+    max_cached_statement_lifetime: float
     max_cacheable_statement_size: int
     server_settings: Mapping[str, str] | None
     # Refused, and given as "" only: to ignore the environment variable.

@@ -438,8 +438,8 @@ KEYWORDS: tuple[Keyword, ...] = (
     Keyword(
         name="max_cached_statement_lifetime",
         code_only=True,
-        reader=Integer(0, INT32_MAX, "seconds"),
-        default=300,
+        reader=Seconds(INT32_MAX, zero="for ever"),
+        default=300.0,
         note="The time that a prepared statement is kept; 0 for ever.",
     ),
     Keyword(

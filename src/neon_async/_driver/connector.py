@@ -260,7 +260,7 @@ class Connector:
             timeout=cast(Any, None),  # `connect()` enforces the deadline
             command_timeout=parameters.command_timeout,
             statement_cache_size=parameters.statement_cache_size,
-            max_cached_statement_lifetime=parameters.max_cached_statement_lifetime,
+            max_cached_statement_lifetime=cast(Any, parameters.max_cached_statement_lifetime),  # a fraction, too
             max_cacheable_statement_size=parameters.max_cacheable_statement_size,
             connection_class=connection_class,
             record_class=record_class,

@@ -67,10 +67,11 @@ class LocalPostgres:
 
     It listens on a free port of 127.0.0.1 and keeps everything in a temporary folder. It accepts only TLS with SCRAM
     (one line in pg_hba.conf: `hostssl ... scram-sha-256`; no Unix socket). The user is the superuser `neon` with a
-    random password, and the database is `neondb`. The certificate is valid for the host names
-    `ep-cool-darkness-123456.us-east-2.aws.neon.tech` and `localhost`. Its authority is created for this one server. A
-    supervisor process owns the server and the folder. It removes both when the block is left, and also when this
-    process is killed. PostgreSQL refuses to run as root; under root its processes run as the user `nobody`.
+    random password, and the database is `neondb`. There is a database `postgres`, too, where tools connect first. The
+    certificate is valid for the host names `ep-cool-darkness-123456.us-east-2.aws.neon.tech` and `localhost`. Its
+    authority is created for this one server. A supervisor process owns the server and the folder. It removes both when
+    the block is left, and also when this process is killed. PostgreSQL refuses to run as root; under root its processes
+    run as the user `nobody`.
 
         async with LocalPostgres() as server:
             async with neon_async.create_pool(server.dsn, trust_anchor=server.trust_anchor) as pool:

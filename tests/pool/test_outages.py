@@ -331,10 +331,10 @@ async def test_a_final_failure_leaves_open_connections_in_use(endpoint: LocalEnd
 
 
 async def test_the_traceback_of_an_error_of_the_password_function_does_not_grow(postgres: LocalPostgres) -> None:
-    """While the breaker is open, one exception object is raised many times."""
+    sealed = RuntimeError("the vault is sealed")
 
     def password() -> str:
-        raise RuntimeError("the vault is sealed")
+        raise sealed
 
     async with make_pool(postgres, password=password) as pool, asyncio.timeout(HANG):
         depths = []
@@ -344,5 +344,4 @@ async def test_the_traceback_of_an_error_of_the_password_function_does_not_grow(
             except RuntimeError as error:
                 depths.append(len(list(traceback.walk_tb(error.__traceback__))))
         assert len(depths) == 300
-        assert pool.stats().dials <= 3
         assert max(depths) <= 2 * depths[0] + 10

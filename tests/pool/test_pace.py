@@ -14,14 +14,16 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 import neon_async
 from neon_async._pool.pace import Pace, may_pass
 
-# The numbers of the design, written down once more: a pause is a random part of 0.25 s, doubling up to 4 s, and is at
-# least 0.1 s; the breaker opens for 0.5 s, doubling up to 10 s.
-FLOOR = 0.1
-CEILINGS = [0.25, 0.5, 1.0, 2.0, 4.0, 4.0, 4.0, 4.0]
+# The numbers of the design, written down once more: a pause is random between 0.25 s and a ceiling of 0.5 s, doubling
+# up to 1 s, or to 4 s where the server is full; the breaker opens for 0.5 s, doubling up to 10 s.
+FLOOR = 0.25
+CEILINGS = [0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]
+CROWDED = [0.5, 1.0, 2.0, 4.0, 4.0, 4.0, 4.0, 4.0]
 BREAKER = [0.5, 1.0, 2.0, 4.0, 8.0, 10.0, 10.0, 10.0]
 ROUNDING = 1e-6  # seconds: sums of floats are not exact
 
 TRANSIENT = neon_async.ComputeUnavailableError("compute is waking")
+FULL = neon_async.TooManyConnectionsError("sorry, too many clients already")
 PERMANENT = neon_async.InvalidPasswordError("wrong password")
 
 
@@ -30,6 +32,12 @@ def pace_after(failures: Iterable[Exception], *, chance: float = 1.0, now: float
     for error in failures:
         pace.failed(error, began=now, now=now)
     return pace
+
+
+def work(pace: Pace, *, began: float = 0.0, now: float = 0.0) -> None:
+    """A dial makes a connection, and its session answers a statement."""
+    pace.connected(began=began)
+    pace.worked(opened_at=now)
 
 
 def dials_in_a_run(pace: Pace, error: Exception, *, seconds: float) -> list[float]:
@@ -80,11 +88,13 @@ def test_connections_double_until_the_pool_is_full() -> None:
 
 
 @pytest.mark.parametrize("error", [pytest.param(TRANSIENT, id="transient"), pytest.param(PERMANENT, id="permanent")])
-def test_after_a_failure_one_dial_is_allowed_until_one_succeeds(error: Exception) -> None:
+def test_after_a_failure_one_dial_is_allowed_until_a_session_has_worked(error: Exception) -> None:
     pace = pace_after([error])
     assert pace.allowed(64) == 1
     assert pace.allowed(0) == 1
-    pace.succeeded()
+    pace.connected(began=0.0)
+    assert pace.allowed(64) == 1
+    pace.worked(opened_at=0.0)
     assert pace.allowed(64) == 64
 
 
@@ -93,20 +103,33 @@ def test_after_a_failure_one_dial_is_allowed_until_one_succeeds(error: Exception
 
 
 @pytest.mark.parametrize(
-    ("failures", "ceiling"),
-    [pytest.param(number, ceiling, id=str(number)) for number, ceiling in enumerate(CEILINGS, 1)],
+    ("error", "failures", "ceiling"),
+    [
+        pytest.param(error, number, ceiling, id=f"{type(error).__name__} {number}")
+        for error, ceilings in ((TRANSIENT, CEILINGS), (FULL, CROWDED))
+        for number, ceiling in enumerate(ceilings, 1)
+    ],
 )
 @pytest.mark.parametrize("chance", [0.0, 0.25, 0.5, 0.99, 1.0])
-def test_a_pause_is_a_random_part_of_its_ceiling(failures: int, ceiling: float, chance: float) -> None:
-    pace = pace_after([TRANSIENT] * failures, chance=chance, now=50.0)
-    assert pace.pause(50.0) == pytest.approx(max(FLOOR, chance * ceiling))
+def test_a_pause_is_random_between_its_bounds(error: Exception, failures: int, ceiling: float, chance: float) -> None:
+    pace = pace_after([error] * failures, chance=chance, now=50.0)
+    assert pace.pause(50.0) == pytest.approx(FLOOR + chance * (ceiling - FLOOR))
     assert pace.refusal(50.0) is None
+
+
+@pytest.mark.parametrize(("connects", "shortest"), [(0, 0.25), (1, 0.25), (2, 0.5), (4, 1.0), (12, 1.0)])
+def test_a_dial_of_several_connects_is_followed_by_a_longer_pause(connects: int, shortest: float) -> None:
+    """A server that may not speak direct TLS is connected to twice."""
+    pace = Pace(jitter=lambda: 0.0)
+    for _ in range(5):
+        pace.failed(TRANSIENT, began=0.0, now=0.0, connects=connects)
+    assert pace.pause(0.0) == pytest.approx(shortest)
 
 
 def test_a_pause_ends_when_its_time_has_passed() -> None:
     pace = pace_after([TRANSIENT], now=50.0)
-    assert pace.pause(50.1) == pytest.approx(0.15)
-    assert pace.pause(50.25) == 0.0
+    assert pace.pause(50.1) == pytest.approx(0.4)
+    assert pace.pause(50.5) == 0.0
     assert pace.pause(1e9) == 0.0
 
 
@@ -114,9 +137,9 @@ def test_each_pause_has_a_chance_of_its_own() -> None:
     chances = iter([0.5, 1.0])
     pace = Pace(jitter=lambda: next(chances))
     pace.failed(TRANSIENT, began=0.0, now=0.0)
-    assert pace.pause(0.0) == pytest.approx(0.125)
+    assert pace.pause(0.0) == pytest.approx(0.375)
     pace.failed(TRANSIENT, began=0.0, now=0.0)
-    assert pace.pause(0.0) == pytest.approx(0.5)
+    assert pace.pause(0.0) == pytest.approx(1.0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -157,10 +180,10 @@ def test_the_breaker_raises_the_latest_failure() -> None:
     assert pace.refusal(0.0) is pace.last_failure is other
 
 
-def test_a_success_forgets_every_failure() -> None:
+def test_a_session_that_has_worked_makes_every_failure_forgotten() -> None:
     for error in (TRANSIENT, PERMANENT):
         pace = pace_after([error] * 20)
-        pace.succeeded()
+        work(pace)
         assert (pace.pause(0.0), pace.refusal(0.0), pace.last_failure, pace.allowed(7)) == (0.0, None, None, 7)
         assert repr(pace) == repr(Pace())
         pace.failed(TRANSIENT, began=0.0, now=0.0)
@@ -177,6 +200,145 @@ def test_a_success_forgets_every_failure() -> None:
 )
 def test_a_repr_shows_the_state(failures: list[Exception], text: str) -> None:
     assert repr(pace_after(failures)) == text
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Logins that prove nothing
+
+
+def test_a_login_closes_the_breaker_and_keeps_the_count_of_failures() -> None:
+    pace = pace_after([PERMANENT] * 3, now=50.0)
+    pace.connected(began=60.0)
+    assert (pace.refusal(60.0), pace.last_failure, pace.allowed(9)) == (None, None, 1)
+    pace.failed(TRANSIENT, began=61.0, now=61.0)
+    assert repr(pace) == "<Pace: 4 failures in a row, breaker closed>"
+
+
+def test_until_a_session_has_worked_dials_start_a_quarter_of_a_second_apart() -> None:
+    pace = pace_after([TRANSIENT], now=50.0)
+    pace.connected(began=60.0)
+    assert pace.pause(60.0) == pytest.approx(0.25)
+    pace.worked(opened_at=60.1)
+    assert pace.pause(60.1) == 0.0
+
+
+def test_a_first_login_is_followed_by_no_pause() -> None:
+    pace = Pace()
+    pace.connected(began=60.0)
+    assert (pace.pause(60.0), pace.allowed(9)) == (0.0, 9)
+
+
+def test_a_session_that_began_before_a_failure_says_nothing_about_it() -> None:
+    pace = pace_after([TRANSIENT], now=50.0)
+    pace.worked(opened_at=49.0)
+    assert pace.allowed(9) == 1
+    assert pace.last_failure is TRANSIENT
+
+
+def test_a_session_that_ends_in_vain_counts_as_a_failed_connect() -> None:
+    pace = Pace(jitter=lambda: 1.0)
+    for number, ceiling in enumerate([0.0, *CEILINGS[1:]], 1):
+        pace.connected(began=10.0 * number)
+        pace.ended_in_vain(TRANSIENT, opened_at=10.0 * number, now=10.0 * number)
+        assert pace.pause(10.0 * number) == pytest.approx(ceiling)
+        assert pace.in_vain == number
+    assert pace.last_failure is TRANSIENT
+
+
+def test_sessions_that_end_in_vain_together_count_once() -> None:
+    pace = Pace()
+    for _ in range(10):
+        pace.ended_in_vain(TRANSIENT, opened_at=5.0, now=65.0)
+    assert repr(pace) == "<Pace: 1 failures in a row, breaker closed>"
+    assert pace.in_vain == 1
+
+
+@pytest.mark.parametrize("now", [5.0, 65.0])
+def test_one_session_that_ends_in_vain_causes_no_pause_and_explains_nothing(now: float) -> None:
+    """Its compute may have been suspended."""
+    pace = Pace()
+    pace.ended_in_vain(TRANSIENT, opened_at=5.0, now=now)
+    assert (pace.pause(now), pace.last_failure) == (0.0, None)
+
+
+def test_sessions_that_end_in_vain_after_a_quiet_minute_cause_no_pause() -> None:
+    pace = Pace()
+    for minute in range(10):
+        pace.connected(began=60.0 * minute)
+        pace.ended_in_vain(TRANSIENT, opened_at=60.0 * minute, now=60.0 * minute + 59.0)
+    assert pace.pause(60.0 * 9 + 59.0) == 0.0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Dials for which no caller waits
+
+
+def test_dials_for_no_caller_start_apart() -> None:
+    pace = Pace()
+    assert pace.floor_pause(10.0) == 0.0
+    pace.floor_dialed(10.0)
+    assert pace.floor_pause(10.0) == pytest.approx(0.25)
+    assert pace.pause(10.0) == 0.0
+
+
+def test_dials_for_no_caller_become_rare_where_their_sessions_end_in_vain() -> None:
+    pace, now, pauses = Pace(jitter=lambda: 0.0), 100.0, []
+    for _ in range(8):
+        pace.floor_dialed(now)
+        pace.connected(began=now)
+        pace.ended_in_vain(TRANSIENT, opened_at=now, now=now)
+        pauses.append(pace.floor_pause(now))
+        now += pauses[-1]
+    assert pauses == pytest.approx([0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 10.0, 10.0])
+    work(pace, now=now)
+    assert pace.floor_pause(now) == 0.0
+
+
+def test_dials_for_no_caller_become_rare_where_the_server_refuses_them_until_a_login() -> None:
+    pace = pace_after([TRANSIENT] * 10, now=50.0)
+    pace.floor_dialed(50.0)
+    assert (pace.floor_pause(50.0), pace.pause(50.0)) == (10.0, 1.0)
+    pace.connected(began=60.0)
+    pace.floor_dialed(60.0)
+    assert pace.floor_pause(60.0) == pytest.approx(0.25)
+
+
+@given(st.floats(0, 1), st.floats(0, 3))
+def test_whatever_becomes_of_their_sessions_at_most_five_are_dialed_in_any_second(chance: float, life: float) -> None:
+    pace, now, moments = Pace(jitter=lambda: chance), 100.0, []
+    while now < 110.0:
+        moments.append(now)
+        pace.floor_dialed(now)
+        pace.connected(began=now)
+        pace.ended_in_vain(TRANSIENT, opened_at=now, now=now + life)
+        now += life + pace.floor_pause(now + life) + ROUNDING
+    assert most_in_any_second(moments) <= 5
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The caller's own code
+
+
+def test_a_failure_of_the_callers_code_opens_no_breaker_and_counts_nowhere() -> None:
+    pace = Pace()
+    pace.stopped_by_caller(began=50.0, connects=0, told=True)
+    assert (pace.pause(50.0), pace.refusal(50.0), pace.last_failure, pace.allowed(9)) == (0.0, None, None, 9)
+
+
+def test_a_failure_of_the_callers_code_on_a_connection_only_spaces_the_connects() -> None:
+    pace = Pace()
+    for number in range(20):
+        pace.stopped_by_caller(began=50.0 + number, connects=1, told=True)
+        assert pace.pause(50.0 + number) == pytest.approx(0.25)
+
+
+def test_a_dial_for_no_caller_that_always_fails_becomes_rare() -> None:
+    pace = Pace()
+    for _ in range(10):
+        pace.stopped_by_caller(began=50.0, connects=0, told=False)
+    pace.floor_dialed(50.0)
+    assert pace.floor_pause(50.0) == pytest.approx(10.0)
+    assert pace.pause(50.0) == 0.0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -215,7 +377,7 @@ def test_a_failure_is_transient_if_its_class_is_retryable(error: Exception, tran
 @pytest.mark.parametrize("error", [pytest.param(TRANSIENT, id="transient"), pytest.param(PERMANENT, id="permanent")])
 def test_ten_thousand_failures_do_not_overflow(error: Exception) -> None:
     pace = pace_after([error] * 10_000, now=1e9)
-    assert pace.pause(1e9) == (4.0 if error is TRANSIENT else 10.0)
+    assert pace.pause(1e9) == (1.0 if error is TRANSIENT else 10.0)
     assert pace.allowed(100) == 1
 
 
@@ -233,7 +395,7 @@ def test_dials_that_were_under_way_together_count_as_one_failure(error: Exceptio
 @pytest.mark.parametrize(
     ("error", "most_at_first", "most_later", "most_in_a_minute"),
     [
-        pytest.param(TRANSIENT, 6, 5, 50, id="transient"),
+        pytest.param(TRANSIENT, 5, 5, 120, id="transient"),
         pytest.param(PERMANENT, 2, 1, 10, id="permanent"),
     ],
 )
@@ -247,12 +409,12 @@ def test_no_more_than_a_handful_of_dials_a_second_reach_a_refusing_server(
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=50))
-def test_whatever_the_chances_there_are_at_most_ten_dials_in_any_second(chances: list[float]) -> None:
+def test_whatever_the_chances_there_are_at_most_five_dials_in_any_second(chances: list[float]) -> None:
     def endless() -> float:
         chances.append(chances.pop(0))
         return chances[-1]
 
-    assert most_in_any_second(dials_in_a_run(Pace(jitter=endless), TRANSIENT, seconds=5.0)) <= 10
+    assert most_in_any_second(dials_in_a_run(Pace(jitter=endless), TRANSIENT, seconds=5.0)) <= 5
 
 
 class AnyRun(RuleBasedStateMachine):
@@ -291,9 +453,14 @@ class AnyRun(RuleBasedStateMachine):
         self.due = self.now + seconds
 
     @rule()
-    def a_dial_succeeds(self) -> None:
-        self.pace.succeeded()
+    def a_session_works(self) -> None:
+        work(self.pace, began=self.now, now=self.now)
         self.failures, self.latest, self.due = 0, None, 0.0
+
+    @rule()
+    def a_dial_succeeds(self) -> None:
+        self.pace.connected(began=self.now)
+        self.latest, self.due = None, self.now + FLOOR
 
     @rule()
     def the_pause_passes(self) -> None:
@@ -313,7 +480,7 @@ class AnyRun(RuleBasedStateMachine):
         assert refusal is (self.latest if self.latest is PERMANENT and self.pace.pause(self.now) else None)
 
     @invariant()
-    def the_latest_failure_since_a_success_is_kept(self) -> None:
+    def the_latest_failure_since_a_login_is_kept(self) -> None:
         assert self.pace.last_failure is self.latest
 
     @invariant()

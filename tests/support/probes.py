@@ -83,10 +83,12 @@ def assert_secret_free(error: BaseException, *secrets: str) -> None:
 
 @dataclass
 class Passage:
-    """One connection through a relay: the bytes that the client has sent so far, and whether it has ended."""
+    """One connection through a relay: the bytes that the client has sent so far, and what has become of it."""
 
     sent: bytearray = field(default_factory=bytearray)
     over: bool = False
+    forgotten: bool = False
+    resets: bool = False
 
 
 class Relay:
@@ -110,6 +112,15 @@ class Relay:
         """Return `dsn` with the port of the server replaced by the port of this relay."""
         return dsn.replace(f":{self._target}/", f":{self.port}/")
 
+    def forget(self, *, resets: bool = False) -> None:
+        """Forget all connections, as a NAT does: nothing passes on them any more, and none of them ends.
+
+        Args:
+            resets: Whether what a client sends on one of them is answered by a reset. By default it is not answered.
+        """
+        for passage in self.passages:
+            passage.forgotten, passage.resets = True, resets
+
     async def __aenter__(self) -> Self:
         self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
         self.port = self._server.sockets[0].getsockname()[1]
@@ -120,15 +131,18 @@ class Relay:
     ) -> None:
         assert self._server is not None
         self._server.close()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        while self._tasks:  # a connection may be accepted meanwhile
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._server.wait_closed()
 
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.ensure_future(self._relay(reader, writer))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        # One that is cancelled before it begins runs none of its coroutine.
+        task.add_done_callback(lambda task: writer.transport.abort() if task.cancelled() else None)
 
     async def _relay(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         passage = Passage()
@@ -144,7 +158,7 @@ class Relay:
             finally:
                 to_server.transport.abort()
         except ConnectionError:
-            pass
+            writer.transport.abort()
         finally:
             passage.over = True
             writer.close()
@@ -159,9 +173,14 @@ class Relay:
     ) -> None:
         async def pump(source: asyncio.StreamReader, target: asyncio.StreamWriter, kept: bytearray) -> None:
             while data := await source.read(65536):
-                kept += data
-                target.write(data)
-                await target.drain()
+                if passage.resets and source is from_client:
+                    raise ConnectionResetError
+                if not passage.forgotten:
+                    kept += data
+                    target.write(data)
+                    await target.drain()
+            if passage.forgotten:
+                await asyncio.Event().wait()
             with contextlib.suppress(OSError):  # the other side has closed both directions
                 target.write_eof()
 

@@ -549,6 +549,16 @@ def protocol_of(connection: Any) -> SessionProtocol | None:
     return protocol
 
 
+def was_lost(connection: Any) -> bool:
+    """Return whether a connection that has ended was ended by the other side, and not by us."""
+    return own_session(connection).loss is not None and not connection._aborted
+
+
+def is_running(connection: Any) -> bool:
+    """Return whether a statement is under way, or was when the connection was lost."""
+    return bool(connection._protocol.is_running)
+
+
 def has_transaction(connection: Any) -> bool:
     """Return whether a transaction is open, on the server or in asyncpg's bookkeeping."""
     return bool(connection._protocol.is_in_transaction() or connection._top_xact is not None)

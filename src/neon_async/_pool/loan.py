@@ -118,8 +118,12 @@ class Loan:
             if not facts.closed:
                 slot.holder.recall()  # warns of listeners, and a warning can be an exception
         finally:
-            if not facts.untouched:
+            if facts.leftovers:
+                supply.suspect_silence(slot, since=self.lent_at)
+            elif not (facts.untouched or facts.closed):
                 slot.heard_at = now
+                if not slot.proven:
+                    supply.note_work(slot)
             task = supply.take_back(slot, need_of(facts), timeout)
         return task
 

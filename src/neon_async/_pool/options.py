@@ -59,7 +59,7 @@ class PoolOptions:
         setup: An async function that is called with the connection on every acquire, within `acquire_timeout`. Default
             None. An error ends the connection and reaches the caller.
         init: An async function that is called with every new connection, within `connect_timeout`. Default None. An
-            error ends the connection.
+            error ends the connection, and reaches the acquire for which the connection was made.
         reset: An async function that is called with every released connection, within `release_timeout`, instead of
             the pool's own reset. Default None. An error ends the connection.
         connection_class: The class of the connections, a subclass of `asyncpg.Connection`, which is the default.

@@ -175,8 +175,8 @@ class Pool(PoolBase[RecordT]):
             size=supply.size,
             in_use=count(State.IN_USE),
             idle=count(State.IDLE) + count(State.RESERVED),
-            checking=count(State.CHECKING),
-            resetting=count(State.RESETTING) + count(State.CLOSING),
+            checking=count(State.CHECKING) + count(State.SILENT),
+            resetting=self._resetting(),
             connecting=count(State.CONNECTING),
             vacant=count(State.VACANT),
             waiting=len(supply.waiters),
@@ -186,6 +186,10 @@ class Pool(PoolBase[RecordT]):
     def health(self) -> PoolHealth:
         """Return what the pool knows about its database. Nothing is sent to find out."""
         return self._supply.health.snapshot()
+
+    def _resetting(self) -> int:
+        """Return how many connections are being reset or closed."""
+        return sum(self._supply.slots.count(state) for state in (State.RESETTING, State.CLOSING, State.STUCK))
 
     # -----------------------------------------------------------------------------------------------------------------
     # Opening
@@ -259,6 +263,7 @@ class Pool(PoolBase[RecordT]):
             PoolClosedError: The pool is not open, is closing, or is closed.
             NeonAsyncError: The server cannot be reached for a reason that does not pass by itself, such as a wrong
                 password; raised at once.
+            Exception: What `init`, `setup` or the password function raised for this acquire, unchanged.
         """
         if timeout is not None:
             check_timeout("timeout", timeout)
@@ -348,7 +353,9 @@ class Pool(PoolBase[RecordT]):
         if limit is None:
             return
         count = self._supply.slots.count
-        free = self._options.max_size - count(State.IN_USE) - count(State.RESERVED)
+        # A connection that does not answer gives its slot back, too, but only when its time is over.
+        taken = (State.IN_USE, State.RESERVED, State.SILENT, State.STUCK)
+        free = self._options.max_size - sum(count(state) for state in taken)
         if len(self._supply.waiters) >= limit + free:
             raise PoolBusyError(
                 f"{self._describe()}; max_waiting={limit}. Try again later, or raise max_size or max_waiting."
@@ -362,7 +369,7 @@ class Pool(PoolBase[RecordT]):
 
     def _describe(self) -> str:
         count = self._supply.slots.count
-        in_between = count(State.CHECKING) + count(State.RESETTING) + count(State.CLOSING)
+        in_between = count(State.CHECKING) + count(State.SILENT) + self._resetting()
         return (
             f"{self._supply.name} has {count(State.IN_USE)} of {self._options.max_size} connections in use, "
             f"{count(State.CONNECTING)} connecting, {in_between} checked or reset, "
@@ -384,7 +391,7 @@ class Pool(PoolBase[RecordT]):
             return f"The latest failure to connect is the cause of this error: {text_of(failure)}"
         if slots.count(State.CONNECTING):
             return "The compute may be waking. The connect goes on: try again, or raise acquire_timeout."
-        if slots.count(State.CHECKING) or slots.count(State.RESETTING) or slots.count(State.CLOSING):
+        if slots.count(State.CHECKING) or slots.count(State.SILENT) or self._resetting():
             return "The server has not answered yet. Try again, or raise acquire_timeout."
         return "Release connections sooner, raise max_size, or raise timeout or acquire_timeout."
 
@@ -471,7 +478,7 @@ class Pool(PoolBase[RecordT]):
             count = self._supply.slots.count
             _log.info(
                 "%s: not closed within %g s; terminating connections: %d in use, %d being reset",
-                *(self._supply.name, timeout, count(State.IN_USE), count(State.RESETTING) + count(State.CLOSING)),
+                *(self._supply.name, timeout, count(State.IN_USE), self._resetting()),
             )
         finally:
             self.terminate()

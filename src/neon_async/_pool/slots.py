@@ -9,6 +9,9 @@
     every state with a connection ──close──▶ CLOSING
     every state but VACANT ──the connection has ended, or was never made──▶ VACANT
 
+    CHECKING ───────────no answer for a while──▶ SILENT, from which it goes on as from CHECKING
+    RESETTING, CLOSING ─no answer for a while──▶ STUCK, from which it goes on as from these
+
 Knows nothing of asyncpg, of waiters or of time: a slot owns a holder and never looks into it.
 """
 
@@ -43,18 +46,31 @@ class State(enum.IntEnum):
     """Its connection was released and is being reset."""
     CLOSING = 7
     """Its connection is being closed."""
+    SILENT = 8
+    """Its connection has not answered a ping for a while. It is not expected to work."""
+    STUCK = 9
+    """Its connection has not answered a reset or a close for a while. It is not expected to work."""
 
 
 TRANSITIONS: Mapping[State, frozenset[State]] = {
     State.VACANT: frozenset({State.CONNECTING}),
     State.CONNECTING: frozenset({State.VACANT, State.IDLE, State.RESERVED, State.CLOSING}),
     State.IDLE: frozenset({State.VACANT, State.CHECKING, State.RESERVED, State.IN_USE, State.CLOSING}),
-    State.CHECKING: frozenset({State.VACANT, State.IDLE, State.RESERVED, State.CLOSING}),
+    State.CHECKING: frozenset({State.VACANT, State.IDLE, State.RESERVED, State.CLOSING, State.SILENT}),
     State.RESERVED: frozenset({State.VACANT, State.IDLE, State.RESERVED, State.IN_USE, State.CLOSING}),
     State.IN_USE: frozenset({State.VACANT, State.IDLE, State.RESERVED, State.RESETTING, State.CLOSING}),
-    State.RESETTING: frozenset({State.VACANT, State.IDLE, State.RESERVED, State.CLOSING}),
-    State.CLOSING: frozenset({State.VACANT}),
+    State.RESETTING: frozenset({State.VACANT, State.IDLE, State.RESERVED, State.CLOSING, State.STUCK}),
+    State.CLOSING: frozenset({State.VACANT, State.STUCK}),
+    State.SILENT: frozenset({State.VACANT, State.IDLE, State.RESERVED, State.CLOSING}),
+    State.STUCK: frozenset({State.VACANT, State.IDLE, State.RESERVED, State.CLOSING}),
 }
+# What a slot becomes whose work in the background has had no answer for a while.
+UNANSWERED: Mapping[State, State] = {
+    State.CHECKING: State.SILENT,
+    State.RESETTING: State.STUCK,
+    State.CLOSING: State.STUCK,
+}
+_UNUSABLE = (State.VACANT, State.CONNECTING, State.CLOSING, State.SILENT, State.STUCK)
 _ALLOWED = [TRANSITIONS[state] for state in State]
 
 
@@ -62,6 +78,7 @@ class Slot:
     """One place for a connection, and what is known of the connection in it. Times are of the monotonic clock."""
 
     __slots__ = (
+        "dialed_for",
         "expires_at",
         "generation",
         "heard_at",
@@ -69,9 +86,12 @@ class Slot:
         "idle_since",
         "loan",
         "opened_at",
+        "proven",
+        "queries_before",
         "state",
         "task",
         "used",
+        "work_began",
         "work_until",
     )
 
@@ -80,13 +100,17 @@ class Slot:
         self.state = State.VACANT
         self.loan: Loan | None = None
         self.task: asyncio.Task[object] | None = None  # what is being done to the connection in the background
-        self.work_until = 0.0  # when that is cancelled
+        self.work_began = 0.0
+        self.work_until = 0.0  # when it is cancelled
+        self.dialed_for: asyncio.Future[Slot] | None = None  # the waiter for which a dial is under way
         self.generation = 0  # of the pool's `expire_connections()`, when the connection was made
         self.opened_at = 0.0
         self.expires_at = 0.0
         self.heard_at = 0.0  # the latest sign of life from the server
         self.idle_since = 0.0
         self.used = False  # whether the connection was lent since it was made
+        self.proven = False  # whether it has answered a statement of a caller
+        self.queries_before = 0  # how many statements it had run before it was first lent
 
     def __repr__(self) -> str:
         return f"<Slot {self.state.name.lower()}>"
@@ -123,8 +147,8 @@ class Slots:
 
     @property
     def connected(self) -> int:
-        """How many slots have a connection; one that ended a moment ago may be among them."""
-        return len(self._all) - self._counts[State.VACANT] - self._counts[State.CONNECTING]
+        """How many slots have a connection that is expected to work; one that ended a moment ago may be among them."""
+        return len(self._all) - sum(self._counts[state] for state in _UNUSABLE)
 
     def move(self, slot: Slot, state: State) -> None:
         """Put `slot` into `state`.

@@ -17,25 +17,24 @@ import logging
 import math
 import random
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 from .._driver import holder
 from .._driver.connection import resets_itself
 from .._driver.connector import Connector
 from .._driver.holder import Holder, own_session
-from .._driver.pooled import is_pooled, tracked_settings
-from .._driver.session import Snapshot
-from .._driver.snapshot import restore_codecs, take_snapshot
-from .._errors import ConnectError, ConnectTimeoutError, NeonAsyncError, PoolTimeoutError
+from .._driver.snapshot import restore_codecs
+from .._errors import ConnectError, NeonAsyncError, PoolTimeoutError
 from .._neon.endpoint import short_name
 from .._text import escape
 from .._timing import Timer
 from .health import HealthLog
 from .loan import Need
+from .opening import CallersError, connects_in, failure_of, open_connection
 from .options import PoolOptions
 from .pace import Pace, may_pass
-from .slots import Slot, Slots, State
+from .slots import UNANSWERED, Slot, Slots, State
 from .stats import Tallies
 from .waiters import WaitQueue
 
@@ -43,6 +42,11 @@ _log = logging.getLogger("neon_async")
 
 # A healthy server answers a ping in one round trip, and a caller waits for the answer.
 _PING_TIMEOUT = 2.0
+# After this time without an answer to a ping, a reset or a close, the pool does not count on the connection any more
+# and dials another one meanwhile. It is longer than nearly every round trip on earth.
+_PATIENCE = 0.3
+# A server answers Terminate by closing, in one round trip. Nothing is lost where it does not.
+_CLOSE_TIMEOUT = 1.0
 # How far the wall clock may gain on the monotonic clock, or fall behind it, before this machine counts as having been
 # asleep: NTP slews both alike, and smaller steps are rare.
 _CLOCK_JUMP = 2.0
@@ -79,8 +83,10 @@ class Supply:
         self._generation = 0
         self._tasks: set[asyncio.Task[Any]] = set()
         self._reaper = Timer(self._reap)
-        self._late_work = Timer(self._cancel_late_work)
+        self._late_work = Timer(self._attend_to_late_work)
         self._resumption = Timer(self.balance)
+        self._announced = False  # whether the log says that there is an outage
+        self._callers_code_failed = False  # and the log says so
         self._cold_since: float | None = None  # since when there has been no connection and a dial has been under way
         self._clock_offset = time.time() - time.monotonic()
         # Work in the background serves no single caller, so it does not run in the context of the caller that happened
@@ -133,6 +139,25 @@ class Supply:
         """Return whether the connection was made before `expire_connections()`."""
         return slot.generation != self._generation
 
+    def suspect_silence(self, slot: Slot, *, since: float) -> None:
+        """Ping idle connections before use if the statement that was sent on `slot` at `since` has no answer yet.
+
+        It may be slow, or all connections of its age may be dead: a NAT forgets them together.
+        """
+        if not holder.is_idle(slot.holder.connection):
+            self._suspect(since)
+
+    def _suspect(self, since: float) -> None:
+        """Ping the idle connections before use that have shown no sign of life since then."""
+        for slot in self.slots.idle:
+            if slot.heard_at <= since:
+                slot.heard_at = -math.inf
+
+    def note_work(self, slot: Slot) -> None:
+        """Note that a connection has answered a caller for the first time."""
+        slot.proven = True
+        self.pace.worked(opened_at=slot.opened_at)
+
     def expire(self) -> None:
         """Lend no connection again that has been made so far."""
         self._generation += 1
@@ -141,8 +166,8 @@ class Supply:
     def _reap(self) -> None:
         """Close connections that were idle for too long, down to `min_size`, and those that are too old."""
         now, max_idle = time.monotonic(), self.options.max_inactive_connection_lifetime or math.inf
-        leaving = self.slots.count(State.RESETTING) + self.slots.count(State.CLOSING)  # a reset may end in a close
-        spare = self.slots.connected - leaving - self.options.min_size
+        # A reset may end in a close.
+        spare = self.slots.connected - self.slots.count(State.RESETTING) - self.options.min_size
         for slot in list(self.slots.idle):  # from the bottom of the stack: idle for the longest time
             inactive_at = slot.idle_since + max_idle
             if not slot.holder.is_connected():
@@ -212,6 +237,12 @@ class Supply:
 
     def _connection_closed(self, slot: Slot) -> None:
         """React to the end of a connection, on either side. Work in the background notices it by itself."""
+        connection, now = slot.holder.connection, time.monotonic()
+        if holder.was_lost(connection):
+            if slot.loan is not None:
+                self._suspect(slot.loan.lent_at)
+            if not slot.proven and _is_in_first_statement(slot, connection):
+                self._note_vain_end(slot, now)
         slot.holder.mark_closed()
         self.size -= 1
         self.tallies.terminations.since(slot.opened_at)
@@ -241,27 +272,39 @@ class Supply:
                 met, and `asyncio.timeout()` takes longer than the rest of a reset.
         """
         self.slots.move(slot, state)
-        slot.work_until = time.monotonic() + limit
-        self._late_work.set(slot.work_until)
+        slot.work_began = now = time.monotonic()
+        slot.work_until = now + limit
+        self._late_work.set(now + _PATIENCE if state in UNANSWERED else slot.work_until)
         # Not by create_task(): an eager task (Python 3.12) would run before it is known here.
         slot.task = task = asyncio.Task(work, loop=asyncio.get_running_loop(), context=self._context.copy())
         self._tasks.add(task)  # the event loop itself keeps weak references only
         task.add_done_callback(functools.partial(self._finished, slot))
         return task
 
-    def _cancel_late_work(self) -> None:
-        now = time.monotonic()
+    def _attend_to_late_work(self) -> None:
+        """Cancel work whose time is over, and do not count on connections that have not answered for a while."""
+        now, silence = time.monotonic(), False
         for slot in self.slots:
             if slot.task is None:
                 continue
-            if slot.work_until > now:
-                self._late_work.set(slot.work_until)
-            else:
+            if slot.work_until <= now:
                 slot.task.cancel()
+                continue
+            due = slot.work_until
+            if slot.state in UNANSWERED:
+                if slot.work_began + _PATIENCE <= now:
+                    self.slots.move(slot, UNANSWERED[slot.state])
+                    self._suspect(slot.work_began)
+                    silence = True
+                else:
+                    due = min(due, slot.work_began + _PATIENCE)
+            self._late_work.set(due)
+        if silence:
+            self.balance()
 
     def _finished(self, slot: Slot, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
-        slot.task = None
+        slot.task = slot.dialed_for = None
         # A task that was cancelled before it began has run none of its coroutine.
         if task.cancelled() or task.result() is not None:
             slot.holder.terminate()
@@ -302,6 +345,8 @@ class Supply:
             protocol.note_reset()
         self.tallies.resets.since(began)
         slot.heard_at = time.monotonic()
+        if not slot.proven:
+            self.note_work(slot)
         return None
 
     async def _reset_session(self, connection: Any) -> None:
@@ -326,7 +371,7 @@ class Supply:
 
     def _close(self, slot: Slot, limit: float | None = None) -> asyncio.Task[Any]:
         """Close the connection of a slot that no caller has, within `limit` seconds (default: `release_timeout`)."""
-        limit = self.options.release_timeout if limit is None else limit
+        limit = min(self.options.release_timeout if limit is None else limit, _CLOSE_TIMEOUT)
         return self._start(slot, State.CLOSING, self._close_connection(slot.holder.connection), limit)
 
     async def _close_connection(self, connection: Any) -> Exception | None:
@@ -349,6 +394,8 @@ class Supply:
             _log.info("%s: an idle connection did not answer and was closed (%s)", self.name, type(error).__name__)
             if deadline.expired():
                 self._terminate_silent_since(slot.heard_at)
+            else:
+                self._suspect(slot.work_began)
             return error
         slot.heard_at = time.monotonic()
         return None
@@ -376,19 +423,46 @@ class Supply:
         now = time.monotonic()
         while waiters and (slot := self.take_idle(now)) and waiters.hand_over(slot):
             slots.move(slot, State.RESERVED)
-        while slots.idle and len(waiters) > slots.count(State.CHECKING):
+        # While a ping has no answer, the other idle connections will hardly do better.
+        while slots.idle and len(waiters) > slots.count(State.CHECKING) and not slots.count(State.SILENT):
             self._start(slots.idle[-1], State.CHECKING, self._check(slots.idle[-1]))
         connecting, checking = slots.count(State.CONNECTING), slots.count(State.CHECKING)
         refusal = self.pace.refusal(now)
         if refusal is not None:
             waiters.fail(len(waiters) - connecting - checking, functools.partial(_twin, refusal))
-        wanted = max(len(waiters) - checking, self.options.min_size - slots.connected) - connecting
-        if wanted > 0 and slots.vacant and (pause := self.pace.pause(now)):
+        if not slots.vacant:
+            return
+        wanted = len(waiters) - checking - connecting
+        if wanted > 0:
+            self._dial_for_waiters(wanted, now)
+        elif not connecting and slots.connected < self.options.min_size:
+            self._dial_for_floor(now)
+
+    def _dial_for_waiters(self, wanted: int, now: float) -> None:
+        if self._has_to_pause(self.pace.pause(now), now):
+            return
+        allowed = self.pace.allowed(self.slots.connected) - self.slots.count(State.CONNECTING)
+        for _ in range(min(wanted, len(self.slots.vacant), allowed)):
+            self._start_dial()
+
+    def _dial_for_floor(self, now: float) -> None:
+        if not self._has_to_pause(self.pace.floor_pause(now), now):
+            self.pace.floor_dialed(now)
+            self._start_dial()
+
+    def _has_to_pause(self, pause: float, now: float) -> bool:
+        """Return whether no dial may start yet. Then the supply is balanced again after the pause."""
+        if pause:
             self._resumption.cancel()  # an earlier pause may have been longer
             self._resumption.set(now + pause)
-            return
-        for _ in range(min(wanted, len(slots.vacant), self.pace.allowed(slots.connected) - connecting)):
-            self._start(slots.vacant[-1], State.CONNECTING, self._dial(slots.vacant[-1]))
+        return pause > 0
+
+    def _start_dial(self) -> None:
+        """Dial for the first waiter for which no dial is under way, or for none."""
+        slot = self.slots.vacant[-1]
+        served = {other.dialed_for for other in self.slots}
+        slot.dialed_for = next((waiter for waiter in self.waiters if waiter not in served), None)
+        self._start(slot, State.CONNECTING, self._dial(slot))
 
     async def _dial(self, slot: Slot) -> Exception | None:
         """Make a connection for a vacant slot."""
@@ -396,96 +470,82 @@ class Supply:
         if self.slots.connected == 0 and self._cold_since is None:
             self._cold_since = began
         generation = self._generation
+        steps: list[str] = []
         try:
-            connection = await self._connect()
-        except asyncio.CancelledError:
+            connection = await open_connection(self.connector, self.options, steps)
+        except BaseException as error:
             self.tallies.dial_failures.since(began)
-            raise
-        except Exception as error:  # noqa: BLE001  raised in the waiters, or kept for those whose time is over
-            self.tallies.dial_failures.since(began)
-            self._note_failure(error.with_traceback(None), began)  # the frames would live as long as the pool
-            return error
+            failure = failure_of(error)
+            if failure is None:
+                raise
+            failure.with_traceback(None)  # its frames would live as long as the pool remembers the failure
         else:
             slot.generation = generation
-            self._adopt(slot, connection, began)
+            self._adopt(slot, connection, began, connects_in(steps))
             return None
         finally:
             self.tallies.dials.since(began)
+        if isinstance(failure, CallersError):
+            self._note_callers_failure(slot, failure.error, began, connects_in(steps))
+            return failure.error
+        self._note_failure(failure, began, connects_in(steps))
+        return failure
 
-    async def _connect(self) -> Any:
-        """Return a new connection on which the caller's `init` has run."""
-        connection = await self.connector.connect(
-            connection_class=self.options.connection_class, record_class=self.options.record_class
-        )
-        if self.options.init is not None:
-            await self._run_init(connection)
-        if connection.is_closed():
-            raise ConnectError("The server closed the connection as soon as it was made. Try again.")
-        return connection
-
-    async def _run_init(self, connection: Any) -> None:
-        """Run the caller's `init` within `connect_timeout`. A connection that it fails on is not used."""
-        assert self.options.init is not None
-        limit = self.connector.parameters.connect_timeout
-        deadline = asyncio.timeout(limit)
-        failure: NeonAsyncError
-        try:
-            async with deadline:
-                await self._set_up(self.options.init, connection)
-        except BaseException as error:
-            lost = connection.is_closed()
-            connection.terminate()
-            if isinstance(error, TimeoutError) and deadline.expired():
-                failure = ConnectTimeoutError(
-                    f"init did not return within connect_timeout={limit:g} s. Let it do less, or raise connect_timeout."
-                )
-            elif isinstance(error, Exception) and lost:
-                failure = ConnectError(f"{self.name} closed the connection while init ran. Try again.")
-            else:
-                raise
-            raise failure from error
-
-    async def _set_up(self, init: Callable[[Any], Awaitable[None]], connection: Any) -> None:
-        """Run `init`, and remember what it set up, so that every reset restores it."""
-        session, protocol = own_session(connection), holder.protocol_of(connection)
-        assert protocol is not None
-        writes, protocol.mentioned = holder.writes(connection), set()
-        await init(connection)
-        names, protocol.mentioned = protocol.mentioned, None
-        if holder.writes(connection) != writes and not is_pooled(connection):
-            session.remember(await take_snapshot(connection, user=self.connector.parameters.user, names=names))
-        else:  # nothing that only the server knows
-            session.remember(Snapshot(callbacks=holder.callbacks_of(connection), codecs=dict(session.codecs)))
-            if is_pooled(connection):
-                session.initial_settings = tracked_settings(connection)
-        protocol.note_reset()
-
-    def _adopt(self, slot: Slot, connection: Any, began: float) -> None:
+    def _adopt(self, slot: Slot, connection: Any, began: float, connects: int) -> None:
         """Give a new connection to a slot."""
         now = time.monotonic()
         slot.holder.adopt(connection)
         self.own_reset = self.options.reset is not None or resets_itself(connection)
         self.size += 1
         self.health.connected()
-        slot.used = False
+        slot.used = slot.proven = False
+        slot.queries_before = holder.queries_run(connection)
         slot.opened_at = slot.heard_at = now
         max_lifetime = self.options.max_lifetime or math.inf
         slot.expires_at = now + max_lifetime * (1 - _LIFETIME_JITTER * random.random())  # noqa: S311
         own_session(connection).on_closed = functools.partial(self._connection_closed, slot)
-        if self.pace.last_failure is not None or self._cold_since is not None:
+        if self._announced or self._cold_since is not None:
             _log.info("%s: connected in %.2f s", self.name, now - (self._cold_since or began))
-        self.pace.succeeded()
+        self._announced = self._callers_code_failed = False
+        self.pace.connected(began=began, connects=connects)
         if self._cold_since is not None:
             self.tallies.wakes.since(self._cold_since)
             self._cold_since = None
 
-    def _note_failure(self, error: Exception, began: float) -> None:
+    def _note_failure(self, error: Exception, began: float, connects: int) -> None:
         before = self.pace.last_failure
         if before is None or may_pass(before) != may_pass(error):
             plan = "retrying" if may_pass(error) else "not retrying for now"
             _log.info("%s: cannot connect, %s: %s", self.name, plan, text_of(error))
-        self.pace.failed(error, began=began, now=time.monotonic())
+            self._announced = True
+        self.pace.failed(error, began=began, now=time.monotonic(), connects=connects)
         self.health.failed(error)
+        self._forget_wake()
+
+    def _note_callers_failure(self, slot: Slot, error: Exception, began: float, connects: int) -> None:
+        """Raise what `init` or the password function raised in the waiter for which it ran, and in no other."""
+        told = slot.dialed_for is not None and self.waiters.fail_one(slot.dialed_for, error.with_traceback(None))
+        if not self._callers_code_failed:
+            _log.info("%s: init or the password function failed: %s", self.name, text_of(error))
+        self._callers_code_failed = True
+        self.pace.stopped_by_caller(began=began, connects=connects, told=told)
+        self.health.failed(error)
+        self._forget_wake()
+
+    def _note_vain_end(self, slot: Slot, now: float) -> None:
+        """Count a session that has ended unused, or in its first statement, as a failed connect."""
+        error = ConnectError(
+            f"{self.name} closed a new connection before it had answered a statement. Try again; check the timeouts "
+            "and the log of the server."
+        )
+        before = self.pace.in_vain
+        self.pace.ended_in_vain(error, opened_at=slot.opened_at, now=now)
+        if self.pace.in_vain > 1:  # a single one may have been idle when the compute was suspended
+            self.health.failed(error)
+        if (before, self.pace.in_vain) == (1, 2):
+            _log.info("%s: new connections are closed before they have answered a statement", self.name)
+
+    def _forget_wake(self) -> None:
         if not self.waiters:
             self._cold_since = None  # no caller waits for this wake any more
 
@@ -499,7 +559,7 @@ class Supply:
         self._reaper.cancel()
         self._resumption.cancel()
         for slot in self.slots:
-            if slot.task is not None and slot.state in (State.CONNECTING, State.CHECKING):
+            if slot.task is not None and slot.state in (State.CONNECTING, State.CHECKING, State.SILENT):
                 slot.task.cancel()
         for slot in list(self.slots.idle):
             self._close(slot)
@@ -546,6 +606,12 @@ def text_of(error: Exception) -> str:
     if isinstance(error, NeonAsyncError):
         return escape(str(error))
     return f"{type(error).__name__}."  # its text may contain anything
+
+
+def _is_in_first_statement(slot: Slot, connection: Any) -> bool:
+    """Return whether a connection that was lost had answered no statement of a caller."""
+    queries = holder.queries_run(connection) - slot.queries_before
+    return queries == 0 or (queries == 1 and holder.is_running(connection))
 
 
 def _twin(error: Exception) -> Exception:

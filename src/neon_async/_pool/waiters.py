@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
 from .._timing import Timer
@@ -41,6 +41,10 @@ class WaitQueue(Generic[_T]):
 
     def __len__(self) -> int:
         return len(self._waiters)
+
+    def __iter__(self) -> Iterator[asyncio.Future[_T]]:
+        """Iterate over the waiters, the first one first."""
+        return iter(self._waiters)
 
     def __repr__(self) -> str:
         return f"<WaitQueue: {len(self)} waiting>"
@@ -91,6 +95,13 @@ class WaitQueue(Generic[_T]):
             waiter, _deadline = self._waiters.popitem(last=True)
             if not waiter.done():
                 waiter.set_exception(make_error())
+
+    def fail_one(self, waiter: asyncio.Future[_T], error: Exception) -> bool:
+        """Raise an error in one waiter. Return False when it does not wait any more."""
+        if self._waiters.pop(waiter, None) is None or waiter.done():
+            return False
+        waiter.set_exception(error)
+        return True
 
     def close(self, make_error: Callable[[], Exception]) -> None:
         """Raise an error in all waiters, and stop the timer."""

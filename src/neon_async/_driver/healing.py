@@ -52,7 +52,7 @@ class HealedStatements(StatementHooks[RecordT]):
             left = None if timeout is None else timeout - (time.monotonic() - began)
             return await executor(state, left), state
         except Exception as error:
-            if state is None:
+            if state is None or self.is_closed():
                 raise
             await self._allow_second_run(error, query, state, is_old=holder.prepares(self) == prepared)
         with _second_run(self, timeout, began) as left:

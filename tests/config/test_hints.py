@@ -163,6 +163,28 @@ def test_a_dsn_with_something_around_it_gets_an_answer(dsn: str, what: str) -> N
     assert str(caught.value) == message
 
 
+class Holder:
+    """What holds a connection URL, and has one method that returns it."""
+
+    def __init__(self, method: str) -> None:
+        setattr(self, method, lambda **_: DSN)
+
+
+@pytest.mark.parametrize(
+    ("method", "what"),
+    [
+        pytest.param("get_secret_value", "get_secret_value() returns one.", id="pydantic's SecretStr"),
+        pytest.param("render_as_string", "render_as_string(hide_password=False) returns one.", id="SQLAlchemy's URL"),
+        pytest.param("unicode_string", "str() makes one of it.", id="pydantic's PostgresDsn"),
+        pytest.param("other", "Pass a str such as postgresql://user@host/db.", id="anything else"),
+    ],
+)
+def test_an_object_in_place_of_the_dsn_gets_an_answer(method: str, what: str) -> None:
+    message = refusal(Holder(method))
+    assert message.startswith("The DSN is of type Holder. ")
+    assert message.endswith(what)
+
+
 @pytest.mark.parametrize(
     ("dsn", "what"),
     [

@@ -53,6 +53,23 @@ async def test_a_password_function_is_called_once_for_every_dial(postgres: Local
         assert len(calls) == count
 
 
+@pytest.mark.parametrize("asynchronous", [None, False, True], ids=["text", "function", "async function"])
+@pytest.mark.parametrize("padding", ["{}\n", " {}", "{}\u2028"], ids=["line break", "space", "line separator"])
+async def test_a_refused_password_with_white_space_around_it_is_refused_with_that_hint(
+    postgres: LocalPostgres, padding: str, asynchronous: bool | None
+) -> None:
+    password: Any = padding.format(password_of(postgres))
+    if asynchronous is not None:
+        password, _ = returning(password, asynchronous=asynchronous)
+    hint = "begins or ends with white space"
+    with pytest.raises(InvalidPasswordError, match=hint) as caught:
+        await neon_async.connect(postgres.dsn, trust_anchor=postgres.trust_anchor, password=password)
+    assert_secret_free(caught.value, password_of(postgres))
+    with pytest.raises(InvalidPasswordError) as caught:
+        await neon_async.connect(postgres.dsn, trust_anchor=postgres.trust_anchor, password="another one")
+    assert hint not in str(caught.value)
+
+
 async def test_a_password_function_may_return_any_awaitable(postgres: LocalPostgres) -> None:
     def password() -> Awaitable[str]:
         future: asyncio.Future[str] = asyncio.get_running_loop().create_future()

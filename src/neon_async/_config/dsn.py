@@ -73,8 +73,9 @@ def split(dsn: object) -> URL:
         ConfigurationError: The text is not a connection URL, or not every parser would split it alike.
     """
     if not isinstance(dsn, str):
+        how = next((how for method, how in _MAKES_TEXT.items() if hasattr(dsn, method)), "")
         raise ConfigurationError(
-            f"The DSN is of type {type(dsn).__name__}. Pass a str such as postgresql://user@host/db."
+            f"The DSN is of type {type(dsn).__name__}. Pass a str such as postgresql://user@host/db.{how}"
         )
     if mark := invisible_in(dsn):
         raise ConfigurationError(f"The DSN contains the invisible character {mark}. Remove it, or copy the DSN again.")
@@ -101,6 +102,14 @@ def split(dsn: object) -> URL:
     authority, slash, path = authority_and_path.partition("/")
     host, port = _split_authority(authority)
     return URL(scheme, user, password, host, port, slash + path, query)
+
+
+# How objects that hold a connection URL return its text, by a method that they have.
+_MAKES_TEXT = {
+    "get_secret_value": " Its get_secret_value() returns one.",  # pydantic's SecretStr
+    "render_as_string": " Its render_as_string(hide_password=False) returns one.",  # SQLAlchemy's URL
+    "unicode_string": " str() makes one of it.",  # pydantic's PostgresDsn
+}
 
 
 def decode(text: str) -> str:

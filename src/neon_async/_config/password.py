@@ -48,6 +48,11 @@ class Password:
         del answer  # tracebacks keep the locals of this frame
         raise ConfigurationError(f"The password function returned {kind}. Return a non-empty str without NUL.")
 
+    @property
+    def is_padded(self) -> bool:
+        """Whether white space is at its beginning or end, as in what was read from a file with a line break."""
+        return isinstance(self._source, str) and self._source != self._source.strip()
+
     def reveal(self) -> str:
         """Return the text of a resolved password."""
         assert isinstance(self._source, str)

@@ -183,16 +183,18 @@ class Connector:
             on_step(step)
 
         deadline = asyncio.timeout(self.parameters.connect_timeout)
+        password = self.parameters.password
         try:
             async with deadline:
-                password = await self.parameters.password.resolve()
+                password = await password.resolve()
                 steps.append("start")
                 return await self._dial(password.reveal, begin, connection_class, record_class)
         except Exception as error:  # noqa: BLE001  translated below
             raw = error
         from .failures import Attempt, public_error  # imported by `prepare()`
 
-        failure = public_error(raw, Attempt(self.parameters, self.anchor, steps[-1], deadline.expired()))
+        attempt = Attempt(self.parameters, self.anchor, steps[-1], deadline.expired(), padded=password.is_padded)
+        failure = public_error(raw, attempt)
         try:
             if failure is raw:
                 raise failure

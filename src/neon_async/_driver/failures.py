@@ -9,7 +9,7 @@ from typing import Final
 import asyncpg
 
 from .._config.connection import ConnectionParameters
-from .._errors import ConnectError, ConnectTimeoutError, NeonAsyncError, ProtocolError, TLSError
+from .._errors import ConnectError, ConnectTimeoutError, InvalidPasswordError, NeonAsyncError, ProtocolError, TLSError
 from .._neon.server_texts import classify
 from .._text import escape
 from .._wire.tls import NOT_TLS_REASONS, certificate_error, openssl_reason
@@ -25,15 +25,19 @@ class Attempt:
         step: The step that was running: `password`, `start`, `dns`, `tcp`, `tls`, `revocation` or
             `authentication`.
         expired: Whether `connect_timeout` had expired.
+        padded: Whether white space is at the beginning or end of the password.
     """
 
-    __slots__ = ("anchor", "expired", "parameters", "step")
+    __slots__ = ("anchor", "expired", "padded", "parameters", "step")
 
-    def __init__(self, parameters: ConnectionParameters, anchor: TrustAnchor, step: str, expired: bool) -> None:
+    def __init__(
+        self, parameters: ConnectionParameters, anchor: TrustAnchor, step: str, expired: bool, *, padded: bool = False
+    ) -> None:
         self.parameters: Final = parameters
         self.anchor: Final = anchor
         self.step: Final = step
         self.expired: Final = expired
+        self.padded: Final = padded
 
 
 def public_error(error: Exception, attempt: Attempt) -> Exception:
@@ -59,7 +63,7 @@ def _failure(error: Exception, attempt: Attempt, host: str, activity: str) -> Ne
             name = attempt.parameters.hostaddr or f"The name {host}"
             return ConnectError(f"{name} cannot be resolved ({error.strerror}). Check host, and this machine's DNS.")
         case asyncpg.PostgresError() if _is_from_server(error):
-            return _server_error(error, host)
+            return _server_error(error, host, attempt)
         case ConnectionError() | asyncpg.PostgresConnectionError():
             return ConnectError(f"{host} closed the connection during {activity}. Try again; check the server.")
         case OSError():
@@ -137,9 +141,12 @@ def _is_from_server(error: asyncpg.PostgresError) -> bool:
     return "sqlstate" in vars(error) or not isinstance(error, asyncpg.PostgresConnectionError)
 
 
-def _server_error(error: asyncpg.PostgresError, host: str) -> NeonAsyncError:
+def _server_error(error: asyncpg.PostgresError, host: str, attempt: Attempt) -> NeonAsyncError:
     message = str(error.args[0]) or "an error without a message"
     verdict = classify(vars(error).get("sqlstate"), message)
-    failure = verdict.error(f"{host}: {message.rstrip('.')}. {verdict.advice}")
+    advice = verdict.advice
+    if attempt.padded and verdict.error is InvalidPasswordError:
+        advice = "The password begins or ends with white space: remove it, unless it is meant. " + advice
+    failure = verdict.error(f"{host}: {message.rstrip('.')}. {advice}")
     vars(failure).update(vars(error))  # sqlstate, detail, hint and the other fields, as in asyncpg's error
     return failure

@@ -731,8 +731,9 @@ def create_pool(
 
     Args:
         dsn: A connection URL, as the Neon console shows it. What it does not contain comes from libpq's `PG*`
-            variables. Any keyword of libpq or asyncpg may be given besides, and wins. No `sslmode` means verify-full; a
-            weaker one is refused.
+            variables. Any keyword of libpq or asyncpg may be given besides, and wins; `""` for a file, an address or a
+            keyword that is refused means that its variable is ignored. No `sslmode` means verify-full; a weaker one is
+            refused.
         trust_anchor: The root certificates to trust in place of ISRG Root X1, for a private endpoint or a test: PEM
             bytes, PEM text, or a path, with at most ten roots. Or `LETS_ENCRYPT_ROOTS`: ISRG Root X1 and X2, Root YR
             and YE, by their fingerprints, which is more trust than Neon needs today.

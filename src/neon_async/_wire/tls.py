@@ -110,7 +110,7 @@ def create_ssl_context(*, trust_anchor: AnchorSource | None = None, crl: str | N
             certificate. Default: no check of revocation.
 
     Raises:
-        ConfigurationError: `trust_anchor` or `crl` cannot be read.
+        ConfigurationError: `trust_anchor` or `crl` cannot be used.
     """
     anchor = find_isrg_root_x1() if trust_anchor is None else load_trust_anchor(trust_anchor)
     return build_context(anchor, crl=crl)

@@ -58,6 +58,7 @@ TREE: list[Any] = [
         (neon_async.PoolBusyError, (RuntimeError,), True),
         (neon_async.PoolClosedError, (asyncpg.InterfaceError,), False),
         (neon_async.ConnectionLostError, (asyncpg.ConnectionDoesNotExistError, ConnectionError), True),
+        (neon_async.QueryTimeoutError, (TimeoutError, asyncio.TimeoutError), True),
         (neon_async.CommitUnknownError, (asyncpg.TransactionResolutionUnknownError,), False),
         (neon_async.TransactionAbortedError, (asyncpg.InFailedSQLTransactionError,), False),
     )
@@ -224,6 +225,7 @@ UNAVAILABLE = {
     "EndpointDisabledError",
     "PoolBusyError",
     "PoolTimeoutError",
+    "QueryTimeoutError",
     "QuotaExceededError",
     "TooManyConnectionsError",
 }

@@ -226,6 +226,16 @@ class ConnectionLostError(NeonAsyncError, asyncpg.ConnectionDoesNotExistError, C
         self.nothing_committed = nothing_executed if nothing_committed is None else nothing_committed
 
 
+class QueryTimeoutError(NeonAsyncError, TimeoutError):
+    """A statement took longer than its `timeout`, or than the `command_timeout` of the connection.
+
+    The server was asked to cancel it, and may have executed it nevertheless.
+    """
+
+    retryable = True
+    unavailable = True
+
+
 class CommitUnknownError(NeonAsyncError, asyncpg.TransactionResolutionUnknownError):
     """The connection was lost during COMMIT: the transaction may have been committed, or not."""
 

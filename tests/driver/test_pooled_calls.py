@@ -114,7 +114,7 @@ class TestDeadlines:
             pytest.param(lambda c, q, **o: c.fetch(q, **o), None, {"timeout": HANG}, id="fetch, timeout"),
             pytest.param(lambda c, q, **o: c.fetch(q, **o), HANG, {}, id="fetch, command_timeout"),
             pytest.param(lambda c, q, **o: c.fetch(q, **o), 99.0, {"timeout": HANG}, id="fetch, both"),
-            pytest.param(lambda c, q, **o: c.fetchmany(q, [()], **o), HANG, {}, id="fetchmany, command_timeout"),
+            pytest.param(lambda c, q, **o: c.fetchmany(q, [()], **o), None, {"timeout": HANG}, id="fetchmany, timeout"),
             pytest.param(prepare_once, None, {"timeout": HANG}, id="prepare, timeout"),
             pytest.param(prepare_once, HANG, {}, id="prepare, command_timeout"),
             pytest.param(prepare_once, None, {}, id="prepare, none"),

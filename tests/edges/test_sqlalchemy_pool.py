@@ -77,8 +77,7 @@ class TestLoans:
             await scalar(connection, "SELECT 1")
             await connection.invalidate()
             assert pool.stats().terminations == 1
-            with pytest.raises(asyncpg.InterfaceError):
-                driver.is_closed()
+            assert driver.is_closed()
 
     async def test_dispose_leaves_the_pool_open(self, pool: neon_async.Pool, engine: AsyncEngine) -> None:
         await engine.dispose()

@@ -144,8 +144,8 @@ def parse(dsn: str | None, keywords: Mapping[str, object], environ: Mapping[str,
 
     Args:
         dsn: A connection URL, or None.
-        keywords: The keywords of the call, by any of their names. None counts as not given. "" switches off what DSN
-            and environment say, for the keywords that can be off.
+        keywords: The keywords of the call, by any of their names. None counts as not given, unless the table says
+            otherwise. "" switches off what DSN and environment say, for the keywords that can be off.
         environ: The environment variables.
 
     Raises:
@@ -159,7 +159,7 @@ def parse(dsn: str | None, keywords: Mapping[str, object], environ: Mapping[str,
         _judge_sslmode_of_dsn(given, dsn)
     values = {keyword.name: keyword.default for keyword in KEYWORDS}
     readers = _readers(given)
-    values |= {name: readers[name].read(value) for name, value in given.items()}
+    values |= {name: None if each.value is None else readers[name].read(each) for name, each in given.items()}
     return _assemble(values)
 
 
@@ -248,7 +248,7 @@ def _given_in_dsn(dsn: object) -> dict[str, Given]:
 def _given_in_code(keywords: Mapping[str, object]) -> dict[str, Given]:
     given: dict[str, Given] = {}
     for key, value in keywords.items():
-        if value is not None:
+        if value is not None or (key in BY_NAME and BY_NAME[key].none_counts):
             _add(given, key, value, _CODE)
     return given
 

@@ -49,6 +49,7 @@ class Keyword(NamedTuple):
         judged_when_empty: Whether an empty environment variable is judged. Otherwise it counts as unset, as in libpq.
         variable_counts: Whether the environment variable can take effect, by the names of the keywords that are given.
             Otherwise it is ignored.
+        none_counts: Whether None in code is a value, and does not say that the keyword is given elsewhere or nowhere.
         can_be_off: Whether code may give "" so that the keyword is given nowhere, whatever DSN and environment say.
     """
 
@@ -65,6 +66,7 @@ class Keyword(NamedTuple):
     insecure_as_text: bool = False
     judged_when_empty: bool = False
     variable_counts: Callable[[Container[str]], bool] = lambda _: True
+    none_counts: bool = False
     can_be_off: bool = False
 
     @property
@@ -426,7 +428,10 @@ KEYWORDS: tuple[Keyword, ...] = (
         name="command_timeout",
         code_only=True,
         reader=Seconds(INT32_MAX),
-        note="The time for one statement that has no timeout of its own. Default: none.",
+        default=60.0,
+        none_counts=True,
+        note="The time for one statement that has no timeout of its own, and for COPY, executemany() and fetchmany() "
+        "the time without progress. None for no limit.",
     ),
     Keyword(
         name="statement_cache_size",

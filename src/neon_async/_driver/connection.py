@@ -8,23 +8,20 @@ Knows neither how connections are made nor pools.
 
 from __future__ import annotations
 
-import asyncio
 import functools
-from collections.abc import Coroutine, Mapping
+from collections.abc import Mapping
 from typing import Any, TypeVar, cast
 
 import asyncpg
 
 from .healing import HealedStatements, once
-from .holder import RecordT, Use, end_lost, own_session, prepare_cached, protocol_of
+from .holder import RecordT, Use, own_session, prepare_cached, protocol_of
+from .progress import bounded, run_many
 from .resources import adopt_factory, adopt_statement
 from .session import Codec
 from .transaction import Transaction
 
 _T = TypeVar("_T")
-
-# asyncpg's own timer for COPY must come after ours, by whatever an event loop may be late.
-_LATER = 0.5
 
 
 class Connection(HealedStatements[RecordT]):
@@ -111,71 +108,66 @@ class Connection(HealedStatements[RecordT]):
         """Return a call on a prepared statement, a cursor or a transaction of this connection."""
         return Use(self, resource)
 
-    async def executemany(self, command: str, args: Any, **options: Any) -> Any:
-        """Run `command` for each sequence of arguments, as asyncpg does; one cancellation ends it."""
-        return await self._cancellable(super().executemany(command, once(args), **options))
+    async def executemany(self, command: str, args: Any, *, timeout: float | None = None, **options: Any) -> Any:
+        """Run `command` for each sequence of arguments, as asyncpg does; one cancellation ends it.
 
-    async def fetchmany(self, query: str, args: Any, **options: Any) -> Any:
-        """Run `query` for each sequence of arguments and return the rows, as asyncpg does; one cancellation ends it."""
-        return await self._cancellable(super().fetchmany(query, once(args), **options))
+        Args:
+            command: The text of the statement.
+            args: The sequences of arguments.
+            timeout: Seconds for the whole call. Default: none; it ends when nothing moves for `command_timeout`.
+            **options: As for asyncpg.
 
-    async def copy_to_table(
-        self,
-        table_name: str,
-        *,
-        source: Any,
-        timeout: float | None = None,
-        **options: Any,
+        Raises:
+            QueryTimeoutError: The time is over.
+        """
+        call = functools.partial(super().executemany, command, once(args), **options)
+        return await run_many(self, lambda seconds: call(timeout=seconds), timeout)
+
+    async def fetchmany(self, query: str, args: Any, *, timeout: float | None = None, **options: Any) -> Any:
+        """Run `query` for each sequence of arguments and return the rows, as asyncpg does; see `executemany()`."""
+        call = functools.partial(super().fetchmany, query, once(args), **options)
+        return await run_many(self, lambda seconds: call(timeout=seconds), timeout)
+
+    async def copy_from_query(
+        self, query: str, *args: Any, output: Any, timeout: float | None = None, **options: Any
     ) -> Any:
-        """Copy data to a table, as asyncpg does; `timeout` ends it whatever it waits for."""
-        async with asyncio.timeout(timeout):
-            return await super().copy_to_table(table_name, source=source, timeout=_later(timeout), **options)
+        """Copy the rows of a query, as asyncpg does; see `copy_to_table()` for its time."""
+        call = super().copy_from_query
+        async with bounded(self, timeout) as (progress, seconds):
+            return await call(query, *args, output=progress.of_sink(output), timeout=seconds, **options)
+
+    async def copy_from_table(
+        self, table_name: str, *, output: Any, timeout: float | None = None, **options: Any
+    ) -> Any:
+        """Copy the rows of a table, as asyncpg does; see `copy_to_table()` for its time."""
+        call = super().copy_from_table
+        async with bounded(self, timeout) as (progress, seconds):
+            return await call(table_name, output=progress.of_sink(output), timeout=seconds, **options)
+
+    async def copy_to_table(self, table_name: str, *, source: Any, timeout: float | None = None, **options: Any) -> Any:
+        """Copy data to a table, as asyncpg does; `timeout` ends it whatever it waits for.
+
+        Args:
+            table_name: The name of the table.
+            source: What to read from.
+            timeout: Seconds for the whole call. Default: none; it ends when nothing moves for `command_timeout`, not
+                counting the time that an asynchronous source or sink takes.
+            **options: As for asyncpg.
+
+        Raises:
+            QueryTimeoutError: The time is over.
+        """
+        call = super().copy_to_table
+        async with bounded(self, timeout) as (progress, seconds):
+            return await call(table_name, source=progress.of_source(source), timeout=seconds, **options)
 
     async def copy_records_to_table(
-        self,
-        table_name: str,
-        *,
-        records: Any,
-        timeout: float | None = None,
-        **options: Any,
+        self, table_name: str, *, records: Any, timeout: float | None = None, **options: Any
     ) -> Any:
-        """Copy records to a table, as asyncpg does; `timeout` ends it whatever it waits for."""
-        async with asyncio.timeout(timeout):
-            return await super().copy_records_to_table(table_name, records=records, timeout=_later(timeout), **options)
-
-    async def _cancellable(self, call: Coroutine[Any, Any, _T]) -> _T:
-        """Run a call that sends many rows such that one cancellation ends it.
-
-        asyncpg swallows a cancellation that comes while it waits for room in the send buffer, and then waits for the
-        answer to a message that was never sent to its end (`finally: return await waiter` in `bind_execute_many`): for
-        ever, even on a healthy server. Such a connection is of no use any more and is terminated.
-        """
-        running = asyncio.ensure_future(call)
-        try:
-            await asyncio.wait({running})
-        except BaseException:
-            running.cancel()
-            running.add_done_callback(_retrieve)
-            try:
-                await asyncio.wait({running}, timeout=own_session(self).cancel_time)
-            finally:
-                if not running.done():
-                    end_lost(
-                        self, "a call that sends many rows did not end when it was cancelled, so it was terminated"
-                    )
-            raise
-        return running.result()
-
-
-def _retrieve(ended: asyncio.Future[Any]) -> None:
-    if not ended.cancelled():
-        ended.exception()
-
-
-def _later(timeout: float | None) -> float | None:
-    # asyncpg's own timer for COPY ends neither the statement that asks for the columns nor the wait for room in the
-    # send buffer, and in between it fails with AttributeError. The cancellation of ours ends them all, and comes first.
-    return None if timeout is None else timeout + _LATER
+        """Copy records to a table, as asyncpg does; see `copy_to_table()` for its time."""
+        call = super().copy_records_to_table
+        async with bounded(self, timeout) as (progress, seconds):
+            return await call(table_name, records=progress.of_source(records), timeout=seconds, **options)
 
 
 def combine(base: type[Any], ours: type[Connection[Any]]) -> type[Any]:

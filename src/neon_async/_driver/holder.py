@@ -15,6 +15,7 @@ import functools
 import inspect
 import logging
 import sys
+import time
 import types
 import weakref
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
@@ -25,7 +26,7 @@ from asyncpg.pool import PoolConnectionHolder, PoolConnectionProxy
 
 from .._errors import NeonAsyncError, ServerError, UnsupportedEventLoopError, server_error
 from .._text import escape
-from .losses import Loss, Outcome, loss_with, lost_error
+from .losses import Loss, Outcome, loss_with, lost_error, timed_out
 from .session import Callbacks, Session
 
 if TYPE_CHECKING:
@@ -176,6 +177,22 @@ class ConnectionHooks(_Connection[RecordT]):
         if self.is_closed():
             raise closed_error(self)
 
+    # asyncpg resolves `timeout` and `command_timeout` here, and gives what is left of them to each step.
+
+    async def _execute(self, query: Any, args: Any, limit: Any, timeout: Any, **options: Any) -> Any:
+        began = time.monotonic()
+        try:
+            return await super()._execute(query, args, limit, timeout, **options)  # type: ignore[misc]
+        except TimeoutError as error:
+            raise _timed_out(self, error, began, timeout) from error.__cause__
+
+    async def _executemany(self, query: Any, args: Any, timeout: Any, **options: Any) -> Any:
+        began = time.monotonic()
+        try:
+            return await super()._executemany(query, args, timeout, **options)  # type: ignore[misc]
+        except TimeoutError as error:
+            raise _timed_out(self, error, began, timeout) from error.__cause__
+
     async def _cancel(self, waiter: Any, cancel_waiter: Any = None) -> None:
         """Send a cancel request over a verified channel, within `command_timeout`, and always resolve `waiter`.
 
@@ -202,6 +219,11 @@ class ConnectionHooks(_Connection[RecordT]):
             self._cancellations.discard(asyncio.current_task())  # type: ignore[attr-defined]
             if not waiter.done():
                 waiter.set_result(None)
+
+
+def _timed_out(connection: Any, error: TimeoutError, began: float, timeout: float | None) -> Exception:
+    host, limit = own_session(connection).host, connection._config.command_timeout
+    return timed_out(host, error, time.monotonic() - began, timeout, limit)
 
 
 def _give_up_cancelling(connection: Any, name: str, waiter: asyncio.Future[None], error: Exception) -> None:
@@ -311,6 +333,17 @@ class ResourceHooks:
             super()._check_conn_validity(meth_name)  # type: ignore[misc]
         if self._connection.is_closed():
             raise _closed_error_of(self, meth_name)
+
+
+def connection_of(resource: Any) -> Any:
+    """Return the connection that a prepared statement, cursor or transaction belongs to."""
+    return resource._connection
+
+
+def transport_of(connection: Any) -> SessionTransport:
+    """Return the transport of the session of a connection."""
+    transport: SessionTransport = connection._transport
+    return transport
 
 
 def open_resource(resource: Any) -> Any:

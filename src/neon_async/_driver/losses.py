@@ -10,7 +10,7 @@ from typing import NamedTuple, TypeGuard
 
 import asyncpg
 
-from .._errors import CommitUnknownError, ConnectionLostError, ServerError, ends_session
+from .._errors import CommitUnknownError, ConnectionLostError, QueryTimeoutError, ServerError, ends_session
 from .._text import escape
 
 
@@ -91,6 +91,46 @@ def commit_error(host: str, why: BaseException) -> CommitUnknownError:
     )
     failure.__cause__ = why
     return failure
+
+
+def timed_out(
+    host: str, error: TimeoutError, elapsed: float, timeout: float | None, command_timeout: float | None
+) -> Exception:
+    """Return the error of a call that was ended because its time was over, or `error` where it was something else.
+
+    Args:
+        host: The host name.
+        error: What ended the call. The caller's own code, such as the source of a COPY, can have raised it.
+        elapsed: The seconds that the call took.
+        timeout: The `timeout` of the call.
+        command_timeout: The limit of the connection, for a call without one.
+    """
+    limit = command_timeout if timeout is None else timeout
+    if not isinstance(limit, int | float) or elapsed + _CLOCK_RESOLUTION < limit:
+        return error
+    if timeout is None:
+        what, advice = "command_timeout", "Pass timeout= to the call, or raise command_timeout (None for no limit)."
+    else:
+        what, advice = "timeout", "Pass a larger timeout= to the call."
+    failure = QueryTimeoutError(
+        f"A statement on {host} was given up after {elapsed:.2f} s: its limit is {what}={limit:g} s. The server may "
+        f"have executed it, or not. {advice}"
+    )
+    failure.__cause__ = error.__cause__ or error
+    return failure
+
+
+# Seconds by which a timer may come early.
+_CLOCK_RESOLUTION = 0.02
+
+
+def stalled(host: str, elapsed: float, limit: float) -> QueryTimeoutError:
+    """Return the error of a call that moves many rows and was ended because nothing moved for `limit` seconds."""
+    return QueryTimeoutError(
+        f"A call that moves many rows to or from {host} was given up after {elapsed:.2f} s: nothing has moved for "
+        f"command_timeout={limit:g} s. The server may have executed it, or not. Pass timeout= to the call, or raise "
+        "command_timeout (None for no limit)."
+    )
 
 
 def is_server_error(error: BaseException) -> TypeGuard[ServerError]:

@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import functools
 import re
+import time
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, TypeVar
 
@@ -33,6 +34,7 @@ from .losses import (
     loss_with,
     lost_error,
     outcome_of,
+    timed_out,
 )
 from .session import Session
 
@@ -214,7 +216,7 @@ class SessionProtocol:
                 self._transport.send_ahead(query, self._take_begin_answer)
                 self._begun = True
             else:
-                await self._run(self._asyncpg.query(query, timeout), query)
+                await self._run(self._asyncpg.query(query, timeout), query, timeout)
             return _tag_of(query)
         is_text = isinstance(query, str)  # anything else is refused by asyncpg
         effects = _allowed(query) if is_text else None
@@ -225,53 +227,61 @@ class SessionProtocol:
             if not self.is_connected() and self._reset_failure is None:
                 raise holder.refusal_of(self._session, self.is_in_transaction(), "connection is closed")
         result = self._asyncpg.query(query, timeout)
-        call = self._run(result, query, rolls_back=is_text and query.startswith("ROLLBACK"))
+        call = self._run(result, query, timeout, rolls_back=is_text and query.startswith("ROLLBACK"))
         return await (self._tracked(call, effects) if effects else call)
 
-    async def prepare(self, name: str, query: str, *args: Any, **options: Any) -> Any:
+    async def prepare(self, name: str, query: str, timeout: Any, **options: Any) -> Any:
         """Prepare a statement. No ReadyForQuery follows, so asyncpg's transaction status stays as it is."""
         self._note(query)
         if effects := _allowed(query):
             self._effects[query] = effects
         self.prepares += 1
-        return await self._run(self._asyncpg.prepare(name, query, *args, **options), None, ready=False)
+        return await self._run(self._asyncpg.prepare(name, query, timeout, **options), None, timeout, ready=False)
 
-    async def bind_execute(self, state: Any, args: Any, *rest: Any, **options: Any) -> Any:
+    async def bind_execute(
+        self, state: Any, args: Any, portal_name: str, limit: int, return_extra: bool, timeout: Any
+    ) -> Any:
         """Execute a prepared statement."""
         self._note(*args)
-        call = self._run(self._asyncpg.bind_execute(state, args, *rest, **options), state)
+        result = self._asyncpg.bind_execute(state, args, portal_name, limit, return_extra, timeout)
+        call = self._run(result, state, timeout)
         effects = self._effects and self._effects.get(state.query)
         return await (self._tracked(call, effects) if effects else call)
 
-    async def bind_execute_many(self, state: Any, args: Any, **options: Any) -> Any:
+    async def bind_execute_many(self, state: Any, args: Any, portal_name: str, timeout: Any, return_rows: bool) -> Any:
         """Execute a prepared statement for each sequence of arguments."""
-        call = self._run(self._asyncpg.bind_execute_many(state, args, **options), state)
+        result = self._asyncpg.bind_execute_many(state, args, portal_name, timeout, return_rows)
+        call = self._run(result, state, timeout)
         effects = self._effects and self._effects.get(state.query)
         return await (self._tracked(call, effects) if effects else call)
 
-    async def bind(self, *args: Any, **options: Any) -> Any:
+    async def bind(self, state: Any, args: Any, portal_name: str, timeout: Any) -> Any:
         """Bind arguments to a portal."""
-        return await self._run(self._asyncpg.bind(*args, **options), None)
+        return await self._run(self._asyncpg.bind(state, args, portal_name, timeout), None, timeout)
 
-    async def execute(self, state: Any, *args: Any, **options: Any) -> Any:
+    async def execute(self, state: Any, portal_name: str, limit: int, return_extra: bool, timeout: Any) -> Any:
         """Execute a portal."""
-        return await self._run(self._asyncpg.execute(state, *args, **options), state)
+        result = self._asyncpg.execute(state, portal_name, limit, return_extra, timeout)
+        return await self._run(result, state, timeout)
 
-    async def close_portal(self, *args: Any, **options: Any) -> Any:
+    async def close_portal(self, portal_name: str, timeout: Any) -> Any:
         """Close a portal."""
-        return await self._run(self._asyncpg.close_portal(*args, **options), None)
+        return await self._run(self._asyncpg.close_portal(portal_name, timeout), None, timeout)
 
-    async def close_statement(self, *args: Any, **options: Any) -> Any:
+    async def close_statement(self, state: Any, timeout: Any) -> Any:
         """Close a prepared statement."""
-        return await self._run(self._asyncpg.close_statement(*args, **options), None)
+        return await self._run(self._asyncpg.close_statement(state, timeout), None, timeout)
 
-    async def copy_in(self, statement: str, *args: Any, **options: Any) -> Any:
+    async def copy_in(
+        self, copy_stmt: str, reader: Any, data: Any, records: Any, record_stmt: Any, timeout: Any
+    ) -> Any:
         """Copy data to the server."""
-        return await self._run(self._asyncpg.copy_in(statement, *args, **options), statement)
+        result = self._asyncpg.copy_in(copy_stmt, reader, data, records, record_stmt, timeout)
+        return await self._run(result, copy_stmt, timeout)
 
-    async def copy_out(self, statement: str, *args: Any, **options: Any) -> Any:
+    async def copy_out(self, copy_stmt: str, sink: Any, timeout: Any) -> Any:
         """Copy data from the server."""
-        return await self._run(self._asyncpg.copy_out(statement, *args, **options), statement)
+        return await self._run(self._asyncpg.copy_out(copy_stmt, sink, timeout), copy_stmt, timeout)
 
     async def _tracked(self, call: Coroutine[Any, Any, _T], effects: Effects) -> _T:
         """Run a call that prepares or drops statements in SQL. Neither is undone when a transaction is rolled back."""
@@ -288,33 +298,44 @@ class SessionProtocol:
 
     async def _wait_for_answers(self, timeout: float | None) -> float | None:
         """Wait until nothing is ahead of the next statement, and return the seconds that are left for it."""
-        clock = asyncio.get_running_loop().time
-        seconds, began = holder.timeout_by(self._asyncpg, timeout), clock()
-        async with asyncio.timeout(seconds):
-            await self._transport.wait_for_answers()
-        return None if seconds is None else seconds - (clock() - began)
+        began = time.monotonic()
+        try:
+            seconds = holder.timeout_by(self._asyncpg, timeout)
+            async with asyncio.timeout(seconds):
+                await self._transport.wait_for_answers()
+        except TimeoutError as error:
+            raise self._timed_out(error, timeout, began) from error
+        return None if seconds is None else seconds - (time.monotonic() - began)
 
     async def _run(
-        self, call: Coroutine[Any, Any, _T], executed: Any, *, ready: bool = True, rolls_back: bool = False
+        self,
+        call: Coroutine[Any, Any, _T],
+        executed: Any,
+        timeout: Any,
+        *,
+        ready: bool = True,
+        rolls_back: bool = False,
     ) -> _T:
         """Run one of asyncpg's calls and raise what went wrong with the statement ahead of it, if anything did.
 
         Args:
             call: The call.
             executed: The text, or asyncpg's state of the prepared statement, that it executes. None: it executes none.
+            timeout: Its seconds, or None for `command_timeout`.
             ready: Whether it ends with ReadyForQuery.
             rolls_back: Whether it succeeds also where the statement ahead has failed.
         """
         if self.is_recalled:
             call.close()
             self._require_loan()
-        writes = self._transport.writes
+        writes, began = self._transport.writes, time.monotonic()
         self._running += 1
         try:
             result = await call
         except Exception as error:
             sent = self._transport.writes != writes
-            failure = self._name(error, getattr(executed, "query", executed) if sent else None)
+            named = self._timed_out(error, timeout, began) if isinstance(error, TimeoutError) else error
+            failure = self._name(named, getattr(executed, "query", executed) if sent else None)
             if failure is error:
                 raise
             raise failure from failure.__cause__
@@ -326,6 +347,10 @@ class SessionProtocol:
             raise self._take_failure()
         self._failure = None
         return result
+
+    def _timed_out(self, error: TimeoutError, timeout: float | None, began: float) -> Exception:
+        limit = holder.timeout_by(self._asyncpg, None) if timeout is None else None
+        return timed_out(self._host, error, time.monotonic() - began, timeout, limit)
 
     def _require_loan(self) -> None:
         if self.is_recalled:

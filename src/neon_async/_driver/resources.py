@@ -6,6 +6,7 @@ that one that was created during a loan and awaited after it does not reach the 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Generator
 from typing import Any
 
@@ -14,6 +15,7 @@ from asyncpg.connresource import guarded
 
 from .healing import once
 from .holder import ResourceHooks, open_resource, use_of
+from .progress import run_many
 
 
 class PreparedStatement(ResourceHooks, prepared_stmt.PreparedStatement):
@@ -46,16 +48,18 @@ class PreparedStatement(ResourceHooks, prepared_stmt.PreparedStatement):
             return await use.connection.run_prepared(self, super().fetchrow, args, options)
 
     @guarded
-    async def fetchmany(self, args: Any, **options: Any) -> Any:
-        """Return the rows of all runs, as asyncpg does."""
+    async def fetchmany(self, args: Any, *, timeout: float | None = None) -> Any:
+        """Return the rows of all runs, as asyncpg does; see `Connection.executemany()` for its time."""
         with use_of(self) as use:
-            return await use.connection.run_prepared(self, super().fetchmany, [once(args)], options)
+            run = functools.partial(use.connection.run_prepared, self, super().fetchmany, [once(args)])
+            return await run_many(use.connection, lambda seconds: run({"timeout": seconds}), timeout)
 
     @guarded
-    async def executemany(self, args: Any, **options: Any) -> Any:
-        """Execute the statement for each sequence of arguments, as asyncpg does."""
+    async def executemany(self, args: Any, *, timeout: float | None = None) -> Any:
+        """Execute the statement for each sequence of arguments, as asyncpg does; see `Connection.executemany()`."""
         with use_of(self) as use:
-            return await use.connection.run_prepared(self, super().executemany, [once(args)], options)
+            run = functools.partial(use.connection.run_prepared, self, super().executemany, [once(args)])
+            return await run_many(use.connection, lambda seconds: run({"timeout": seconds}), timeout)
 
     def cursor(self, *args: Any, **options: Any) -> Any:
         """Return a cursor factory, as asyncpg does."""

@@ -21,7 +21,13 @@ from asyncpg.transaction import Transaction as AsyncpgTransaction
 
 from .._config.readers import AsyncFunction, Choice, Given, Integer, Name
 from .._config.startup import TRANSACTION_SETTINGS
-from .._errors import ConfigurationError, ConnectionLostError, TransactionAbortedError, ends_session
+from .._errors import (
+    ConfigurationError,
+    ConnectionLostError,
+    StaleStatementError,
+    TransactionAbortedError,
+    ends_session,
+)
 from .._neon.sql import quote, quote_name
 from .._timing import backoff
 from .holder import ResourceHooks, end_lost, has_open_transaction, lent, own_session, protocol_of, use_of
@@ -384,6 +390,7 @@ _CAN_PASS = (
     asyncpg.DeadlockDetectedError,
     asyncpg.InvalidCachedStatementError,
     asyncpg.OutdatedSchemaCacheError,
+    StaleStatementError,
 )
 
 

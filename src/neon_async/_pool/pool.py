@@ -29,6 +29,7 @@ from .._errors import (
     PoolBusyError,
     PoolClosedError,
     PoolTimeoutError,
+    QueryTimeoutError,
     UnsupportedEventLoopError,
     forget_arguments,
 )
@@ -625,11 +626,18 @@ class Pool(PoolBase[RecordT]):
             again: Whether the arguments can be used a second time.
         """
         further = self._options.max_size if again else 0
-        until = None if timeout is None else time.monotonic() + timeout
+        whole, until = timeout, None if timeout is None else time.monotonic() + timeout
+        left = None
         while True:
             try:
                 async with self.acquire(timeout=timeout) as connection:  # perhaps a subclass's own
-                    return await run(connection, None if until is None else until - time.monotonic())
+                    left = None if until is None else until - time.monotonic()
+                    return await run(connection, left)
+            except QueryTimeoutError as error:
+                if whole is not None and left is not None:
+                    taken = whole - left
+                    error.args = (f"{error} Of the timeout={whole:g} s of the call, the acquire took {taken:.2f} s.",)
+                raise
             except ConnectionLostError as error:
                 if not further or not error.nothing_executed:
                     raise

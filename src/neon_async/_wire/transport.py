@@ -88,6 +88,11 @@ class SessionTransport(asyncio.Transport):
         return self._stream is not None and self._stream.tail == _READY + b"E"
 
     @property
+    def traffic(self) -> tuple[int, int, int]:
+        """How much has been written and read: it changes whenever bytes move."""
+        return self.writes, 0 if self._stream is None else self._stream.chunks, self.get_write_buffer_size()
+
+    @property
     def last_words(self) -> bytes | None:
         """The body of the ErrorResponse with which the server has ended the session, or None."""
         return None if self._stream is None else self._stream.get_last_words()
@@ -220,6 +225,7 @@ class Stream(asyncio.BufferedProtocol):
 
     def __init__(self, transport: asyncio.Transport, protocol: asyncio.Protocol) -> None:
         self.waiting: deque[Answer] = deque()
+        self.chunks = 0  # how often something was received
         self.tail = b""  # the latest bytes, as many as a ReadyForQuery has
         self._last_words: bytes | None = None
         self._transport = transport
@@ -256,6 +262,7 @@ class Stream(asyncio.BufferedProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Receive bytes that were read elsewhere, too: together with the end of the login."""
+        self.chunks += 1
         if self._ended:
             return
         if self.waiting:

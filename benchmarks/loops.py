@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import selectors
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 
 def exact_loop() -> asyncio.AbstractEventLoop:
@@ -18,19 +18,23 @@ def exact_loop() -> asyncio.AbstractEventLoop:
 
 
 @contextlib.asynccontextmanager
-async def longest_stall() -> AsyncIterator[list[float]]:
+async def longest_stall(clock: Callable[[], float] = time.perf_counter) -> AsyncIterator[list[float]]:
     """Yield a list whose one number is, after the block, the longest stall of the event loop in seconds.
 
     A stall is the time between two turns of a task that does nothing but yield to the event loop. No other task of the
     process runs during a stall either.
+
+    Args:
+        clock: What measures it. `time.process_time` counts only what this process does meanwhile, in any thread, and
+            not what other processes do.
     """
     result = [0.0]
 
     async def yield_forever() -> None:
-        before = time.perf_counter()
+        before = clock()
         while True:
             await asyncio.sleep(0)
-            now = time.perf_counter()
+            now = clock()
             result[0] = max(result[0], now - before)
             before = now
 

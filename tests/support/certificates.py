@@ -28,6 +28,8 @@ __all__ = (
     "Case",
     "Entity",
     "Presented",
+    "element",
+    "elements",
     "issue",
     "look_alike",
     "present",
@@ -261,31 +263,31 @@ _MD5_WITH_RSA = bytes.fromhex("300d06092a864886f70d0101040500")
 
 def _with_weak_signature(entity: Entity, signer: Entity, algorithm: bytes, digest: hashes.HashAlgorithm) -> Entity:
     assert isinstance(signer.key, rsa.RSAPrivateKey)
-    fields = _elements(entity.certificate.tbs_certificate_bytes)
+    fields = elements(entity.certificate.tbs_certificate_bytes)
     fields[2] = algorithm
-    body = _element(0x30, b"".join(fields))
+    body = element(0x30, b"".join(fields))
     return _assemble(entity.key, body, algorithm, signer.key.sign(body, padding.PKCS1v15(), digest))
 
 
 def _as_version_1(entity: Entity, signer: Entity) -> Entity:
     """Return `entity` without version number and extensions."""
     assert isinstance(signer.key, ec.EllipticCurvePrivateKey)
-    fields = _elements(entity.certificate.tbs_certificate_bytes)[1:-1]
-    body = _element(0x30, b"".join(fields))
+    fields = elements(entity.certificate.tbs_certificate_bytes)[1:-1]
+    body = element(0x30, b"".join(fields))
     return _assemble(entity.key, body, fields[1], signer.key.sign(body, ec.ECDSA(hashes.SHA256())))
 
 
 def _with_broken_signature(entity: Entity) -> Entity:
-    body, algorithm, signature = _elements(entity.der)
+    body, algorithm, signature = elements(entity.der)
     return _assemble(entity.key, body, algorithm, signature[3:-1] + bytes([signature[-1] ^ 1]))
 
 
 def _assemble(key: Key, body: bytes, algorithm: bytes, signature: bytes) -> Entity:
-    der = _element(0x30, body + algorithm + _element(0x03, b"\0" + signature))
+    der = element(0x30, body + algorithm + element(0x03, b"\0" + signature))
     return Entity(x509.load_der_x509_certificate(der), key)
 
 
-def _element(tag: int, content: bytes) -> bytes:
+def element(tag: int, content: bytes) -> bytes:
     size = len(content)
     if size < 0x80:
         return bytes([tag, size]) + content
@@ -293,18 +295,18 @@ def _element(tag: int, content: bytes) -> bytes:
     return bytes([tag, 0x80 | len(length)]) + length + content
 
 
-def _elements(der: bytes) -> list[bytes]:
+def elements(der: bytes) -> list[bytes]:
     """Return the elements inside a constructed element."""
-    start, end = _content(der, 0)
+    start, end = content(der, 0)
     found = []
     while start < end:
-        _, following = _content(der, start)
+        _, following = content(der, start)
         found.append(der[start:following])
         start = following
     return found
 
 
-def _content(der: bytes, offset: int) -> tuple[int, int]:
+def content(der: bytes, offset: int) -> tuple[int, int]:
     start, size = offset + 2, der[offset + 1]
     if size & 0x80:
         start += size & 0x7F

@@ -11,12 +11,13 @@ from typing import Any
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from neon_async.testing._impostor import SERVER_NAME
-from support.certificates import DAY, NOW, Entity, Key, issue
+from support.certificates import DAY, NOW, Entity, Key, element, elements, issue
 
-__all__ = ("ListServer", "RevocablePKI", "crl", "list_server", "point", "revocable_pki")
+__all__ = ("ListServer", "RevocablePKI", "crl", "list_server", "long_crl", "point", "revocable_pki")
 
 # What a server does instead of sending a body with status 200.
 Answer = Callable[[http.server.BaseHTTPRequestHandler], None]
@@ -131,6 +132,31 @@ def crl(
             made = made.add_extension(extension, critical)
         builder = builder.add_revoked_certificate(made.build())
     return builder.sign(key or issuer.key, digest or hashes.SHA256()).public_bytes(Encoding.DER)
+
+
+def long_crl(issuer: Entity, serials: Sequence[int], **options: Any) -> bytes:
+    """Return a list as `crl()` does, quickly: cryptography takes a minute for 100,000 entries.
+
+    The serial numbers have the same number of bytes, so that one entry is the model of all.
+    """
+    assert isinstance(issuer.key, ec.EllipticCurvePrivateKey)
+    body, algorithm, _ = elements(crl(issuer, serials[0], **options))
+    fields = elements(body)
+    (place,) = [number for number, field in enumerate(fields) if elements_of_entries(field)]
+    (entry,) = elements(fields[place])
+    first = serials[0].to_bytes(serials[0].bit_length() // 8 + 1)
+    before, after = entry.split(first)
+    size = len(first)
+    fields[place] = element(0x30, b"".join(before + serial.to_bytes(size) + after for serial in serials))
+    signed = element(0x30, b"".join(fields))
+    signature = issuer.key.sign(signed, ec.ECDSA(hashes.SHA256()))
+    return element(0x30, signed + algorithm + element(0x03, b"\0" + signature))
+
+
+def elements_of_entries(field: bytes) -> bool:
+    """Return whether a field of a list is the sequence of its entries: sequences that begin with a number."""
+    inner = elements(field) if field[0] == 0x30 else []
+    return bool(inner) and inner[0][0] == 0x30 and elements(inner[0])[0][0] == 0x02
 
 
 class RevocablePKI:

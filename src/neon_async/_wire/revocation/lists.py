@@ -387,9 +387,9 @@ def _sequence(content: bytes) -> bytes:
     return bytes([_SEQUENCE, 0x80 | len(length)]) + length + content
 
 
-# About half a millisecond of work, and a pause in which the event loop can run. Without the pause the interpreter would
-# let it wait for its switch interval of 5 ms, again and again.
-_ENTRIES_AT_ONCE = 200
+# A fraction of a millisecond of work, and a pause in which the event loop can run. Without the pause the interpreter
+# would let it wait for its switch interval of 5 ms, again and again.
+_ENTRIES_AT_ONCE = 100
 _PAUSE = 0.000_05
 _HASHED_AT_ONCE = 1 << 16
 _MAX_KNOWN = 1000

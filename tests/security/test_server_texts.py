@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import datetime
 import logging
+import ssl
 import struct
 from typing import Any
 
 import pytest
 from cryptography import x509
 from cryptography.x509.oid import NameOID
-from support.certificates import issue, present
+from support.certificates import issue, present, revocation_list
 from support.impostors import chain
 from support.logins import OK, READY, honest_login
 from support.probes import HANG
@@ -19,6 +21,8 @@ from support.verified_servers import BINDING, PASSWORD, error_from, final, verif
 
 import neon_async
 from neon_async._wire.chain import Chain, read_chain
+from neon_async._wire.revocation import check
+from neon_async._wire.revocation.lists import ListRefusedError, Source, read_list
 from neon_async.testing._impostor import Impostor, authentication_request, login, message, server_context
 
 pytestmark = pytest.mark.anyio
@@ -65,6 +69,23 @@ async def test_no_error_of_a_connect_carries_text_of_the_server_unescaped(steps:
         attributes = [value for value in vars(each).values() if isinstance(value, str)]
         for text in (*str(each).split("\nDETAIL:  "), *attributes):  # asyncpg's own line breaks, between its fields
             assert text.replace("\nHINT:  ", "").isprintable(), text
+
+
+def test_a_revocation_list_and_its_url_are_escaped(caplog: pytest.LogCaptureFixture) -> None:
+    name = x509.Name([x509.NameAttribute(NameOID.ORGANIZATION_NAME, HOSTILE)])
+    root, stranger = issue(subject="root", ca=True), issue(subject=name, ca=True)
+    source = Source("http://example.com/1.crl", root.der, for_cas=False, must_name_url=False)
+    der = ssl.PEM_cert_to_DER_cert(revocation_list(stranger).decode().replace("X509 CRL", "CERTIFICATE"))
+    with pytest.raises(ListRefusedError, match="is of another issuer") as caught:
+        read_list(der, source, datetime.datetime.now(datetime.UTC))
+    assert str(caught.value).isprintable()
+    url = x509.UniformResourceIdentifier("http://example.com/\x1b[2J\nERROR forged line")
+    point = x509.DistributionPoint([url], None, None, None)
+    leaf = issue(root, name, also=[(x509.CRLDistributionPoints([point]), False)])
+    with caplog.at_level(logging.DEBUG, "neon_async"):
+        [facts] = check.read((leaf.der, root.der))
+    assert all(str(value).isprintable() for value in dataclasses.astuple(facts.unchecked))
+    assert [record.getMessage().isprintable() for record in caplog.records] == [True]
 
 
 async def test_the_text_of_the_server_stays_readable() -> None:

@@ -22,6 +22,7 @@ from .._config.connection import ConnectKeywords
 from .._config.readers import LIMIT, Integer, Seconds
 from .._errors import ConfigurationError, NeonAsyncError, forget_arguments, is_retryable
 from .._neon.endpoint import short_name
+from .._text import escape
 from .._timing import backoff
 from .._wire.trust import AnchorSource
 from .connector import Connector, prepare
@@ -198,7 +199,7 @@ class Listener:
                     raise
                 if not failures:
                     what = str(error) if isinstance(error, NeonAsyncError) else type(error).__name__
-                    _log.warning("%s: cannot listen, retrying: %s", self._name, " ".join(what.split()))
+                    _log.warning("%s: cannot listen, retrying: %s", self._name, escape(what))
                 await self._pause(random.random() * backoff(_PAUSE_BASE, failures, _PAUSE_CAP))  # noqa: S311
                 failures += 1
             else:

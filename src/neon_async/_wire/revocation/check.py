@@ -15,6 +15,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Final, Generic, NamedTuple, TypeVar
 
 from ..._errors import CertificateError, CertificateRevokedError, RevocationUnknownError
+from ..._text import escape
 from ..chain import Chain
 from ..trust import fingerprint
 from .lists import Source, is_of_lets_encrypt, objection_to, read_certificate
@@ -277,14 +278,16 @@ def _facts_of(der: bytes, issuer: bytes, root: str) -> _Facts:
         return _Facts(0, None, RevocationReport("unknown", reason="the certificate cannot be read"))
     objections = {url: objection_to(url, root) for url in named.urls}
     url = next((url for url, objection in objections.items() if not objection), None)
-    report = functools.partial(RevocationReport, subject=named.subject)
+    report = functools.partial(RevocationReport, subject=escape(named.subject))
     if url is not None:
         is_shard = not named.is_ca and is_of_lets_encrypt(root)
         source = Source(url, issuer, for_cas=named.is_ca, must_name_url=is_shard)
         return _Facts(named.serial_number, source, report("pending", list_url=url))
     for refused, objection in objections.items():
-        reason = f"the list {refused} {objection}"
-        return _Facts(named.serial_number, None, report("unknown", list_url=refused, reason=reason))
+        shown = escape(refused)
+        return _Facts(
+            named.serial_number, None, report("unknown", list_url=shown, reason=f"the list {shown} {objection}")
+        )
     if named.lifetime <= _SHORT_LIVED:
         reason = "it is valid for a few days only and names no list"
         return _Facts(named.serial_number, None, report("short-lived", reason=reason))

@@ -20,10 +20,14 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric import ec, ed448, ed25519, padding, rsa, utils
 
 from ..._config.roots import LETS_ENCRYPT_ROOTS
+from ..._text import escape
 
 
 class ListRefusedError(Exception):
     """A list cannot be obtained or must not be used. The text says why, and continues "the list ..."."""
+
+    def __init__(self, why: str) -> None:
+        super().__init__(escape(why))  # it quotes names and URLs of a list that nobody has verified
 
 
 class Source(NamedTuple):

@@ -154,13 +154,13 @@ def _engine_of_dsn(dsn: str | URL | None, options: dict[str, Any]) -> AsyncEngin
     connect_args: dict[str, Any] = options.pop("connect_args", {}) | keywords
     if isinstance(dsn, URL):
         url = dsn.set(drivername=VERIFIED_SCHEME)
-        connector = prepare(None, **_connection_keywords(_keywords_of_url(url) | connect_args))
+        connector = prepare(None, **_verified_keywords(_keywords_of_url(url) | connect_args))
     else:
         connector = prepare(dsn, **_connection_keywords(connect_args))
         url = _url_of_dsn(dsn) if dsn is not None else _url_of_connector(connector)
     engine = _create_async_engine(url, connect_args=connect_args, **options)
     dbapi = cast(NeonDBAPI, engine.dialect.dbapi)
-    dbapi.remember(_connection_keywords(_keywords_of_url(url) | connect_args), connector)
+    dbapi.remember(_verified_keywords(_keywords_of_url(url) | connect_args), connector)
     return engine
 
 
@@ -350,28 +350,30 @@ class NeonDBAPI(AsyncAdapt_asyncpg_dbapi):
         """Use `connector` for connections by `keywords`."""
         self._known = keywords, connector
 
-    def connect(self, *_: object, **keywords: Any) -> NeonConnection:
+    def connect(self, *args: object, **keywords: Any) -> NeonConnection:
         """Return a new connection. SQLAlchemy calls it with what `create_connect_args()` returned and `connect_args`.
 
         The connections by the same keywords share what was learned about the server.
         """
         try:
-            opening = self._prepare_opening(keywords)
+            opening = self._prepare_opening(args, keywords)
         except ConfigurationError as error:
             failure = _translated(self, error)
         else:
-            del keywords
+            del args, keywords
             return await_only(opening)
-        del keywords  # tracebacks keep the locals of this frame
+        del args, keywords  # tracebacks keep the locals of this frame
         raise failure
 
     @forget_arguments
-    def _prepare_opening(self, keywords: dict[str, Any]) -> Coroutine[Any, Any, NeonConnection]:
-        adapter = {name: keywords[name] for name in _ADAPTER_KEYWORDS if name in keywords}
-        creator = keywords.get("async_creator_fn")  # SQLAlchemy's name for `async_creator`
+    def _prepare_opening(
+        self, args: tuple[object, ...], keywords: dict[str, Any]
+    ) -> Coroutine[Any, Any, NeonConnection]:
+        creator = keywords.pop("async_creator_fn", None)  # SQLAlchemy's name for `async_creator`
+        adapter = {name: keywords.pop(name) for name in _ADAPTER_KEYWORDS if name in keywords}
         if creator is None:
-            creator = self._connector_by(_connection_keywords(keywords)).connect
-        return self._open(creator, adapter)
+            return self._open(self._connector_by(_verified_keywords(keywords)).connect, adapter)
+        return self._open(lambda: creator(*args, **keywords), adapter)
 
     def _connector_by(self, keywords: dict[str, Any]) -> Connector:
         if self._known is None or self._known[0] != keywords:
@@ -589,15 +591,19 @@ class _JSONCursor:
 
 
 def _keywords_of_url(url: URL) -> dict[str, Any]:
-    """Return the keywords in a URL of the dialect, which asks for verify-full whatever `sslmode` says."""
-    pairs: list[tuple[str, object]] = [*url.translate_connect_args(username="user", database="dbname").items()]
+    """Return the keywords in a URL of the dialect, without any `sslmode`: see `_verified_keywords()`."""
+    pairs: list[tuple[str, object]] = [*url.translate_connect_args(username="user").items()]
     adapter: dict[str, Any] = {}
     for name, given in url.query.items():
         if name == "prepared_statement_cache_size":
             adapter[name] = _CACHE_SIZE.read(Given(name, given, "DSN"))
         else:
             pairs += [(name, value) for value in ([given] if isinstance(given, str) else given)]
-    return keywords_of_url(pairs) | {"sslmode": "verify-full"} | adapter
+    keywords = keywords_of_url(pairs)
+    keywords.pop("sslmode", None)
+    if "dbname" in keywords:
+        keywords["database"] = keywords.pop("dbname")  # as SQLAlchemy and asyncpg name it
+    return keywords | adapter
 
 
 _CACHE_SIZE = Integer(0)
@@ -607,6 +613,11 @@ def _connection_keywords(keywords: Mapping[str, Any]) -> dict[str, Any]:
     """Return the keywords that are ours, by their canonical names: of two names for one, the later wins."""
     named = [(BY_NAME[name].name if name in BY_NAME else name, value) for name, value in keywords.items()]
     return {name: value for name, value in named if name not in _ADAPTER_KEYWORDS and value is not None}
+
+
+def _verified_keywords(keywords: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keywords of a connection by the dialect, whose scheme itself asks for verify-full."""
+    return {"sslmode": "verify-full"} | _connection_keywords(keywords)
 
 
 def _url_of_dsn(dsn: str) -> URL:

@@ -43,18 +43,19 @@ def test_the_package_announces_the_dialect() -> None:
 def test_the_string_of_the_console_is_read_as_it_is() -> None:
     assert arguments(CONSOLE) == {
         "host": HOST,
-        "dbname": "neondb",
+        "database": "neondb",
         "user": "alex",
         "password": "s3cret",
         "channel_binding": "require",
-        "sslmode": "verify-full",
     }
 
 
 @pytest.mark.parametrize("name", ["sslmode", "ssl"])
 @pytest.mark.parametrize("mode", WEAK)
 def test_the_scheme_asks_for_verify_full_whatever_the_url_says(mode: str, name: str) -> None:
-    assert arguments(f"{SCHEME}://alex:s3cret@{HOST}/neondb?{name}={mode}")["sslmode"] == "verify-full"
+    url = f"{SCHEME}://alex:s3cret@{HOST}/neondb?{name}={mode}"
+    assert arguments(url).keys() == {"host", "database", "user", "password"}
+    create_async_engine(make_url(url))
 
 
 @pytest.mark.parametrize("mode", WEAK)

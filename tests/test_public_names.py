@@ -57,6 +57,7 @@ VALUES = [pytest.param(value, id=type(value).__name__) for value in SAMPLES]
 def test_every_class_is_in_one_of_the_tables() -> None:
     covered = {case.values[1] for case in ERRORS} | {type(case.values[0]) for case in VALUES}
     assert {case.values[1] for case in CLASSES} == covered | {
+        neon_async.AsyncpgPatch,
         neon_async.Connection,
         neon_async.Listener,
         neon_async.Pool,

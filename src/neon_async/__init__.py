@@ -45,6 +45,7 @@ from ._errors import (
     is_unavailable,
 )
 from ._neon.endpoint import Endpoint
+from ._patch import AsyncpgPatch, patch_asyncpg
 from ._pool.health import PoolHealth
 from ._pool.pool import Pool, create_pool
 from ._pool.stats import PoolStats
@@ -57,6 +58,7 @@ __version__ = "0.1.0"
 __all__ = (
     "ISRG_ROOT_X1_SHA256",
     "LETS_ENCRYPT_ROOTS",
+    "AsyncpgPatch",
     "AuthenticationError",
     "CertificateError",
     "CertificateRevokedError",
@@ -108,6 +110,7 @@ __all__ = (
     "is_retryable",
     "is_unavailable",
     "listen",
+    "patch_asyncpg",
 )
 
 

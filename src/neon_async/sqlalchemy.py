@@ -32,7 +32,7 @@ from sqlalchemy.util import await_only
 
 from ._config.connection import ConnectKeywords, keywords_of_url
 from ._config.dsn import VERIFIED_SCHEME, decode, split
-from ._config.keywords import BY_NAME
+from ._config.keywords import BY_NAME, canonical_name
 from ._config.readers import Given, Integer
 from ._driver.connector import Connector, prepare
 from ._driver.holder import Proxy, has_ended, pool_of, session_of
@@ -611,7 +611,7 @@ _CACHE_SIZE = Integer(0)
 
 def _connection_keywords(keywords: Mapping[str, Any]) -> dict[str, Any]:
     """Return the keywords that are ours, by their canonical names: of two names for one, the later wins."""
-    named = [(BY_NAME[name].name if name in BY_NAME else name, value) for name, value in keywords.items()]
+    named = [(canonical_name(name), value) for name, value in keywords.items()]
     return {name: value for name, value in named if name not in _ADAPTER_KEYWORDS and value is not None}
 
 

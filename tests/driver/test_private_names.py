@@ -33,6 +33,7 @@ HOLDER = "_driver.holder"
 # Attributes whose names are computed: what a search in the source cannot see.
 COMPUTED = {
     HOLDER: {"<module>", "Proxy.__getattr__"},  # all of a connection's, for the caller
+    "_patch": {"AsyncpgPatch.__init__", "AsyncpgPatch.undo"},  # asyncpg's public functions, wherever it has them
     "_driver.loop": {"LoopAdapter.__getattr__"},  # the running loop's
     "_driver.protocol": {"SessionProtocol.__getattr__"},  # all of asyncpg's protocol, for asyncpg
     "_driver.transaction": {"_Observed.__getattr__", "_Observed.__setattr__"},  # all of a connection's, for asyncpg
@@ -51,6 +52,7 @@ IMPORTS = {
         "asyncpg.transaction.Transaction",
     },
     "_pool.options": {"asyncpg.pool.PoolConnectionProxy"},  # for type checkers
+    "_patch": {"asyncpg.connection", "asyncpg.pool"},  # other places of the public functions
     "_pool.pool": {"asyncpg.pool.PoolAcquireContext"},
 }
 

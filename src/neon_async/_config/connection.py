@@ -163,6 +163,19 @@ def parse(dsn: str | None, keywords: Mapping[str, object], environ: Mapping[str,
     return _assemble(values)
 
 
+def check_keywords(keywords: Mapping[str, object]) -> None:
+    """Judge keywords of code each by itself, for calls that are made later.
+
+    Raises:
+        InsecureConfigurationError: A value asks for less than verify-full.
+        ConfigurationError: A value is unknown, given twice, or not accepted.
+    """
+    given = _given_in_code(keywords)
+    readers = _readers(given)
+    for name, value in given.items():
+        readers[name].read(value)
+
+
 def keywords_of_url(pairs: Iterable[tuple[str, object]]) -> dict[str, object]:
     """Return the parts of a URL that somebody else has taken apart, as keywords by their canonical names.
 

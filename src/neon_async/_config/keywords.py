@@ -490,3 +490,8 @@ KEYWORDS: tuple[Keyword, ...] = (
 BY_NAME: Mapping[str, Keyword] = {name: keyword for keyword in KEYWORDS for name in keyword.names}
 # Each keyword by every name that may stand in a DSN.
 BY_DSN_NAME: Mapping[str, Keyword] = {name: keyword for keyword in KEYWORDS for name in keyword.dsn_names}
+
+
+def canonical_name(name: str) -> str:
+    """Return the canonical name of a keyword, or `name` itself where it is none of ours."""
+    return BY_NAME[name].name if name in BY_NAME else name

@@ -20,7 +20,7 @@ import asyncpg.pool
 
 from ._config.connection import check_keywords
 from ._config.keywords import canonical_name
-from ._driver.connector import connect
+from ._driver.connect import connect
 from ._driver.holder import PoolBase
 from ._driver.loop import LoopAdapter
 from ._errors import ConfigurationError, forget_arguments

@@ -61,7 +61,7 @@ class TestConnections:
 
     async def test_a_server_that_has_another_root_is_refused(self, postgres: LocalPostgres) -> None:
         engine = sqlalchemy.ext.asyncio.create_async_engine(with_scheme(postgres.dsn))
-        with pytest.raises(sa.exc.OperationalError, match="trust anchor") as raised:
+        with pytest.raises(sa.exc.OperationalError, match="was refused") as raised:
             await engine.connect()
         assert isinstance(original(raised.value), neon_async.CertificateError)
         await engine.dispose()

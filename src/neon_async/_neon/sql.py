@@ -67,7 +67,9 @@ def prepare() -> None:
 _SCANNED = 65_536
 _CACHED = 4_096
 
-# A text without one of these words is never refused. The test is one search at C speed per text.
+# A text without one of these words is never refused. The search for words is ten times as fast as that for the pattern,
+# which tells them from parts of other words.
+_WORDS = ("listen", "advisory_lock", "set", "origin_session", "temp", 'u&"', "cursor", "prepare", "load")
 _SUSPICIOUS = (
     r"listen|advisory_lock|set_config|setseed|origin_session|pg_settings|pg_temp|u&\""
     r"|(?<![\w$])(?:temp|temporary|cursor)(?![\w$])|(?:\A|[;/\s])(?:set|prepare|load)(?![\w$])"
@@ -75,7 +77,8 @@ _SUSPICIOUS = (
 
 
 def _scan(query: str) -> tuple[_Finding, ...]:
-    if not compiled(_SUSPICIOUS, re.IGNORECASE).search(query):
+    lowered = query.lower()
+    if not any(word in lowered for word in _WORDS) or not compiled(_SUSPICIOUS).search(lowered):
         return ()
     return tuple(itertools.chain.from_iterable(map(_findings, statements(query))))
 

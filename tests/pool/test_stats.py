@@ -160,7 +160,7 @@ async def test_stats_count_what_has_happened(postgres: LocalPostgres) -> None:
     async with make_pool(postgres, max_size=1) as pool:
         fresh = pool.stats()
         counters = [name.removesuffix("_seconds") for name in dir(fresh) if name.endswith("_seconds")]
-        assert len(counters) == 11
+        assert len(counters) == 12
         assert {getattr(fresh, name, None) for name in dir(fresh) if name.endswith("_seconds")} == {0.0}
 
         async with pool.acquire() as connection:

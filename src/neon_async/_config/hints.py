@@ -89,7 +89,7 @@ _NAMES: Final = (
     ("db databasename", "write dbname."),
     ("app_name", "write application_name."),
     ("min_size max_size init_size acquire_timeout release_timeout max_waiting max_queries max_lifetime", _OF_POOL),
-    ("max_inactive_connection_lifetime check_after_idle leak_after setup init reset", _OF_POOL),
+    ("max_inactive_connection_lifetime check_after_idle leak_after on_event setup init reset", _OF_POOL),
 )
 
 

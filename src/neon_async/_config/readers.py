@@ -325,6 +325,24 @@ class FilePath(Reader[str]):
         return given.text() or given.refuse("is empty. Write a path, or leave it out.")
 
 
+class Function(Reader[Callable[..., object]]):
+    """A function that is called with one argument."""
+
+    __slots__ = ("argument",)
+
+    def __init__(self, argument: str) -> None:
+        self.argument: Final = argument
+
+    @property
+    def expected(self) -> str:
+        return f"a function that takes {self.argument}"
+
+    def read(self, given: Given) -> Callable[..., object]:
+        if not callable(given.value):
+            given.must_be(self.expected)
+        return given.value
+
+
 class AsyncFunction(Reader[Callable[..., object]]):
     """A function that is called with a connection. Whether it is async shows only when it is called."""
 

@@ -148,7 +148,7 @@ class SessionProtocol:
     # -----------------------------------------------------------------------------------------------------------------
     # Sent ahead
 
-    def send_reset_ahead(self, sql: str, on_success: Callable[[], None]) -> None:
+    def send_reset_ahead(self, sql: str, on_success: Callable[[], None], on_failure: Callable[[], None]) -> None:
         """Send a reset ahead of the next statement. If any part of it fails, the connection ends.
 
         It is one transaction, so a part that fails leaves a failed transaction, in which the server itself refuses the
@@ -158,8 +158,9 @@ class SessionProtocol:
         Args:
             sql: The statements of the reset.
             on_success: Called when the server has done it.
+            on_failure: Called when it has not, before the connection ends.
         """
-        answer = functools.partial(self._take_reset_answer, on_success)
+        answer = functools.partial(self._take_reset_answer, on_success, on_failure)
         self._transport.send_ahead(f"BEGIN ISOLATION LEVEL READ COMMITTED; {sql}; COMMIT", answer)
 
     def note_reset(self) -> None:
@@ -191,10 +192,13 @@ class SessionProtocol:
         finally:
             self._keeps_nothing = False
 
-    def _take_reset_answer(self, on_success: Callable[[], None], status: bytes, error: bytes | None) -> None:
+    def _take_reset_answer(
+        self, on_success: Callable[[], None], on_failure: Callable[[], None], status: bytes, error: bytes | None
+    ) -> None:
         if error is None and status == b"I":
             on_success()
             return
+        on_failure()
         self._reset_failure = server_error(error or b"")
         self._session.note_loss(Loss(f"its session could not be reset ({self._reset_failure.args[0]})"))
         self._transport.abort()

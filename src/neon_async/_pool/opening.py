@@ -6,6 +6,7 @@ Tells what the caller's own code raised from what the server did. Knows no slots
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -32,7 +33,33 @@ class CallersError(Exception):
         self.error = error
 
 
-async def open_connection(connector: Connector, options: PoolOptions, steps: list[str]) -> Any:
+class Steps:
+    """The steps of one dial.
+
+    Attributes:
+        taken: Each step as it began, with the seconds from the begin of the dial.
+    """
+
+    __slots__ = ("_began", "taken")
+
+    def __init__(self, began: float) -> None:
+        self._began = began
+        self.taken: list[tuple[str, float]] = []
+
+    def __repr__(self) -> str:
+        return f"<Steps: {', '.join(step for step, _ in self.taken)}>"
+
+    def add(self, step: str) -> None:
+        """Add a step that begins now."""
+        self.taken.append((step, time.monotonic() - self._began))
+
+    @property
+    def connects(self) -> int:
+        """How often the server was connected to: twice where it turned out not to speak direct TLS, for one."""
+        return sum(step == "tcp" for step, _ in self.taken)
+
+
+async def open_connection(connector: Connector, options: PoolOptions, steps: Steps) -> Any:
     """Return a new connection on which the caller's `init` has run.
 
     Args:
@@ -46,10 +73,10 @@ async def open_connection(connector: Connector, options: PoolOptions, steps: lis
     """
     try:
         connection = await connector.connect(
-            connection_class=options.connection_class, record_class=options.record_class, on_step=steps.append
+            connection_class=options.connection_class, record_class=options.record_class, on_step=steps.add
         )
     except Exception as error:
-        if steps:
+        if steps.taken:
             raise
         raise CallersError(error) from None  # the password function's: no step has begun
     if options.init is not None:
@@ -74,11 +101,6 @@ def failure_of(error: BaseException) -> Exception | None:
         failure.__cause__ = error
         return CallersError(failure)
     return None
-
-
-def connects_in(steps: list[str]) -> int:
-    """Return how often the server was connected to: twice where it turned out not to speak direct TLS, for one."""
-    return steps.count("tcp")
 
 
 async def _run_init(init: Callable[[Any], Awaitable[None]], connector: Connector, connection: Any) -> None:

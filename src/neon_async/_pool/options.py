@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any, Generic, TypeAlias, cast
 import asyncpg
 
 from .._config.connection import ConnectKeywords
-from .._config.readers import LIMIT, AsyncFunction, Integer, Seconds
+from .._config.readers import LIMIT, AsyncFunction, Function, Integer, Seconds
 from .._driver.connector import CONNECTION_CLASS, RECORD_CLASS
 from .._driver.holder import RecordT
+from .events import PoolEvent
 
 if TYPE_CHECKING:
     from asyncpg.pool import PoolConnectionProxy
@@ -62,6 +63,9 @@ class PoolOptions:
             error ends the connection, and reaches the acquire for which the connection was made.
         reset: An async function that is called with every released connection, within `release_timeout`, instead of
             the pool's own reset. Default None. An error ends the connection.
+        on_event: A function that is called with each `PoolEvent`, such as `Acquired` or `Connected`, when it happens.
+            Metrics and traces are made from it. It must return quickly, and must not use the pool. What it raises is
+            logged. Default None.
         connection_class: The class of the connections, a subclass of `asyncpg.Connection`, which is the default.
         record_class: The class of the rows, a subclass of `asyncpg.Record`, which is the default.
 
@@ -83,6 +87,7 @@ class PoolOptions:
     setup: _Callback | None = field(default=None, metadata=_CALLBACK)
     init: _Callback | None = field(default=None, metadata=_CALLBACK)
     reset: _Callback | None = field(default=None, metadata=_CALLBACK)
+    on_event: Callable[[PoolEvent], object] | None = field(default=None, metadata={"reader": Function("an event")})
     connection_class: type[Any] = field(default=asyncpg.Connection, metadata={"reader": CONNECTION_CLASS})
     record_class: type[Any] = field(default=asyncpg.Record, metadata={"reader": RECORD_CLASS})
 
@@ -131,6 +136,7 @@ class RowlessPoolKeywords(ConnectKeywords, Generic[RecordT], total=False):
     max_inactive_connection_lifetime: float
     check_after_idle: float
     leak_after: float | None
+    on_event: Callable[[PoolEvent], object] | None
     setup: (
         "Callable[[PoolConnectionProxy[RecordT]], Awaitable[None]] | "
         "Callable[[Connection[RecordT]], Awaitable[None]] | None"

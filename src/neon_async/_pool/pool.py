@@ -37,6 +37,7 @@ from .._neon.endpoint import Endpoint
 from .._text import counted
 from .._wire.tls import TLSReport
 from .._wire.trust import AnchorSource
+from .events import PoolClosed, PoolOpened
 from .health import PoolHealth
 from .loan import Loan
 from .options import PoolKeywords, PoolOptions, RowlessPoolKeywords, check_timeout
@@ -127,6 +128,10 @@ class Pool(PoolBase[RecordT]):
     def _enter(self, phase: _Phase) -> None:
         self._phase = phase
         self._supply.health.entered(is_open=phase is _Phase.OPEN)
+        if phase is _Phase.OPEN:
+            self._supply.report(PoolOpened(self))
+        elif phase is _Phase.CLOSED:
+            self._supply.report(PoolClosed(self))
         self._set_state(
             initializing=phase is _Phase.OPENING,
             initialized=phase not in (_Phase.NEW, _Phase.OPENING),
@@ -148,6 +153,11 @@ class Pool(PoolBase[RecordT]):
             f"<Pool {self._supply.name}: {count(State.IN_USE)} in use, {count(State.IDLE)} idle, "
             f"{len(self._supply.waiters)} waiting{state}>"
         )
+
+    @property
+    def name(self) -> str:
+        """The id of the endpoint, or else the host name: the name of the pool in logs, events and metrics."""
+        return self._supply.name
 
     @property
     def endpoint(self) -> Endpoint | None:

@@ -1,13 +1,20 @@
-"""The statistics of a pool: the tallies it keeps, and the snapshot that `Pool.stats()` returns.
+"""The statistics of a pool: the tallies it keeps, the snapshot that `Pool.stats()` returns, and who is told of them.
 
 Knows names and numbers only.
 """
 
 # No `from __future__ import annotations`: see `_publish()` of the facade.
 
+import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+
+from . import events
+from .events import PoolEvent
+
+_log = logging.getLogger("neon_async")
 
 SECONDS_OF = {  # the field with the seconds of each count of PoolStats
     "acquires": "acquire_seconds",
@@ -18,9 +25,23 @@ SECONDS_OF = {  # the field with the seconds of each count of PoolStats
     "dial_failures": "dial_failure_seconds",
     "wakes": "wake_seconds",
     "resets": "reset_seconds",
+    "reset_failures": "reset_failure_seconds",
     "terminations": "termination_seconds",
     "heals": "heal_seconds",
     "retries": "retry_seconds",
+}
+
+# What is reported for each that is counted. Dials have events of their own, and heals are counted by the connections.
+_EVENT_OF: dict[str, Callable[[str, float], PoolEvent]] = {
+    "acquires": events.Acquired,
+    "releases": events.Released,
+    "waits": events.Waited,
+    "timeouts": events.TimedOut,
+    "wakes": events.Woke,
+    "resets": events.Reset,
+    "reset_failures": events.ResetFailed,
+    "terminations": events.ConnectionClosed,
+    "retries": events.Retried,
 }
 
 
@@ -78,6 +99,9 @@ class PoolStats:
     resets: int
     """Resets that succeeded."""
     reset_seconds: float
+    reset_failures: int
+    """Resets that failed or took too long; each ended its connection."""
+    reset_failure_seconds: float
     terminations: int
     """Connections that ended, closed by either side for whatever reason."""
     termination_seconds: float
@@ -114,8 +138,45 @@ class Tally:
         self.seconds += time.monotonic() - began
 
 
+class ReportingTally(Tally):
+    """A tally that reports each time."""
+
+    __slots__ = ("_event", "_on_event", "_pool_name")
+
+    def __init__(
+        self, event: Callable[[str, float], PoolEvent], on_event: Callable[[PoolEvent], object], pool_name: str
+    ) -> None:
+        super().__init__()
+        self._event = event
+        self._on_event = on_event
+        self._pool_name = pool_name
+
+    def add(self, seconds: float) -> None:
+        """Count one more that took `seconds`, and report it."""
+        self.count += 1
+        self.seconds += seconds
+        report(self._on_event, self._event(self._pool_name, seconds))
+
+    def since(self, began: float) -> None:
+        """Count one more that began at `began`, a time of the monotonic clock, and report it."""
+        self.add(time.monotonic() - began)
+
+
+def report(on_event: Callable[[PoolEvent], object], event: PoolEvent) -> None:
+    """Call `on_event`. What it raises is logged and reaches neither a caller nor the pool."""
+    try:
+        on_event(event)
+    except Exception:  # noqa: BLE001  the caller's own code
+        _log.exception("on_event failed for %s", type(event).__name__)
+
+
 class Tallies:
-    """The tallies of one pool, by the names of their counts in `PoolStats`."""
+    """The tallies of one pool, by the names of their counts in `PoolStats`.
+
+    Args:
+        on_event: What is called with each event, if anything is.
+        pool_name: The name of the pool in the events.
+    """
 
     __slots__ = tuple(SECONDS_OF)
 
@@ -127,13 +188,18 @@ class Tallies:
     dial_failures: Tally
     wakes: Tally
     resets: Tally
+    reset_failures: Tally
     terminations: Tally
     heals: Tally
     retries: Tally
 
-    def __init__(self) -> None:
+    def __init__(self, on_event: Callable[[PoolEvent], object] | None = None, pool_name: str = "") -> None:
         for name in SECONDS_OF:
-            setattr(self, name, Tally())
+            event = _EVENT_OF.get(name)
+            if on_event is None or event is None:
+                setattr(self, name, Tally())
+            else:
+                setattr(self, name, ReportingTally(event, on_event, pool_name))
 
     def snapshot(self) -> dict[str, Any]:
         """Return counts and seconds by the names of `PoolStats`' fields."""

@@ -29,13 +29,14 @@ from .._errors import ConnectError, NeonAsyncError, PoolTimeoutError
 from .._neon.endpoint import short_name
 from .._text import escape
 from .._timing import Timer
+from .events import Connected, ConnectFailed, PoolEvent
 from .health import HealthLog
 from .loan import Need
-from .opening import CallersError, connects_in, failure_of, open_connection
+from .opening import CallersError, Steps, failure_of, open_connection
 from .options import PoolOptions
 from .pace import Pace, may_pass
 from .slots import UNANSWERED, Slot, Slots, State
-from .stats import Tallies
+from .stats import Tallies, report
 from .waiters import WaitQueue
 
 _log = logging.getLogger("neon_async")
@@ -73,7 +74,7 @@ class Supply:
         self._slot_of = {slot.holder: slot for slot in self.slots}
         self.waiters: WaitQueue[Slot] = WaitQueue(give_back=self._offer)
         self.pace = Pace()
-        self.tallies = Tallies()
+        self.tallies = Tallies(options.on_event, self.name)
         self.health = HealthLog()
         self.size = 0  # open connections
         self.own_reset = options.reset is not None  # or, once there is a connection, its class has a reset() of its own
@@ -95,6 +96,11 @@ class Supply:
 
     def __repr__(self) -> str:
         return f"<Supply {self.name}: {self.slots!r}, {len(self.waiters)} waiting>"
+
+    def report(self, event: PoolEvent) -> None:
+        """Report an event to the `on_event` of the pool, if there is one."""
+        if self.options.on_event is not None:
+            report(self.options.on_event, event)
 
     def slot_of(self, owned: Holder) -> Slot:
         """Return the slot that owns a holder."""
@@ -318,9 +324,12 @@ class Supply:
             self.tallies.resets.since(began)
             slot.heard_at = time.monotonic()
 
+        def note_failure() -> None:
+            self.tallies.reset_failures.since(began)
+
         protocol = holder.protocol_of(connection)
         assert protocol is not None
-        protocol.send_reset_ahead(connection.get_reset_query(), note_success)
+        protocol.send_reset_ahead(connection.get_reset_query(), note_success, note_failure)
         protocol.note_reset()
 
     async def _reset(self, slot: Slot, limit: float) -> Exception | None:
@@ -333,12 +342,14 @@ class Supply:
         except asyncio.CancelledError:
             if time.monotonic() < slot.work_until:
                 raise  # the pool was terminated
+            self.tallies.reset_failures.since(began)
             _log.info("%s: a connection was not reset within %g s and was closed", self.name, limit)
             return PoolTimeoutError(
                 f"A connection of {self.name} was not reset within {limit:g} s and was terminated; its slot is free. "
                 "The server or the network may be stuck."
             )
         except Exception as error:  # noqa: BLE001  raised by `release()`
+            self.tallies.reset_failures.since(began)
             _log.info("%s: a connection could not be reset and was closed (%s)", self.name, type(error).__name__)
             return error
         if (protocol := holder.protocol_of(connection)) is not None and not connection.is_closed():
@@ -470,25 +481,28 @@ class Supply:
         if self.slots.connected == 0 and self._cold_since is None:
             self._cold_since = began
         generation = self._generation
-        steps: list[str] = []
+        steps = Steps(began)
         try:
             connection = await open_connection(self.connector, self.options, steps)
         except BaseException as error:
             self.tallies.dial_failures.since(began)
             failure = failure_of(error)
+            cause = failure.error if isinstance(failure, CallersError) else failure
+            self.report(ConnectFailed(self.name, time.monotonic() - began, tuple(steps.taken), cause))
             if failure is None:
                 raise
             failure.with_traceback(None)  # its frames would live as long as the pool remembers the failure
         else:
             slot.generation = generation
-            self._adopt(slot, connection, began, connects_in(steps))
+            self.report(Connected(self.name, time.monotonic() - began, tuple(steps.taken)))
+            self._adopt(slot, connection, began, steps.connects)
             return None
         finally:
             self.tallies.dials.since(began)
         if isinstance(failure, CallersError):
-            self._note_callers_failure(slot, failure.error, began, connects_in(steps))
+            self._note_callers_failure(slot, failure.error, began, steps.connects)
             return failure.error
-        self._note_failure(failure, began, connects_in(steps))
+        self._note_failure(failure, began, steps.connects)
         return failure
 
     def _adopt(self, slot: Slot, connection: Any, began: float, connects: int) -> None:

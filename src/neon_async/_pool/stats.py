@@ -155,7 +155,10 @@ class ReportingTally(Tally):
         """Count one more that took `seconds`, and report it."""
         self.count += 1
         self.seconds += seconds
-        report(self._on_event, self._event(self._pool_name, seconds))
+        try:  # not by report(): two of them belong to every acquire
+            self._on_event(self._event(self._pool_name, seconds))
+        except Exception:  # noqa: BLE001  the caller's own code
+            _note_failure(self._event.__name__)
 
     def since(self, began: float) -> None:
         """Count one more that began at `began`, a time of the monotonic clock, and report it."""
@@ -167,7 +170,11 @@ def report(on_event: Callable[[PoolEvent], object], event: PoolEvent) -> None:
     try:
         on_event(event)
     except Exception:  # noqa: BLE001  the caller's own code
-        _log.exception("on_event failed for %s", type(event).__name__)
+        _note_failure(type(event).__name__)
+
+
+def _note_failure(name: str) -> None:
+    _log.exception("on_event failed for %s", name)
 
 
 class Tallies:

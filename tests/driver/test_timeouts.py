@@ -123,6 +123,15 @@ class TestTheLimit:
                     await call(connection, timeout=seconds)
                 assert connection.is_closed() is False, name
 
+    async def test_a_statement_behind_a_cancelled_one_ends_in_its_time_as_well(self, bench: Bench) -> None:
+        async with asyncio.timeout(HANG), bench.acquire() as connection:
+            bench.endpoint.freeze()
+            for _ in range(2):
+                with pytest.raises(neon_async.QueryTimeoutError, match=r"timeout=0\.2 s"):
+                    await connection.fetchval("SELECT 1", timeout=0.2)
+            with pytest.raises(neon_async.ConnectionLostError, match="a cancelled statement did not end in time"):
+                await connection.fetchval("SELECT 1", timeout=0.2)
+
     async def test_a_transaction_that_begins_and_times_out_says_so(self, bench: Bench) -> None:
         async with asyncio.timeout(HANG), bench.acquire(command_timeout=0.15) as connection:
             bench.endpoint.freeze()
@@ -207,6 +216,21 @@ class TestCommandTimeout:
         query = "SELECT repeat('x', 10000), pg_sleep(0.1) FROM generate_series(1, 10)"
         async with asyncio.timeout(HANG), bench.acquire(command_timeout=0.5) as connection:
             assert await connection.copy_from_query(query, output=ignore) == "COPY 10"
+
+    @pytest.mark.parametrize("method", ["executemany", "fetchmany"])
+    async def test_a_batch_may_take_longer_while_its_statements_do_not(self, bench: Bench, method: str) -> None:
+        async with asyncio.timeout(HANG), bench.acquire(command_timeout=0.5) as connection:
+            statement = await connection.prepare(SLOW_WITH)
+            for target, args in ((connection, (SLOW_WITH,)), (statement, ())):
+                rows = await getattr(target, method)(*args, [(0.1,)] * 12)
+                assert rows is None or len(rows) == 12
+
+    async def test_a_large_batch_arrives_whole(self, bench: Bench) -> None:
+        values = [(value,) for value in range(30_000)]
+        async with asyncio.timeout(HANG), bench.acquire() as connection:
+            await connection.executemany(f"INSERT INTO {bench.name} VALUES ($1)", values)
+            assert len(await connection.fetchmany("SELECT $1::int", values)) == len(values)
+        assert await bench.kept() == list(range(30_000))
 
     async def test_a_pause_of_the_event_loop_is_no_lack_of_progress(self, bench: Bench) -> None:
         async def records() -> AsyncIterator[tuple[int]]:

@@ -29,6 +29,7 @@ class Loss(NamedTuple):
 CLOSED_BY_SERVER = Loss("the server or the network closed it")
 
 
+CANCEL_TIMED_OUT = Loss("a cancelled statement did not end in time, so it was terminated")
 # A call was under way; any later one is refused because the connection is closed.
 CLOSED_HERE = Loss("it was closed or terminated by this program while the call was under way")
 

@@ -25,6 +25,7 @@ from .._neon.sql import commits, goes_on_after_transaction
 from .._wire.transport import SessionTransport
 from . import holder
 from .losses import (
+    CANCEL_TIMED_OUT,
     CLOSED_HERE,
     Loss,
     Outcome,
@@ -39,6 +40,9 @@ from .losses import (
 from .session import Session
 
 _T = TypeVar("_T")
+
+# asyncpg 0.31 waits without a limit for the end of a cancelled statement, before it begins the time of the next one.
+_WAITS_FOR_CANCELLATION = asyncpg.__version__.startswith("0.31.")
 
 _DOTTED_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_$]*(?:\.[A-Za-z_][A-Za-z0-9_$]*)+")
 
@@ -257,7 +261,11 @@ class SessionProtocol:
         result = self._asyncpg.bind_execute_many(state, args, portal_name, timeout, return_rows)
         call = self._run(result, state, timeout)
         effects = self._effects and self._effects.get(state.query)
-        return await (self._tracked(call, effects) if effects else call)
+        self._transport.flush_executes(True)
+        try:
+            return await (self._tracked(call, effects) if effects else call)
+        finally:
+            self._transport.flush_executes(False)
 
     async def bind(self, state: Any, args: Any, portal_name: str, timeout: Any) -> Any:
         """Bind arguments to a portal."""
@@ -332,6 +340,8 @@ class SessionProtocol:
         if self.is_recalled:
             call.close()
             self._require_loan()
+        if _WAITS_FOR_CANCELLATION and holder.has_cancelled(self._asyncpg):
+            call = self._bounded(call, timeout)
         writes, began = self._transport.writes, time.monotonic()
         self._running += 1
         try:
@@ -351,6 +361,19 @@ class SessionProtocol:
             raise self._take_failure()
         self._failure = None
         return result
+
+    async def _bounded(self, call: Coroutine[Any, Any, _T], timeout: Any) -> _T:
+        """Bound a call that waits for the end of a cancelled one first, and end the connection as asyncpg 0.32 does."""
+        limit = timeout if isinstance(timeout, int | float) else None
+        try:
+            async with asyncio.timeout(holder.timeout_by(self._asyncpg, limit)):
+                return await call
+        except TimeoutError:
+            # What it waited for is cancelled, too, and would cancel the task of any other call.
+            self._session.note_loss(CANCEL_TIMED_OUT)
+            self._asyncpg.abort()
+            self._session.notify_closed()
+            raise
 
     def _timed_out(self, error: TimeoutError, timeout: float | None, began: float) -> Exception:
         limit = holder.timeout_by(self._asyncpg, None) if timeout is None else None
@@ -413,7 +436,7 @@ class SessionProtocol:
         if isinstance(error, TimeoutError):
             # asyncpg terminates a connection whose cancelled statement does not end within the timeout of the next one.
             session.left = False
-            session.note_loss(Loss("a cancelled statement did not end in time, so it was terminated"))
+            session.note_loss(CANCEL_TIMED_OUT)
             return False
         if is_server_error(error):
             return ends_session(error)

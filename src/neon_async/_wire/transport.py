@@ -32,6 +32,10 @@ _FATAL = frozenset({b"VFATAL", b"VPANIC", b"SFATAL", b"SPANIC"})
 # How every ErrorResponse ends, and how long those that end a session are at most, so that no large data is searched.
 _END_OF_ERROR = b"\0\0"
 _LAST_WORDS_SIZE = 8192
+# Flush (section 54.7), and after which Execute messages of a batch it follows.
+_FLUSH = b"H\0\0\0\4"
+_FLUSHED_EXECUTES = 16
+_EXECUTES_PER_FLUSH = 16
 # ReadyForQuery, but for the status of the transaction.
 _READY = b"Z\0\0\0\5"
 _READY_SIZE = 6
@@ -47,13 +51,14 @@ class SessionTransport(asyncio.Transport):
         session: What `_driver` keeps for the connection.
     """
 
-    __slots__ = ("_held", "_stream", "_transport", "session", "writes")
+    __slots__ = ("_executes", "_held", "_stream", "_transport", "session", "writes")
 
     def __init__(self, transport: asyncio.Transport) -> None:
         # Not super().__init__(): get_extra_info() is the TLS transport's.
         self._transport = transport
         self._stream: Stream | None = None
         self._held = b""  # statements sent ahead that wait to be written together with what follows
+        self._executes: int | None = None  # how many Execute messages were written since `flush_executes()`
         self.session: object = None
         self.writes = 0
 
@@ -135,8 +140,33 @@ class SessionTransport(asyncio.Transport):
             data, self._held = self._held + data, b""
         self._transport.write(data)
 
+    def flush_executes(self, flush: bool) -> None:
+        """Have the server send the results of a batch, which `writelines()` writes, while it executes it, or not.
+
+        PostgreSQL sends them when it has 8 KB of them, or at the end. Without them nothing shows that a batch of a few
+        slow statements makes progress. So Flush follows the first Execute messages, and then one in sixteen: one for
+        each would be a system call and a TLS record for each row.
+        """
+        self._executes = 0 if flush else None
+
+    def _with_flushes(self, batch: bytes) -> bytes:
+        """Return `batch`, which consists of whole messages, with Flush messages in between."""
+        assert self._executes is not None
+        pieces, begin, position = [], 0, 0
+        while position < len(batch):
+            kind, length = _HEADER.unpack_from(batch, position)
+            position += 1 + length
+            if kind == b"E":
+                self._executes += 1
+                if self._executes <= _FLUSHED_EXECUTES or self._executes % _EXECUTES_PER_FLUSH == 0:
+                    pieces += [batch[begin:position], _FLUSH]
+                    begin = position
+        return b"".join([*pieces, batch[begin:]])
+
     def writelines(self, list_of_data: Iterable[bytes | bytearray | memoryview]) -> None:
         self.writes += 1
+        if self._executes is not None:
+            list_of_data = [self._with_flushes(bytes(batch)) for batch in list_of_data]
         self._write_held()
         self._transport.writelines(list_of_data)
 

@@ -55,13 +55,15 @@ class _Finding:
 def _weaker_settings(private_root: Path) -> tuple[_WeakerSetting, ...]:
     in_dsn = ("sslmode=disable", "sslmode=allow", "sslmode=prefer", "sslmode=require", "sslmode=verify-ca")
     others = ("channel_binding=disable", "require_auth=password", "ssl_max_protocol_version=TLSv1.2", "sslsni=0")
+    context = ssl.create_default_context()
+    context.check_hostname = False
     return (
         *(_WeakerSetting(parameter, parameter) for parameter in (*in_dsn, *others)),
         _WeakerSetting("sslkeylogfile=/tmp/keys", "sslkeylogfile=/tmp/keys"),
         _WeakerSetting("sslrootcert without ISRG Root X1", f"sslrootcert={quote(str(private_root))}"),
         _WeakerSetting("trust_anchor in the DSN", f"trust_anchor={quote(str(private_root))}"),
         _WeakerSetting("ssl=False", keywords={"ssl": False}),
-        _WeakerSetting("ssl=an SSLContext of one's own", keywords={"ssl": ssl.create_default_context()}),
+        _WeakerSetting("ssl=an SSLContext that does not verify the name", keywords={"ssl": context}),
         _WeakerSetting("direct_tls=False", keywords={"direct_tls": False}),
         _WeakerSetting("host=/var/run/postgresql", keywords={"host": "/var/run/postgresql"}),
         _WeakerSetting("host=127.0.0.1", keywords={"host": "127.0.0.1"}),

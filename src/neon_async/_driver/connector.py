@@ -26,7 +26,7 @@ from .._wire.race import StepCallback
 from .._wire.tls import TLSReport
 from .._wire.trust import TrustAnchor, find_isrg_root_x1, load_trust_anchor
 from .connection import Connection, combine
-from .holder import begin_session, is_current, leave_jit_alone, session_of
+from .holder import begin_session, end_lost, is_current, leave_jit_alone, session_of
 from .loop import LoopAdapter
 from .pooled import PooledConnection, is_pooled, tracked_settings
 from .protocol import SessionProtocol
@@ -273,7 +273,7 @@ class Connector:
 def _end_revoked(name: str, connection: Connection, error: CertificateRevokedError) -> None:
     """Terminate a connection to a server whose certificate turned out to have been revoked."""
     _log.warning("%s: a connection is terminated. %s", name, error)
-    connection.terminate()
+    end_lost(connection, "the server's certificate has been revoked, so it was terminated")
 
 
 def require_asyncio() -> None:

@@ -15,9 +15,9 @@ import neon_async
 from neon_async._pool.pace import Pace, may_pass
 
 # The numbers of the design, written down once more: a pause is random between 0.25 s and a ceiling of 0.5 s, doubling
-# up to 1 s, or to 4 s where the server is full; the breaker opens for 0.5 s, doubling up to 10 s.
+# up to 0.75 s, or to 4 s where the server is full; the breaker opens for 0.5 s, doubling up to 10 s.
 FLOOR = 0.25
-CEILINGS = [0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]
+CEILINGS = [0.5, 0.75, 0.75, 0.75, 0.75, 0.75, 0.75, 0.75]
 CROWDED = [0.5, 1.0, 2.0, 4.0, 4.0, 4.0, 4.0, 4.0]
 BREAKER = [0.5, 1.0, 2.0, 4.0, 8.0, 10.0, 10.0, 10.0]
 ROUNDING = 1e-6  # seconds: sums of floats are not exact
@@ -117,7 +117,7 @@ def test_a_pause_is_random_between_its_bounds(error: Exception, failures: int, c
     assert pace.refusal(50.0) is None
 
 
-@pytest.mark.parametrize(("connects", "shortest"), [(0, 0.25), (1, 0.25), (2, 0.5), (4, 1.0), (12, 1.0)])
+@pytest.mark.parametrize(("connects", "shortest"), [(0, 0.25), (1, 0.25), (2, 0.5), (4, 0.75), (12, 0.75)])
 def test_a_dial_of_several_connects_is_followed_by_a_longer_pause(connects: int, shortest: float) -> None:
     """A server that may not speak direct TLS is connected to twice."""
     pace = Pace(jitter=lambda: 0.0)
@@ -139,7 +139,7 @@ def test_each_pause_has_a_chance_of_its_own() -> None:
     pace.failed(TRANSIENT, began=0.0, now=0.0)
     assert pace.pause(0.0) == pytest.approx(0.375)
     pace.failed(TRANSIENT, began=0.0, now=0.0)
-    assert pace.pause(0.0) == pytest.approx(1.0)
+    assert pace.pause(0.0) == pytest.approx(0.75)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -297,7 +297,7 @@ def test_dials_for_no_caller_become_rare_where_their_sessions_end_in_vain() -> N
 def test_dials_for_no_caller_become_rare_where_the_server_refuses_them_until_a_login() -> None:
     pace = pace_after([TRANSIENT] * 10, now=50.0)
     pace.floor_dialed(50.0)
-    assert (pace.floor_pause(50.0), pace.pause(50.0)) == (10.0, 1.0)
+    assert (pace.floor_pause(50.0), pace.pause(50.0)) == (10.0, 0.75)
     pace.connected(began=60.0)
     pace.floor_dialed(60.0)
     assert pace.floor_pause(60.0) == pytest.approx(0.25)
@@ -377,11 +377,11 @@ def test_a_failure_is_transient_if_its_class_is_retryable(error: Exception, tran
 @pytest.mark.parametrize("error", [pytest.param(TRANSIENT, id="transient"), pytest.param(PERMANENT, id="permanent")])
 def test_ten_thousand_failures_do_not_overflow(error: Exception) -> None:
     pace = pace_after([error] * 10_000, now=1e9)
-    assert pace.pause(1e9) == (1.0 if error is TRANSIENT else 10.0)
+    assert pace.pause(1e9) == (0.75 if error is TRANSIENT else 10.0)
     assert pace.allowed(100) == 1
 
 
-@pytest.mark.parametrize("error", [pytest.param(TRANSIENT, id="transient"), pytest.param(PERMANENT, id="permanent")])
+@pytest.mark.parametrize("error", [pytest.param(FULL, id="transient"), pytest.param(PERMANENT, id="permanent")])
 def test_dials_that_were_under_way_together_count_as_one_failure(error: Exception) -> None:
     alone, together = pace_after([error], now=5.0), pace_after([error], now=5.0)
     for moment in (5.0, 5.1, 5.2):
@@ -395,7 +395,7 @@ def test_dials_that_were_under_way_together_count_as_one_failure(error: Exceptio
 @pytest.mark.parametrize(
     ("error", "most_at_first", "most_later", "most_in_a_minute"),
     [
-        pytest.param(TRANSIENT, 5, 5, 120, id="transient"),
+        pytest.param(TRANSIENT, 5, 5, 150, id="transient"),
         pytest.param(PERMANENT, 2, 1, 10, id="permanent"),
     ],
 )

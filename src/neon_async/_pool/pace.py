@@ -25,7 +25,7 @@ _SPACING = 0.25
 # And Jitter" (AWS Architecture Blog, 2015). The ceiling stays low, because it is the time that callers still wait when
 # an outage is over, and because a pool has one attempt under way at a time, however many callers wait.
 _CEILING_BASE = 0.5
-_CEILING_CAP = 1.0
+_CEILING_CAP = 0.75
 # A server that is full or that limits the rate stays so for longer if it is asked more often. Neon advises 1 to 16 s.
 _CROWDED_CAP = 4.0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -242,6 +243,33 @@ async def test_a_pool_does_not_open_where_the_code_fails(postgres: LocalPostgres
     code = Flaky(raising(ConnectionError("the vault is sealed")), lambda call: call == 2)
     with pytest.raises(ConnectionError, match="the vault is sealed"):
         await make_pool(postgres, init_size=3, **as_password(postgres, code))
+
+
+async def fail(connection: Any) -> None:
+    raise LookupError("no such tenant")
+
+
+@pytest.mark.parametrize("hook", ["init", "setup"])
+async def test_callers_whose_own_code_fails_on_every_connection_do_not_storm_the_server(
+    postgres: LocalPostgres, hook: str
+) -> None:
+    async with LocalEndpoint(postgres) as endpoint, make_pool(endpoint, **{hook: fail}) as pool, asyncio.timeout(HANG):
+
+        async def keep_calling() -> None:
+            while True:
+                with pytest.raises(LookupError):
+                    await pool.acquire()
+
+        callers = [asyncio.ensure_future(keep_calling()) for _ in range(CALLERS)]
+        await until(lambda: endpoint.connects >= 3)
+        before, began = endpoint.connects, time.monotonic()
+        await asyncio.sleep(2)
+        assert endpoint.connects - before <= 5 * (time.monotonic() - began)
+        assert not any(caller.done() for caller in callers)
+        for caller in callers:
+            caller.cancel()
+        await asyncio.gather(*callers, return_exceptions=True)
+        await until_settled(pool)
 
 
 @PLACES

@@ -332,6 +332,13 @@ def test_a_failure_of_the_callers_code_on_a_connection_only_spaces_the_connects(
         assert pace.pause(50.0 + number) == pytest.approx(0.25)
 
 
+def test_a_login_does_not_end_the_pause_after_a_failure_of_the_callers_code() -> None:
+    pace = Pace()
+    pace.stopped_by_caller(began=50.0, connects=1, told=True)
+    pace.connected(began=50.0)
+    assert pace.pause(50.0) == pytest.approx(0.25)
+
+
 def test_a_dial_for_no_caller_that_always_fails_becomes_rare() -> None:
     pace = Pace()
     for _ in range(10):

@@ -112,7 +112,8 @@ class Pace:
         """
         self._failed_dials = 0
         self._refusal = self.last_failure = None
-        self._not_before = began + connects * _SPACING if self._failures else 0.0
+        if self._failures:
+            self._not_before = began + connects * _SPACING
 
     def worked(self, *, opened_at: float) -> None:
         """Note that a session has answered a statement of a caller.

@@ -323,7 +323,7 @@ class Pool(PoolBase[RecordT]):
                 await setup(loan.proxy)
         except BaseException as error:
             if loan.slot.loan is loan:  # else it has ended, and another one may have taken its place
-                loan.slot.holder.terminate()
+                self._supply.discard_after_setup(loan.slot)
             if isinstance(error, TimeoutError) and timeout.expired():
                 self._supply.tallies.timeouts.since(began)
                 raise self._timeout_error(

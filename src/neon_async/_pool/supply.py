@@ -164,6 +164,12 @@ class Supply:
         slot.proven = True
         self.pace.worked(opened_at=slot.opened_at)
 
+    def discard_after_setup(self, slot: Slot) -> None:
+        """Terminate a connection on which the caller's `setup` has failed."""
+        if not slot.proven:  # it was made for this acquire, and the next dial began when this one ended
+            self.pace.stopped_by_caller(began=slot.opened_at, connects=2, told=True)
+        slot.holder.terminate()
+
     def expire(self) -> None:
         """Lend no connection again that has been made so far."""
         self._generation += 1

@@ -60,7 +60,8 @@ async def test_sessions_that_the_server_ends_at_once_are_replaced_ever_more_slow
         assert failures(pool) > 0
         assert await until_served(pool, ConnectionError) == 1  # on a busy machine 5 ms may be too short
         assert len(caplog.records) <= 2 * endpoint.connects
-        assert sum("before they have answered a statement" in record.message for record in caplog.records) == 1
+        if init is without_init:  # otherwise a session may also end while init runs, which is another line
+            assert sum("before they have answered a statement" in record.message for record in caplog.records) == 1
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from support.transactions import Bench, cut_in_commit, frozen_in_commit, killed_
 
 import neon_async
 from neon_async._driver.connection import Connection
+from neon_async._driver.losses import loss_with
 from neon_async._driver.protocol import SessionProtocol
 from neon_async._errors import server_error
 from neon_async._neon.sql import commits
@@ -414,6 +415,20 @@ class TestCommit:
 )
 def test_whether_a_text_can_keep_what_a_block_wrote(query: str, expected: bool) -> None:
     assert commits(query) is expected
+
+
+@pytest.mark.parametrize(
+    ("failure", "expected"),
+    [
+        (ConnectionResetError(104, "Connection reset by peer"), "closed it (Connection reset by peer)"),
+        (TimeoutError(110, "Connection timed out"), "closed it (Connection timed out)"),
+        (ConnectionAbortedError(), "closed it (ConnectionAbortedError)"),
+        (None, "closed it"),
+    ],
+    ids=repr,
+)
+def test_a_failure_of_the_network_is_named(failure: Exception | None, expected: str) -> None:
+    assert loss_with(None, failure).why == f"the server or the network {expected}"
 
 
 FATAL = b"SFATAL\0VFATAL\0C57P01\0Mterminating connection\0\0"

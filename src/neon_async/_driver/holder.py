@@ -168,7 +168,8 @@ class ConnectionHooks(_Connection[RecordT]):
         # asyncpg calls this for every end of a connection: close(), terminate(), and a connection that was lost.
         session = session_of(self)
         if session is not None:
-            session.note_loss(loss_with(last_words(self._transport)))  # type: ignore[attr-defined]
+            transport = transport_of(self)
+            session.note_loss(loss_with(last_words(transport), transport.failure))
         super()._cleanup()  # type: ignore[misc]
         if session is not None:
             session.notify_closed()

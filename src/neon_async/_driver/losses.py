@@ -26,7 +26,8 @@ class Loss(NamedTuple):
     words: ServerError | None = None
 
 
-CLOSED_BY_SERVER = Loss("the server or the network closed it")
+_CLOSED = "the server or the network closed it"
+CLOSED_BY_SERVER = Loss(_CLOSED)
 
 
 CANCEL_TIMED_OUT = Loss("a cancelled statement did not end in time, so it was terminated")
@@ -34,8 +35,10 @@ CANCEL_TIMED_OUT = Loss("a cancelled statement did not end in time, so it was te
 CLOSED_HERE = Loss("it was closed or terminated by this program while the call was under way")
 
 
-def loss_with(words: ServerError | None) -> Loss:
-    """Return the loss of a connection that the other side closed, after these last words."""
+def loss_with(words: ServerError | None, failure: Exception | None = None) -> Loss:
+    """Return the loss of a connection that ended after these last words, or by this failure of the network."""
+    if words is None and failure is not None:
+        return Loss(f"{_CLOSED} ({getattr(failure, 'strerror', None) or type(failure).__name__})")
     if words is None:
         return CLOSED_BY_SERVER
     sqlstate = f" (SQLSTATE {words.sqlstate})" if words.sqlstate else ""
@@ -114,8 +117,8 @@ def timed_out(
     else:
         what, advice = "timeout", "Pass a larger timeout= to the call."
     failure = QueryTimeoutError(
-        f"A statement on {host} was given up after {elapsed:.2f} s: its limit is {what}={limit:g} s. The server may "
-        f"have executed it, or not. {advice}"
+        f"A statement on {host} was given up after {elapsed:.2f} s: its limit is {what}={round(limit, 3):g} s. "
+        f"The server may have executed it, or not. {advice}"
     )
     failure.__cause__ = error.__cause__ or error
     return failure

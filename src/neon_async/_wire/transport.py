@@ -102,6 +102,11 @@ class SessionTransport(asyncio.Transport):
         """The body of the ErrorResponse with which the server has ended the session, or None."""
         return None if self._stream is None else self._stream.get_last_words()
 
+    @property
+    def failure(self) -> Exception | None:
+        """The failure of the network or of TLS that ended the connection, or None."""
+        return None if self._stream is None else self._stream.failure
+
     def send_ahead(self, sql: str, on_answer: Answer) -> None:
         """Send a simple Query whose answer the session's protocol never sees, and return at once.
 
@@ -258,6 +263,7 @@ class Stream(asyncio.BufferedProtocol):
         self.chunks = 0  # how often something was received
         self.tail = b""  # the latest bytes, as many as a ReadyForQuery has
         self._last_words: bytes | None = None
+        self.failure: Exception | None = None  # that ended the connection
         self._transport = transport
         self._protocol = protocol
         self._pass_on = protocol.data_received
@@ -373,6 +379,7 @@ class Stream(asyncio.BufferedProtocol):
         return self._protocol.eof_received()
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self.failure = exc
         self.waiting.clear()
         self._release()
         if self._error is not None and _is_fatal(self._error[_HEADER_SIZE:]):

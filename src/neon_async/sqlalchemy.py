@@ -2,7 +2,7 @@
 
 `postgresql+neon://` is SQLAlchemy's dialect for asyncpg with connections of neon-async. Whatever takes only a URL works
 with the string of the Neon console when its scheme is `postgresql+neon`: the scheme asks for verify-full itself, so an
-`sslmode` in the URL changes nothing.
+`sslmode` in the URL changes nothing. Install it with `pip install neon-async[sqlalchemy]`.
 
 This module adapts connections to SQLAlchemy and its errors. It must not know how a connection is verified or lent.
 """
@@ -25,9 +25,11 @@ from sqlalchemy.dialects.postgresql.asyncpg import (
     PGDialect_asyncpg,
 )
 from sqlalchemy.engine import URL, Engine
+from sqlalchemy.engine.interfaces import IsolationLevel
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.ext.asyncio import create_async_engine as _create_async_engine
 from sqlalchemy.pool import NullPool
+from sqlalchemy.pool import Pool as SQLAlchemyPool
 from sqlalchemy.util import await_only
 
 from ._config.connection import ConnectKeywords, keywords_of_url
@@ -44,7 +46,9 @@ from ._errors import (
     NeonAsyncError,
     PoolClosedError,
     PooledHostError,
+    StaleStatementError,
     UnsupportedEventLoopError,
+    WrongMethodError,
     ends_session,
     forget_arguments,
     is_unavailable,
@@ -54,9 +58,8 @@ from ._pool.pool import Pool
 from ._wire.trust import AnchorSource
 
 if TYPE_CHECKING:
-    from sqlalchemy.engine.interfaces import DBAPIConnection, DBAPICursor, DBAPIModule, IsolationLevel
+    from sqlalchemy.engine.interfaces import DBAPIConnection, DBAPICursor, DBAPIModule
     from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
-    from sqlalchemy.pool import Pool as SQLAlchemyPool
 
 __all__ = ("EngineKeywords", "NeonDialect", "create_async_engine", "use_direct_host")
 
@@ -77,16 +80,16 @@ _CLOSE_TIMEOUT = 2.0
 class EngineKeywords(ConnectKeywords, total=False):
     """The keywords of `create_async_engine()`: those of SQLAlchemy's function, and those of every connection."""
 
-    connect_args: dict[str, Any]
+    connect_args: Mapping[str, object]
     echo: bool | Literal["debug"] | None
     echo_pool: bool | Literal["debug"] | None
     enable_from_linting: bool
-    execution_options: Mapping[str, Any]
+    execution_options: Mapping[str, object]
     hide_parameters: bool
     insertmanyvalues_page_size: int
     isolation_level: IsolationLevel
-    json_deserializer: Callable[[str], Any]
-    json_serializer: Callable[[Any], str]
+    json_deserializer: Callable[[str], object]
+    json_serializer: Callable[..., str]
     label_length: int | None
     logging_name: str
     max_identifier_length: int | None
@@ -151,7 +154,7 @@ def _engine_of_dsn(dsn: str | URL | None, options: dict[str, Any]) -> AsyncEngin
     for name in sorted(_CREATORS.intersection(options)):
         raise ConfigurationError(f"{name} replaces the verified connections of neon-async. Leave it out.")
     keywords = {name: options.pop(name) for name in _CONNECTION_KEYWORDS.intersection(options)}
-    connect_args: dict[str, Any] = options.pop("connect_args", {}) | keywords
+    connect_args: dict[str, Any] = {**options.pop("connect_args", {}), **keywords}
     if isinstance(dsn, URL):
         url = dsn.set(drivername=VERIFIED_SCHEME)
         connector = prepare(None, **_verified_keywords(_keywords_of_url(url) | connect_args))
@@ -248,6 +251,9 @@ class NeonDialect(PGDialect_asyncpg):
     Errors of neon-async, and those that mean that the database is unavailable, arrive as
     `sqlalchemy.exc.OperationalError`; `PooledHostError` as `NotSupportedError`, and errors of usage as
     `InterfaceError`. The original is the `__cause__` of `error.orig`.
+
+    Besides, two things differ from the dialect for asyncpg. A URL with several hosts is refused. A ping is one
+    statement and no transaction, so it takes one round trip, and its time is limited.
     """
 
     driver = "neon"
@@ -692,5 +698,7 @@ _DBAPI_CLASSES = (
     (UnsupportedEventLoopError, "InterfaceError"),
     (PoolClosedError, "InterfaceError"),
     (PooledHostError, "NotSupportedError"),
+    (StaleStatementError, "InvalidCachedStatementError"),  # at which SQLAlchemy prepares everything again
+    (WrongMethodError, "ProgrammingError"),
     (NeonAsyncError, "OperationalError"),
 )

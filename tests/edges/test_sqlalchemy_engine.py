@@ -24,6 +24,8 @@ from neon_async.testing import LocalEndpoint, LocalPostgres
 
 pytestmark = pytest.mark.anyio
 
+NEVER = 100 * HANG
+
 
 @pytest.fixture
 async def endpoint(postgres: LocalPostgres) -> AsyncIterator[LocalEndpoint]:
@@ -250,6 +252,28 @@ class TestErrors:
             with pytest.raises(sa.exc.DBAPIError) as raised:
                 await scalar(connection, "SELECT 1")
             assert raised.value.connection_invalidated
+
+    async def test_a_connection_that_is_cut_in_a_commit(self, engine: AsyncEngine, endpoint: LocalEndpoint) -> None:
+        async with engine.connect() as connection:
+            await connection.execute(sa.text("CREATE TEMP TABLE kept (a int)"))
+            endpoint.delay = NEVER  # the answer does not come
+            sent = endpoint.client_bytes
+            committing = asyncio.ensure_future(connection.commit())
+            await until(lambda: endpoint.client_bytes > sent)
+            endpoint.cut()
+            with pytest.raises(sa.exc.OperationalError) as raised:
+                await committing
+            assert isinstance(original(raised.value), neon_async.CommitUnknownError)
+            assert raised.value.connection_invalidated
+
+    async def test_a_statement_that_takes_too_long(self, endpoint: LocalEndpoint) -> None:
+        async with engine_to(endpoint, command_timeout=0.2) as engine, engine.connect() as connection:
+            with pytest.raises(sa.exc.OperationalError) as raised:
+                await connection.execute(sa.text("SELECT pg_sleep(3600)"))
+            assert isinstance(original(raised.value), neon_async.QueryTimeoutError)
+            assert not raised.value.connection_invalidated
+            await connection.rollback()
+            assert await scalar(connection, "SELECT 1") == 1
 
     @pytest.mark.parametrize(
         ("keywords", "error"),

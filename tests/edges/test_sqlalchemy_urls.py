@@ -17,7 +17,14 @@ from support.engines import SCHEME
 
 import neon_async
 from neon_async._config.connection import ConnectKeywords
-from neon_async.sqlalchemy import EngineKeywords, NeonDialect, create_async_engine
+from neon_async.sqlalchemy import (
+    EngineKeywords,
+    NeonDBAPI,
+    NeonDialect,
+    _translated,
+    create_async_engine,
+    use_direct_host,
+)
 
 HOST = "ep-cool-darkness-123456-pooler.us-east-2.aws.neon.tech"
 CONSOLE = f"{SCHEME}://alex:s3cret@{HOST}/neondb?sslmode=require&channel_binding=require"
@@ -169,6 +176,11 @@ def test_the_keywords_of_an_engine_are_those_of_sqlalchemy_and_of_every_connecti
     assert set(ConnectKeywords.__annotations__) <= set(EngineKeywords.__annotations__)
 
 
+@pytest.mark.parametrize("public", [EngineKeywords, create_async_engine, use_direct_host], ids=lambda one: one.__name__)
+def test_the_type_hints_of_what_is_public_can_be_evaluated(public: Any) -> None:
+    assert typing.get_type_hints(public)
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -204,3 +216,55 @@ def test_a_pool_of_asyncpg_is_refused() -> None:
 def test_an_engine_on_a_pool_shows_where_the_pool_connects_to() -> None:
     pool = neon_async.create_pool(f"{PLAIN}?sslmode=verify-full")
     assert create_async_engine(pool).url.render_as_string(hide_password=False) == f"{SCHEME}://alex@{HOST}:5432/neondb"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The names of PEP 249 for our errors
+
+ERRORS = [
+    value
+    for value in map(vars(neon_async).get, neon_async.__all__)
+    if isinstance(value, type) and issubclass(value, neon_async.NeonAsyncError)
+]
+OTHERS = {
+    neon_async.ConfigurationError: "InterfaceError",
+    neon_async.InsecureConfigurationError: "InterfaceError",
+    neon_async.UnsupportedEventLoopError: "InterfaceError",
+    neon_async.PoolClosedError: "InterfaceError",
+    neon_async.PooledHostError: "NotSupportedError",
+    neon_async.StaleStatementError: "InvalidCachedStatementError",
+    neon_async.WrongMethodError: "ProgrammingError",
+}
+
+
+@pytest.mark.parametrize("cls", ERRORS, ids=lambda cls: cls.__name__)
+def test_each_error_of_ours_is_one_of_the_dbapi(cls: type[Exception]) -> None:
+    dbapi = NeonDBAPI(asyncpg)
+    error = cls("what happened")
+    translated = _translated(dbapi, error)
+    assert type(translated) is getattr(dbapi, OTHERS.get(cls, "OperationalError"))
+    assert "what happened" in str(translated)
+    assert translated.__cause__ is error
+
+
+@pytest.mark.parametrize(
+    ("error", "name"),
+    [
+        pytest.param(neon_async.PoolClosedError("closing", unavailable=True), "OperationalError", id="closing pool"),
+        pytest.param(asyncpg.AdminShutdownError("suspended"), "OperationalError", id="shutdown"),
+        pytest.param(asyncpg.TooManyConnectionsError("full"), "OperationalError", id="too many connections"),
+        pytest.param(ConnectionResetError("reset"), "OperationalError", id="reset"),
+        pytest.param(asyncpg.UniqueViolationError("twice"), "IntegrityError", id="as by SQLAlchemy"),
+        pytest.param(asyncpg.InterfaceError("closed"), "InterfaceError", id="as by SQLAlchemy, too"),
+    ],
+)
+def test_an_outage_is_an_operational_error_and_the_rest_is_as_by_the_dialect_of_asyncpg(
+    error: Exception, name: str
+) -> None:
+    dbapi = NeonDBAPI(asyncpg)
+    assert isinstance(_translated(dbapi, error), getattr(dbapi, name))
+
+
+@pytest.mark.parametrize("error", [LookupError("not ours"), TimeoutError()], ids=repr)
+def test_what_is_no_error_of_the_database_stays_as_it_is(error: Exception) -> None:
+    assert _translated(NeonDBAPI(asyncpg), error) is error

@@ -914,6 +914,11 @@ class Holder(PoolConnectionHolder):
         if self._con is not None:
             self._con._shut_down()
 
+    def leave_to_parent(self) -> None:
+        """Let go of the connection, if there is one, in a forked process."""
+        if self._con is not None:
+            self._con._transport.leave_to_parent()
+
     def is_idle(self) -> bool:
         """Return whether no caller has the connection; asyncpg asks."""
         return self._proxy is None

@@ -10,8 +10,10 @@ import contextlib
 import enum
 import inspect
 import logging
+import os
 import time
 import warnings
+import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NoReturn, Self, TypeAlias, TypeVar, Unpack, overload
 
@@ -118,10 +120,14 @@ class Pool(PoolBase[RecordT]):
             connection_class=options.connection_class,
             record_class=options.record_class,
         )
-        holders = [Holder(self) for _ in range(options.max_size)]
         self._connector = connector
         self._options = options
-        self._supply = Supply(connector, options, holders)
+        self._begin_life(None)
+
+    def _begin_life(self, before: Supply | None) -> None:
+        """Start with no connections, with the statistics of the supply before this one, if there was one."""
+        holders = [Holder(self) for _ in range(self._options.max_size)]
+        self._supply = Supply(self._connector, self._options, holders, before)
         self._set_holders(holders, HolderQueue(len(holders), self._free_holders, lambda: len(self._supply.waiters)))
         self._enter(_Phase.NEW)
 
@@ -209,15 +215,29 @@ class Pool(PoolBase[RecordT]):
         return self.__aenter__().__await__()
 
     async def __aenter__(self) -> Self:
-        """Open the pool with `init_size` connections and return it. If that fails, no connection is left behind."""
+        """Open the pool with `init_size` connections and return it. If that fails, no connection is left behind.
+
+        A pool that was closed can be opened again, also in another event loop. What it has learned about the server is
+        kept, so that its next connect takes three round trips.
+
+        Raises:
+            PoolClosedError: The pool is closing.
+        """
         require_asyncio()
+        if self._phase not in (_Phase.NEW, _Phase.CLOSED) and self._own_loop.is_closed():
+            self._terminate()  # that event loop died without closing the pool
         if self._phase is _Phase.OPENING:
             raise asyncpg.InterfaceError("pool is being initialized in another task")
-        if self._phase is not _Phase.NEW:
+        if self._phase is _Phase.OPEN:
             return self
+        if self._phase is _Phase.CLOSING:
+            raise self._closed_error()
+        if self._phase is _Phase.CLOSED:
+            self._begin_life(self._supply)
         self._enter(_Phase.OPENING)
         self._supply.loop = asyncio.get_running_loop()
         self._set_loop(self._supply.loop)
+        _opened.add(self)
         try:
             await self._make_first_connections(self._options.opening_size)
         except BaseException:
@@ -348,7 +368,8 @@ class Pool(PoolBase[RecordT]):
             raise self._closed_error(unavailable=self._phase is _Phase.CLOSING)
 
     def _closed_error(self, *, unavailable: bool = True) -> PoolClosedError:
-        text = f"The pool is {self._phase.value}: {self._supply.name}. Create a new pool."
+        advice = "Open it again with `async with pool:`." if self._phase is _Phase.CLOSED else "Create a new pool."
+        text = f"The pool is {self._phase.value}: {self._supply.name}. {advice}"
         return PoolClosedError(text, unavailable=unavailable)
 
     def _require_own_loop(self) -> None:
@@ -523,6 +544,12 @@ class Pool(PoolBase[RecordT]):
         else:
             self._supply.terminate(self._closed_error)
         _log.info("%s: the pool is closed", self._supply.name)
+
+    def _leave_to_parent(self) -> None:
+        """Start empty in a forked process. The connections stay those of the parent, which goes on with them."""
+        self._supply.leave_to_parent()
+        _of_parent.append(self._supply)
+        self._begin_life(None)
 
     def _require_opened(self) -> None:
         if self._phase is _Phase.NEW:
@@ -699,6 +726,28 @@ class Pool(PoolBase[RecordT]):
             return await self._call(
                 lambda con, left: con.copy_records_to_table(table_name, timeout=left, **options), timeout, again=False
             )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Forks
+
+_opened: weakref.WeakSet[Pool[Any]] = weakref.WeakSet()
+# Never freed: a destructor would end the connection on the parent's behalf.
+_of_parent: list[Supply] = []
+
+
+def _start_empty() -> None:
+    for pool in list(_opened):
+        pool._leave_to_parent()
+    _opened.clear()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_start_empty)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The way to a pool
 
 
 @overload

@@ -64,9 +64,12 @@ class Supply:
         connector: Makes the connections.
         options: The pool's options.
         holders: One for each connection the pool may have; a slot is made for each.
+        before: The supply of the pool's life before this one, which has ended; its statistics go on.
     """
 
-    def __init__(self, connector: Connector, options: PoolOptions, holders: list[Holder]) -> None:
+    def __init__(
+        self, connector: Connector, options: PoolOptions, holders: list[Holder], before: Supply | None = None
+    ) -> None:
         self.name = short_name(connector.parameters.host, connector.parameters.endpoint)
         self.options = options
         self.connector = connector
@@ -74,8 +77,8 @@ class Supply:
         self._slot_of = {slot.holder: slot for slot in self.slots}
         self.waiters: WaitQueue[Slot] = WaitQueue(give_back=self._offer)
         self.pace = Pace()
-        self.tallies = Tallies(options.on_event, self.name)
-        self.health = HealthLog()
+        self.tallies: Tallies = before.tallies if before else Tallies(options.on_event, self.name)
+        self.health: HealthLog = before.health if before else HealthLog()
         self.size = 0  # open connections
         self.own_reset = options.reset is not None  # or, once there is a connection, its class has a reset() of its own
         self.closing = False  # from then on connections are closed instead of being offered
@@ -614,6 +617,11 @@ class Supply:
         """Have the server learn of the end of every connection, from any thread. `terminate()` must follow."""
         for slot in self.slots:
             slot.holder.shut_down()
+
+    def leave_to_parent(self) -> None:
+        """Let go of every connection in a forked process, without a byte to the server."""
+        for slot in self.slots:
+            slot.holder.leave_to_parent()
 
     async def wait_for_tasks(self) -> None:
         """Wait until the tasks that were cancelled have ended, for a moment at most."""

@@ -210,6 +210,17 @@ class SessionTransport(asyncio.Transport):
                 with socket.socket(fileno=os.dup(sock.fileno())) as twin:
                     twin.shutdown(socket.SHUT_RDWR)
 
+    def leave_to_parent(self) -> None:
+        """Let go of the socket in a forked process: its number leads nowhere then, and the parent's socket stays open.
+
+        The number itself stays in use, so whatever closes it later closes nothing else.
+        """
+        sock = self.get_extra_info("socket")
+        if sock is not None and sock.fileno() >= 0:
+            nowhere = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+            os.dup2(nowhere, sock.fileno(), inheritable=False)
+            os.close(nowhere)
+
     def is_closing(self) -> bool:
         return self._transport.is_closing()
 

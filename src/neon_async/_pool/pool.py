@@ -663,6 +663,8 @@ class Pool(PoolBase[RecordT]):
             again: Whether the arguments can be used a second time.
         """
         further = self._options.max_size if again else 0
+        if timeout is not None:
+            check_timeout("timeout", timeout)
         whole, until = timeout, None if timeout is None else time.monotonic() + timeout
         left = None
         while True:

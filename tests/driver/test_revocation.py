@@ -142,17 +142,6 @@ async def test_no_renewal_outlives_the_connections(server: PresentingServer, pki
 
 
 @pytest.mark.anyio
-async def test_a_connection_that_nobody_closed_is_not_kept_by_its_watch(
-    server: PresentingServer, pki: RevocablePKI, leaf: Entity
-) -> None:
-    connection = await neon_async.connect(server.dsn, trust_anchor=pki.root.pem, revocation="require")
-    listeners = [each.listeners for each in shard._shards.values()]
-    with pytest.warns(ResourceWarning, match="unclosed connection"):
-        del connection
-    assert not any(listeners)
-
-
-@pytest.mark.anyio
 async def test_a_failed_renewal_keeps_the_connections_and_require_refuses_new_ones_once_the_list_has_expired(
     server: PresentingServer, pki: RevocablePKI, leaf: Entity
 ) -> None:

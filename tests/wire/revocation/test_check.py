@@ -18,7 +18,8 @@ from support.probes import HANG, nothing_is_left, until
 
 import neon_async
 from neon_async._driver.connector import Connector, prepare
-from neon_async._wire.revocation import check
+from neon_async._wire.chain import Chain
+from neon_async._wire.revocation import check, disk
 from neon_async._wire.revocation.lists import Source
 from neon_async.testing._impostor import Impostor, authentication_request, login, server_context
 
@@ -314,6 +315,67 @@ async def test_a_connect_that_is_cancelled_while_it_waits_leaves_nothing_open(pk
         async with nothing_is_left():
             assert await outcome(connector) is None
     assert pki.lists.requests.count("/1.crl") == 1  # the cancelled connect's, which the next one used
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The watch
+
+
+class User:
+    """Something that uses a chain."""
+
+
+async def judged(pki: RevocablePKI, leaf: Entity) -> check.ChainCheck:
+    chain = (leaf.der, pki.issuer.der, pki.root.der)
+    return await check.Checker("require", "db.example.com").judge(Chain(chain[:2], chain), lambda: None)
+
+
+def listeners(of: check.ChainCheck) -> int:
+    return sum(len(shard.listeners) for shard in of.shards)
+
+
+async def test_a_watch_ends_with_its_user_or_when_it_is_stopped(pki: RevocablePKI) -> None:
+    watched = await judged(pki, pki.leaf())
+    user, other = User(), User()
+    watched.watch(user, lambda _, error: None)
+    stopped = watched.watch(other, lambda _, error: None)
+    assert listeners(watched) == 4
+    del user
+    assert listeners(watched) == 2
+    stopped.stop()
+    stopped.stop()
+    assert listeners(watched) == 0
+
+
+async def test_a_watch_reports_once_also_what_is_known_when_it_begins(pki: RevocablePKI) -> None:
+    leaf, user, seen = pki.leaf(), User(), list[Exception]()
+    watched = await judged(pki, leaf)
+    watched.watch(user, lambda _, error: seen.append(error))
+    pki.publish("/1.crl", leaf)
+    for each in watched.shards:
+        disk._path(each.source).unlink()
+        each.state = each.state._replace(renew_at=0.0)
+        each.refresh()
+    await until(lambda: seen)
+    watched.watch(user, lambda _, error: seen.append(error))
+    assert [type(error) for error in seen] == [neon_async.CertificateRevokedError] * 2
+    assert listeners(watched) == 0
+
+
+async def test_a_watch_whose_event_loop_has_ended_disturbs_nothing(pki: RevocablePKI) -> None:
+    leaf, user = pki.leaf(), User()
+
+    async def begin() -> check.Watch[User]:
+        return (await judged(pki, leaf)).watch(user, lambda _, error: None)
+
+    watch = await asyncio.to_thread(asyncio.run, begin())
+    watched = await judged(pki, leaf)
+    for each in watched.shards:
+        each.state = each.state._replace(renew_at=0.0)
+    watched.refresh()
+    await until(lambda: not any(each.is_busy for each in watched.shards))
+    watch.stop()
+    assert listeners(watched) == 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -121,6 +121,13 @@ async def test_the_picture_and_the_json_show_the_same_facts(postgres: LocalPostg
         assert shown[f"as {name}"].startswith(document["chain"][name][0]["subject"])
 
 
+async def test_a_chain_that_failed_verification_is_shown_as_it_was_served(postgres: LocalPostgres) -> None:
+    result = await check(postgres.dsn)  # ISRG Root X1 is trusted, and nothing else
+    served = json.loads(check_to_json(result))["chain"]["served"]
+    assert len(served) == 1
+    assert served[0]["subject"] in picture(lambda console: print_check(result, console), width=200)
+
+
 async def test_the_picture_shows_the_warnings_about_the_chain(postgres: LocalPostgres) -> None:
     result = await check(postgres.dsn, trust_anchor=postgres.trust_anchor)
     assert result.tls is not None

@@ -396,7 +396,7 @@ def test_the_set_of_roots_shows_its_names() -> None:
 
 
 def test_the_roots_of_lets_encrypt_are_found_by_their_fingerprints_in_every_place(
-    system: Callable[..., dict[str, Path]], tmp_path: Path
+    system: Callable[..., dict[str, Path]], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     ye, yr, _x2, x1 = ((PUBLISHED / f"{name}.pem").read_bytes() for name in FILES)
     paths = system(WITHOUT_X1 + x1, Debian=yr + x1 + LOOK_ALIKE.pem)
@@ -405,7 +405,9 @@ def test_the_roots_of_lets_encrypt_are_found_by_their_fingerprints_in_every_plac
     anchor = load_trust_anchor(LETS_ENCRYPT_ROOTS, str(own))
     assert [root.sha256 for root in anchor.roots] == [root.sha256 for root in LETS_ENCRYPT_ROOTS]
     assert [root.source.split(" ")[0] for root in anchor.roots] == ["certifi", "certifi", "Debian", "sslrootcert"]
+    assert caplog.text == ""
     only_system = load_trust_anchor(LETS_ENCRYPT_ROOTS, "system")
+    assert caplog.text.count("not trusted: ISRG Root X2, Root YE. Name a PEM file with sslrootcert=.") == 1
     assert [root.source for root in only_system.roots] == [f"Debian ({paths['Debian']})"] * 2
     context = neon_async.create_ssl_context(trust_anchor=LETS_ENCRYPT_ROOTS)
     assert_policy(context, *(root.der for root in load_trust_anchor(LETS_ENCRYPT_ROOTS).roots))

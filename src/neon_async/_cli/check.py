@@ -22,6 +22,7 @@ from .._errors import (
     ProtocolError,
     TLSError,
 )
+from .._wire.chain import describe_refused
 from .._wire.revocation.report import RevocationReport
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from .._driver.connector import Connector
+    from .._wire.chain import ChainCertificate
     from .._wire.tls import TLSReport
     from .._wire.trust import TrustAnchor
 
@@ -73,6 +75,7 @@ class Problem:
         message: The error's message, which says what to do.
         retryable: Whether the same check can succeed later.
         refused: Whether neon-async refused to continue, whatever the server would have accepted.
+        served: The certificates that the server sent, where they failed verification.
     """
 
     step: str
@@ -80,6 +83,7 @@ class Problem:
     message: str
     retryable: bool
     refused: bool
+    served: tuple[ChainCertificate, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -233,6 +237,7 @@ def _problem(step: str, error: Exception) -> Problem:
         message=str(error) or "The error has no message.",
         retryable=isinstance(error, NeonAsyncError) and error.retryable,
         refused=isinstance(error, _REFUSALS) and not isinstance(error, InvalidPasswordError),
+        served=describe_refused(error),
     )
 
 

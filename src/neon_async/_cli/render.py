@@ -54,7 +54,8 @@ def check_to_json(result: CheckResult) -> str:
     - `anchor`: `subject`, `source` (where it was found) and `sha256`, or null; of the root at which the chain ended, or
       of the first one that is trusted
     - `chain`: `served` and `verified` (each a list of `subject`, `issuer`, `not_after` and `sha256`, the leaf first),
-      `path_ends` (ISO 8601: until when the anchor and the cross-signs below it are trusted) and `warnings`, or null
+      `path_ends` (ISO 8601: until when the anchor and the cross-signs below it are trusted, or null) and `warnings`, or
+      null; of a chain that failed verification only `served` is known
     - `revocation`: `status` ("good", "revoked", "unknown", "short-lived" or "pending"), `subject`, `list_url`,
       `entries`, `next_update` and `checked_at` (ISO 8601), `reason`, and `issuers` (a list of the same without
       `issuers`), or null
@@ -76,7 +77,7 @@ def check_to_json(result: CheckResult) -> str:
             "sha256": tls.sha256,
         },
         "anchor": anchor and _pick(anchor, "subject", "source", "sha256"),
-        "chain": tls and _chain(tls),
+        "chain": _chain(result),
         "revocation": result.revocation
         and {
             **_revocation(result.revocation),
@@ -105,18 +106,23 @@ def roots_to_json(places: Sequence[Place]) -> str:
     return json.dumps(document, indent=2)
 
 
-def _chain(tls: TLSReport) -> dict[str, Any]:
+def _chain(result: CheckResult) -> dict[str, Any] | None:
+    tls, problem = result.tls, result.problem
+    served = tls.served if tls else problem.served if problem else ()
+
     def listed(certificates: Iterable[ChainCertificate]) -> list[dict[str, Any]]:
         return [
             _pick(each, "subject", "issuer", "sha256") | {"not_after": each.not_after and each.not_after.isoformat()}
             for each in certificates
         ]
 
+    if not served:
+        return None
     return {
-        "served": listed(tls.served),
-        "verified": listed(tls.chain),
-        "path_ends": tls.path_ends and tls.path_ends.isoformat(),
-        "warnings": list(tls.warnings),
+        "served": listed(served),
+        "verified": listed(tls.chain if tls else ()),
+        "path_ends": tls.path_ends.isoformat() if tls and tls.path_ends else None,
+        "warnings": list(tls.warnings if tls else ()),
     }
 
 
@@ -273,10 +279,18 @@ def _facts(result: CheckResult) -> Iterable[tuple[str, Sequence[tuple[str, str]]
             ),
         )
         yield "Chain", tuple(_chain_facts(tls))
+    elif result.problem is not None and result.problem.served:
+        yield "Chain", tuple(_certificates("as served", result.problem.served))
     if result.revocation is not None:
         yield "Revocation", tuple(_revocation_facts(result.revocation))
     if anchor is not None:
         yield "Trust anchor", (("subject", anchor.subject), ("found in", anchor.source), ("SHA-256", anchor.sha256))
+
+
+def _certificates(name: str, certificates: Iterable[ChainCertificate]) -> Iterable[tuple[str, str]]:
+    for number, each in enumerate(certificates):
+        until = f", until {each.not_after:%Y-%m-%d}" if each.not_after else ""
+        yield ("" if number else name), f"{each.subject or 'no name'}{until}"
 
 
 def _revocation_facts(report: RevocationReport) -> Iterable[tuple[str, str]]:
@@ -295,10 +309,8 @@ def _revocation_facts(report: RevocationReport) -> Iterable[tuple[str, str]]:
 
 
 def _chain_facts(tls: TLSReport) -> Iterable[tuple[str, str]]:
-    for name, certificates in (("as served", tls.served), ("as verified", tls.chain)):
-        for number, each in enumerate(certificates):
-            until = f", until {each.not_after:%Y-%m-%d}" if each.not_after else ""
-            yield ("" if number else name), f"{each.subject or 'no name'}{until}"
+    yield from _certificates("as served", tls.served)
+    yield from _certificates("as verified", tls.chain)
     if tls.path_ends is not None:
         yield "path ends", f"{tls.path_ends:%Y-%m-%d}"
     for warning in tls.warnings:

@@ -120,6 +120,12 @@ def read_chain(chain: Chain) -> ChainFacts:
     )
 
 
+def describe_refused(error: BaseException) -> tuple[ChainCertificate, ...]:
+    """Return what a server sent whose chain failed verification with `error`; nothing for any other error."""
+    refused = error if isinstance(error, ChainRefusedError) else error.__cause__
+    return tuple(describe(der).shown for der in refused.served) if isinstance(refused, ChainRefusedError) else ()
+
+
 def root_without_cross_sign(served: Sequence[bytes]) -> KnownRoot | None:
     """Return the root of Let's Encrypt below which a served chain ends without leading to ISRG Root X1, or None."""
     return _end_of([describe(der) for der in served])

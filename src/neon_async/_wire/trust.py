@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import logging
 import os
 import re
 import ssl
@@ -21,6 +22,8 @@ from .._errors import ConfigurationError, InsecureConfigurationError
 from .._text import escape
 from .files import MAX_CERTIFICATES, read_file
 from .strict import fault_of_root
+
+_log = logging.getLogger("neon_async")
 
 AnchorSource: TypeAlias = str | bytes | os.PathLike[str] | KnownRoots
 
@@ -187,6 +190,9 @@ def _find_known_roots(known: KnownRoots, sslrootcert: str | None) -> TrustAnchor
         found |= given
     if not found:
         raise ConfigurationError(f"None of {known} was found. Upgrade certifi, or name a PEM file with sslrootcert=.")
+    missing = KnownRoots(root for root in known if root.sha256 not in found)
+    if missing:
+        _log.warning("Not found on this system, and so not trusted: %s. Name a PEM file with sslrootcert=.", missing)
     return _join([found[root.sha256] for root in known if root.sha256 in found])
 
 

@@ -178,6 +178,11 @@ class ConnectionHooks(_Connection[RecordT]):
         if self.is_closed():
             raise closed_error(self)
 
+    def add_log_listener(self, callback: Any) -> None:
+        """Register a callback for log messages, as asyncpg does."""
+        self._check_open()
+        super().add_log_listener(callback)
+
     # asyncpg resolves `timeout` and `command_timeout` here, and gives what is left of them to each step.
 
     async def _execute(self, query: Any, args: Any, limit: Any, timeout: Any, **options: Any) -> Any:

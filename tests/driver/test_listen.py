@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import time
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from typing import Any
@@ -73,6 +74,18 @@ async def test_a_lost_connection_is_made_again_with_a_gap(
         event = await following(events)
         assert isinstance(event, Notification)
         assert event.payload == "heard again"
+
+
+async def test_a_server_that_ends_every_connection_at_once_is_not_connected_to_in_a_loop(
+    endpoint: LocalEndpoint,
+) -> None:
+    async with listening(endpoint, server_settings={"idle_session_timeout": "5ms"}) as events:
+        began = time.monotonic()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(2):
+                while True:
+                    assert isinstance(await anext(events), Gap)
+        assert 2 <= endpoint.connects <= 5 * (time.monotonic() - began)
 
 
 async def test_an_outage_is_outlasted_and_logged_once(

@@ -29,7 +29,7 @@ from .connector import Connector, prepare
 
 _log = logging.getLogger("neon_async")
 
-# Seconds between two attempts to connect, with full jitter: the first pause, and the longest one.
+# Seconds between two attempts to connect: the shortest pause, which limits the connects per second, and the longest.
 _PAUSE_BASE = 0.25
 _PAUSE_CAP = 15.0
 # Seconds. A compute that is suspended was idle for longer, and a connection that is busy is lost for another reason.
@@ -140,6 +140,7 @@ class Listener:
         self._changed = asyncio.Event()  # something came, the connection was lost, or the listener was closed
         self._heard_at: datetime | None = None  # until when nothing can be missing
         self._heard = 0.0  # the same, of the monotonic clock
+        self._in_vain = 0  # connections in a row that were lost at once, without a notification
         self._closed = False
 
     def __repr__(self) -> str:
@@ -188,7 +189,10 @@ class Listener:
     async def _connect(self) -> None:
         """Connect, as often as it takes, and listen. The gap is the first thing in the queue then."""
         if self._heard_at is not None and time.monotonic() - self._heard >= _QUIET:
+            self._in_vain = 0
             await self._pause(self._max_idle)
+        elif self._in_vain > 1:  # a server can accept every connection and end it at once
+            await self._pause(_pause_after(self._in_vain))
         failures = 0
         while not self._closed:
             try:
@@ -200,8 +204,8 @@ class Listener:
                 if not failures:
                     what = str(error) if isinstance(error, NeonAsyncError) else type(error).__name__
                     _log.warning("%s: cannot listen, retrying: %s", self._name, escape(what))
-                await self._pause(random.random() * backoff(_PAUSE_BASE, failures, _PAUSE_CAP))  # noqa: S311
                 failures += 1
+                await self._pause(_pause_after(failures))
             else:
                 if failures:
                     _log.warning("%s: listening again", self._name)
@@ -240,14 +244,21 @@ class Listener:
             # A slow consumer: from here on notifications are missing.
             self._queue.append(Gap(datetime.now(UTC)))
         self._note_life()
+        self._in_vain = 0
         self._changed.set()
 
     def _forget(self, connection: object) -> None:
         self._connection = None
+        self._in_vain += 1
         self._changed.set()
 
     def _note_life(self) -> None:
         self._heard_at, self._heard = datetime.now(UTC), time.monotonic()
+
+
+def _pause_after(failures: int) -> float:
+    """Return the seconds until the next attempt, after so many failures in a row: random between two bounds."""
+    return random.uniform(_PAUSE_BASE, backoff(_PAUSE_BASE, failures, _PAUSE_CAP))  # noqa: S311
 
 
 async def _close(connection: Any) -> None:

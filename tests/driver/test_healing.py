@@ -256,6 +256,23 @@ async def test_a_new_pool_behind_a_pooler_that_knows_only_the_old_enum_heals(
         assert connector.healing.heals == 1
 
 
+async def test_the_callers_codec_of_an_enum_is_registered_for_the_new_one_on_every_connection(bench: Bench) -> None:
+    """asyncpg registers codecs by OID."""
+    query = bench.sql("SELECT m FROM {s}.t WHERE m = $1")
+    await bench.ddl(f"{MOOD}; CREATE TABLE {{s}}.t (m {{s}}.mood); INSERT INTO {{s}}.t VALUES ('sad')")
+    async with other_statements(bench, query):
+        for connection in (bench.one, bench.two):
+            await connection.set_type_codec(
+                "mood", schema=bench.schema, encoder=str.lower, decoder=str.upper, format="text"
+            )
+            assert await connection.fetchval(query, "SAD") == "SAD"
+        for _ in range(2):
+            await bench.ddl(f"{RECREATED}; ALTER TABLE {{s}}.t ADD COLUMN m {{s}}.mood DEFAULT 'happy'")
+            for connection in (bench.one, bench.two):
+                assert await connection.fetchval(query, "HAPPY") == "HAPPY"
+    assert bench.healing.heals == 2
+
+
 async def test_after_expire_connections_nothing_old_is_used_behind_a_pooler(
     pgbouncer: LocalPgBouncer, postgres: LocalPostgres
 ) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from typing import Any, NoReturn
 
 import asyncpg
@@ -19,9 +19,17 @@ from .._errors import StaleStatementError
 from . import holder
 from .holder import RecordT, StatementHooks, own_session, timeout_of
 from .losses import is_server_error
+from .session import Session
 from .stale import Verdict, is_stale_when_prepared, judge
 
 _log = logging.getLogger("neon_async")
+
+
+# The OIDs of types by schema and name.
+_TYPES = """
+SELECT nspname, typname, t.oid FROM pg_catalog.pg_type AS t JOIN pg_catalog.pg_namespace AS n ON typnamespace = n.oid
+WHERE (nspname, typname) IN (SELECT * FROM unnest($1::text[], $2::text[]))
+"""
 
 
 class HealedStatements(StatementHooks[RecordT]):
@@ -31,7 +39,10 @@ class HealedStatements(StatementHooks[RecordT]):
 
     async def get_statement(self, query: str, timeout: float | None, **options: Any) -> Any:
         """Prepare the text, or take it from the cache; once more where a pooler has an old statement for it."""
-        began, text = time.monotonic(), _text_of(self, query)
+        began, session = time.monotonic(), own_session(self)
+        if session.heals_seen != session.healing.heals:
+            await self._renew_codecs(session)
+        text = _text_of(self, query)
         try:
             return await super().get_statement(text, timeout, **options)
         except (asyncpg.PostgresError, asyncpg.InternalClientError) as error:
@@ -41,7 +52,12 @@ class HealedStatements(StatementHooks[RecordT]):
             if _aborts(self, error):
                 raise _as_cached_statement_error(error)  # noqa: B904  it has its cause
         with _second_run(self, timeout, began) as left:
-            return await super().get_statement(_text_of(self, query), left, **options)
+            return await self.get_statement_again(query, left, options)
+
+    async def get_statement_again(self, query: str, timeout: float | None, options: Mapping[str, Any]) -> Any:
+        """Prepare the query under the text that it has now."""
+        await self._renew_codecs(own_session(self))
+        return await super().get_statement(_text_of(self, query), timeout, **options)
 
     async def run_statement(self, query: str, executor: Any, timeout: float | None, **options: Any) -> Any:
         """Prepare and execute a text, and once more where it is stale and that does no harm."""
@@ -162,6 +178,20 @@ class HealedStatements(StatementHooks[RecordT]):
         if not self.is_in_transaction():
             await holder.send(self, "SELECT 1")  # a prepare keeps its locks on tables until something is executed
         return False
+
+    async def _renew_codecs(self, session: Session) -> None:
+        """Register the type codecs of the caller again for types that were created again: asyncpg knows OIDs only."""
+        heals = session.healing.heals
+        names = [name for name in session.codecs if name[0] != "pg_catalog"]
+        if names and session.heals_seen != heals:
+            session.heals_seen = heals  # what is prepared in here must not come here again
+            found = await holder.fetch(self, _TYPES, [schema for schema, _ in names], [name for _, name in names])
+            for schema, name, oid in found:
+                if not holder.has_own_codec(self, oid):
+                    codec = session.codecs[schema, name]
+                    with holder.between_calls(self):
+                        await getattr(super(), codec.method)(name, schema=schema, **codec.options)
+        session.heals_seen = heals
 
     async def _is_read_only(self) -> bool:
         rows = await holder.fetch(self, "SELECT current_setting('transaction_read_only') = 'on'")

@@ -18,7 +18,7 @@ import sys
 import time
 import types
 import weakref
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import asyncpg
@@ -415,6 +415,24 @@ def search_path(connection: Any) -> str | None:
     """Return the `search_path` of the transaction or session, where it is known."""
     path: str | None = connection._protocol.search_path
     return path
+
+
+def has_own_codec(connection: Any, oid: int) -> bool:
+    """Return whether a caller has registered a codec for the type with this OID."""
+    settings = connection.get_settings()
+    own, asyncpgs = settings.get_data_codec(oid), settings.get_data_codec(oid, ignore_custom_codec=True)
+    return own is not asyncpgs
+
+
+@contextlib.contextmanager
+def between_calls(connection: Any) -> Iterator[None]:
+    """Let asyncpg make a call of its own inside another one that has nothing under way."""
+    section = connection._stmt_exclusive_section
+    acquired, section._acquired = section._acquired, 0
+    try:
+        yield
+    finally:
+        section._acquired = acquired
 
 
 def query_of(resource: Any) -> str:

@@ -218,6 +218,7 @@ class Session:
         snapshot: What a reset restores; see `remember()`.
         reset_query: The SQL that restores it.
         codecs: The type codecs that are registered now, by schema and type.
+        heals_seen: How often a statement of the pool had been healed when these were last known to be of current types.
         left: Whether the connection's owner, the caller or the pool, has closed or terminated it: it was not lost.
         loss: Why the connection was lost, or None.
         commit_unknown: Whether the connection was lost during a COMMIT.
@@ -238,6 +239,7 @@ class Session:
         "commit_unknown",
         "endpoint",
         "healing",
+        "heals_seen",
         "holds_server",
         "host",
         "initial_settings",
@@ -265,6 +267,7 @@ class Session:
         self.host = host
         self.endpoint = endpoint
         self.healing = healing
+        self.heals_seen = healing.heals
         self._report = report
         self.revocation = revocation
         self.watch: Watch[Any] | None = None

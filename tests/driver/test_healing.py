@@ -256,6 +256,52 @@ async def test_a_new_pool_behind_a_pooler_that_knows_only_the_old_enum_heals(
         assert connector.healing.heals == 1
 
 
+@pytest.mark.parametrize(
+    ("query", "first", "second"),
+    [
+        pytest.param("SELECT ($1::{s}.pair).x", (1, 2), (1, 2, 3), id="an argument"),
+        pytest.param("SELECT ($1::{s}.pair[])[1].x", [(1, 2)], [(1, 2, 3)], id="an array"),
+        pytest.param("SELECT ($1::{s}.pair).x", (1, 2), {"x": 1, "z": 3}, id="a dict"),
+    ],
+)
+async def test_an_argument_of_a_composite_type_that_has_changed_heals(
+    bench: Bench, query: str, first: Any, second: Any
+) -> None:
+    """Its OID stays the same, so the description of the statement does, too."""
+    await bench.ddl("CREATE TYPE {s}.pair AS (x int, y int)")
+    query = bench.sql(query)
+    assert await bench.one.fetchval(query, first) == 1
+    await bench.ddl("ALTER TYPE {s}.pair ADD ATTRIBUTE z int")
+    async with bench.one.transaction():  # nothing was sent
+        assert await bench.one.fetchval(query, second) == 1
+    assert await bench.one.fetchval(query, second) == 1
+    for _ in range(2):  # and what is wrong stays wrong
+        with pytest.raises(asyncpg.DataError, match="invalid input for query argument"):
+            await bench.one.fetchval(query, "no pair")
+
+
+@pytest.mark.parametrize("in_transaction", [False, True], ids=["outside", "in a transaction"])
+async def test_an_argument_of_a_composite_type_that_the_server_refuses_heals(
+    bench: Bench, in_transaction: bool
+) -> None:
+    query = bench.sql("SELECT ($1::{s}.pair).x")
+    await bench.ddl("CREATE TYPE {s}.pair AS (x int, y int)")
+    assert await bench.one.fetchval(query, (1, 2)) == 1
+    await bench.ddl("ALTER TYPE {s}.pair DROP ATTRIBUTE y, ADD ATTRIBUTE y text")
+    if in_transaction:
+        transaction = bench.one.transaction()
+        await transaction.start()
+        await bench.one.execute("SELECT 1")
+        with pytest.raises(asyncpg.DatatypeMismatchError):
+            await bench.one.fetchval(query, (1, 2))
+        with pytest.raises(asyncpg.InFailedSQLTransactionError):
+            await bench.one.fetchval(query, (1, "2"))
+        await transaction.rollback()
+    assert await bench.one.fetchval(query, (1, "2")) == 1
+    with pytest.raises((asyncpg.DataError, asyncpg.DatatypeMismatchError)):
+        await bench.one.fetchval(query, (1, 2))
+
+
 async def test_the_callers_codec_of_an_enum_is_registered_for_the_new_one_on_every_connection(bench: Bench) -> None:
     """asyncpg registers codecs by OID."""
     query = bench.sql("SELECT m FROM {s}.t WHERE m = $1")

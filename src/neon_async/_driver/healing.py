@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from typing import Any, NoReturn
 
 import asyncpg
@@ -32,6 +32,14 @@ WHERE (nspname, typname) IN (SELECT * FROM unnest($1::text[], $2::text[]))
 """
 
 
+# The names and types of the attributes of composite types, as asyncpg's introspection returns them.
+_ATTRIBUTES = """
+SELECT reltype, array_agg(attname::text ORDER BY attnum), array_agg(atttypid ORDER BY attnum)
+FROM pg_catalog.pg_attribute JOIN pg_catalog.pg_class ON attrelid = pg_class.oid
+WHERE reltype = ANY($1::oid[]) AND attnum > 0 AND NOT attisdropped GROUP BY reltype
+"""
+
+
 class HealedStatements(StatementHooks[RecordT]):
     """asyncpg's connection, which heals stale statements."""
 
@@ -41,7 +49,7 @@ class HealedStatements(StatementHooks[RecordT]):
         """Prepare the text, or take it from the cache; once more where a pooler has an old statement for it."""
         began, session = time.monotonic(), own_session(self)
         if session.heals_seen != session.healing.heals:
-            await self._renew_codecs(session)
+            await self._renew_types(session)
         text = _text_of(self, query)
         try:
             return await super().get_statement(text, timeout, **options)
@@ -52,12 +60,8 @@ class HealedStatements(StatementHooks[RecordT]):
             if _aborts(self, error):
                 raise _as_cached_statement_error(error)  # noqa: B904  it has its cause
         with _second_run(self, timeout, began) as left:
-            return await self.get_statement_again(query, left, options)
-
-    async def get_statement_again(self, query: str, timeout: float | None, options: Mapping[str, Any]) -> Any:
-        """Prepare the query under the text that it has now."""
-        await self._renew_codecs(own_session(self))
-        return await super().get_statement(_text_of(self, query), timeout, **options)
+            await self._renew_types(session)
+            return await super().get_statement(_text_of(self, query), left, **options)
 
     async def run_statement(self, query: str, executor: Any, timeout: float | None, **options: Any) -> Any:
         """Prepare and execute a text, and once more where it is stale and that does no harm."""
@@ -143,15 +147,16 @@ class HealedStatements(StatementHooks[RecordT]):
         if verdict is Verdict.OTHER:
             raise error
         is_old = is_old or own_session(self).healing.is_shared
+        if isinstance(error, asyncpg.exceptions.OutdatedSchemaCacheError):
+            await self.reload_schema_state()
         if _aborts(self, error):
             if verdict.is_certain or is_old:
                 self.note_stale(query, state.query)
+                own_session(self).suspects_composites = not verdict.is_certain
             raise (_as_cached_statement_error(error) if verdict.is_certain else error)
         if not verdict.is_certain and not (is_old and await self._has_changed(error, query, state)):
             raise error
         self.note_stale(query, state.query)
-        if isinstance(error, asyncpg.exceptions.OutdatedSchemaCacheError):
-            await self.reload_schema_state()
         if verdict.is_misread and not await self._is_read_only():
             raise _stale_error(error) from error
 
@@ -175,23 +180,43 @@ class HealedStatements(StatementHooks[RecordT]):
             raise failure from error  # the text itself is wrong by now
         if holder.description_of(fresh) != holder.description_of(state):
             return True
+        if await self._reload_changed_composites():
+            return True
         if not self.is_in_transaction():
             await holder.send(self, "SELECT 1")  # a prepare keeps its locks on tables until something is executed
         return False
 
+    async def _reload_changed_composites(self) -> bool:
+        """Have asyncpg forget its types if a composite type has other attributes by now; its OID stays the same."""
+        known = own_session(self).composites
+        rows = await holder.fetch(self, _ATTRIBUTES, list(known)) if known else []
+        changed = any((names, types) != known[oid] for oid, names, types in rows)
+        if changed:
+            await self.reload_schema_state()
+        own_session(self).suspects_composites = False
+        return changed
+
+    async def _renew_types(self, session: Session) -> None:
+        """Have asyncpg know the types of now, where a statement of the pool has been healed since the last time."""
+        seen, session.heals_seen = session.heals_seen, session.healing.heals  # what is prepared in here does not wait
+        try:
+            if session.suspects_composites:
+                await self._reload_changed_composites()
+            await self._renew_codecs(session)
+        except BaseException:
+            session.heals_seen = seen
+            raise
+
     async def _renew_codecs(self, session: Session) -> None:
         """Register the type codecs of the caller again for types that were created again: asyncpg knows OIDs only."""
-        heals = session.healing.heals
         names = [name for name in session.codecs if name[0] != "pg_catalog"]
-        if names and session.heals_seen != heals:
-            session.heals_seen = heals  # what is prepared in here must not come here again
-            found = await holder.fetch(self, _TYPES, [schema for schema, _ in names], [name for _, name in names])
-            for schema, name, oid in found:
-                if not holder.has_own_codec(self, oid):
-                    codec = session.codecs[schema, name]
-                    with holder.between_calls(self):
-                        await getattr(super(), codec.method)(name, schema=schema, **codec.options)
-        session.heals_seen = heals
+        if not names:
+            return
+        for schema, name, oid in await holder.fetch(self, _TYPES, *map(list, zip(*names, strict=True))):
+            if not holder.has_own_codec(self, oid):
+                codec = session.codecs[schema, name]
+                with holder.between_calls(self):
+                    await getattr(super(), codec.method)(name, schema=schema, **codec.options)
 
     async def _is_read_only(self) -> bool:
         rows = await holder.fetch(self, "SELECT current_setting('transaction_read_only') = 'on'")

@@ -393,6 +393,12 @@ class StatementHooks(ConnectionHooks[RecordT]):
     ) -> Awaitable[Any]:
         return self.run_statement(query, executor, timeout, **options)
 
+    async def _introspect_types(self, typeoids: Any, timeout: float | None) -> Any:
+        types, statement = await super()._introspect_types(typeoids, timeout)  # type: ignore[misc]
+        composites = {row["oid"]: (row["attrnames"], row["attrtypoids"]) for row in types if row["attrtypoids"]}
+        own_session(self).composites.update(composites)
+        return types, statement
+
     async def _prepare(self, query: str, *, use_cache: bool = False, **options: Any) -> Any:
         # asyncpg itself caches only what copy_records_to_table() asks for the columns of a table: after DDL it would
         # encode records for the old ones, which the server may take.

@@ -218,7 +218,9 @@ class Session:
         snapshot: What a reset restores; see `remember()`.
         reset_query: The SQL that restores it.
         codecs: The type codecs that are registered now, by schema and type.
-        heals_seen: How often a statement of the pool had been healed when these were last known to be of current types.
+        composites: The names and types of the attributes of each composite type that asyncpg knows, by OID.
+        suspects_composites: Whether a statement failed as if one of them had changed.
+        heals_seen: How often a statement of the pool had been healed when both were last known to be of current types.
         left: Whether the connection's owner, the caller or the pool, has closed or terminated it: it was not lost.
         loss: Why the connection was lost, or None.
         commit_unknown: Whether the connection was lost during a COMMIT.
@@ -237,6 +239,7 @@ class Session:
         "cancel_time",
         "codecs",
         "commit_unknown",
+        "composites",
         "endpoint",
         "healing",
         "heals_seen",
@@ -250,6 +253,7 @@ class Session:
         "reset_query",
         "revocation",
         "snapshot",
+        "suspects_composites",
         "watch",
     )
 
@@ -268,6 +272,8 @@ class Session:
         self.endpoint = endpoint
         self.healing = healing
         self.heals_seen = healing.heals
+        self.composites: dict[int, object] = {}
+        self.suspects_composites = False
         self._report = report
         self.revocation = revocation
         self.watch: Watch[Any] | None = None

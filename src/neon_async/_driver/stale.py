@@ -47,7 +47,7 @@ _SUSPECT = frozenset(
         "22P03",  # invalid binary representation
         "42704",  # undefined object
         "42725",  # ambiguous function
-        "42804",  # datatype mismatch
+        "42804",  # datatype mismatch, also of the attributes of a composite type
         "42846",  # cannot coerce
         "42883",  # undefined function or operator
         "42P18",  # indeterminate datatype

@@ -371,8 +371,6 @@ async def test_in_a_transaction_an_argument_that_was_not_sent_heals(bench: Bench
 # Executed, and its rows cannot be read
 
 PAIR = "CREATE TYPE {s}.pair AS (x int, y int); CREATE SEQUENCE {s}.runs"
-ROW = "SELECT CASE WHEN nextval('{s}.runs') > 0 THEN ROW(1, 2)::{s}.pair END"
-READ_ROW = "SELECT ROW(1, 2)::{s}.pair"
 
 
 async def test_rows_of_a_changed_composite_are_an_error_of_ours_and_the_statement_runs_once(direct: Bench) -> None:

@@ -267,3 +267,12 @@ class TestStatements:
         await connection.set_type_codec("json", schema="pg_catalog", encoder=str, decoder=str)
         assert holder.has_own_codec(connection, 114)
         assert not holder.has_own_codec(connection, 23)
+
+    @pins("_introspect_types")
+    async def test_the_attributes_of_composite_types_are_remembered(self, connection: Any) -> None:
+        await connection.execute("CREATE TEMP TABLE noted (a int4, b text)")
+        await connection.fetch("SELECT noted, 1 FROM noted")
+        oid = await connection.fetchval("SELECT reltype FROM pg_class WHERE relname = 'noted'")
+        session = session_of(connection)
+        assert session is not None
+        assert session.composites == {oid: (["a", "b"], [23, 25])}

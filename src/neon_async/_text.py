@@ -1,6 +1,10 @@
-"""Make text fit for messages and log lines."""
+"""Make text fit for messages and log lines, and log it."""
 
 from __future__ import annotations
+
+import logging
+
+_log = logging.getLogger("neon_async")
 
 
 def escape(text: str) -> str:
@@ -17,3 +21,14 @@ def escape(text: str) -> str:
 def counted(number: int, noun: str) -> str:
     """Return a number with its noun: `1 caller`, `2 callers`."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def log(level: int, text: str, **facts: object) -> None:
+    """Log one line, with its facts as fields of the record (`extra`).
+
+    Args:
+        level: The level, as in `logging`.
+        text: The line. It contains facts by name, such as `%(endpoint)s`.
+        **facts: The facts. The names are not those of the fields that every record has, such as `name` or `message`.
+    """
+    _log.log(level, text, facts, extra=facts, stacklevel=2)

@@ -146,7 +146,7 @@ async def test_a_cancel_request_is_verified_as_the_session_is(postgres: LocalPos
 async def test_a_cancel_request_that_cannot_be_sent_terminates_the_connection(
     postgres: LocalPostgres, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.INFO, "neon_async")
+    caplog.set_level(logging.DEBUG, "neon_async")
     refused: list[bytes] = []
 
     def after_the_first(first: bytes) -> bool:

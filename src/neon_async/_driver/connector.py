@@ -20,6 +20,7 @@ from .._config.readers import SubclassOf
 from .._errors import CertificateRevokedError, ConfigurationError, UnsupportedEventLoopError, forget_arguments
 from .._neon import sql
 from .._neon.endpoint import short_name
+from .._text import log
 from .._wire.dial import Dialer, context_for, ignore_step
 from .._wire.login import LoginCache, Secret
 from .._wire.race import StepCallback
@@ -36,8 +37,6 @@ if TYPE_CHECKING:
     from asyncpg.pool import PoolConnectionProxy
 
     from .._wire.revocation.check import ChainCheck, Checker
-
-_log = logging.getLogger("neon_async")
 
 CONNECTION_CLASS = SubclassOf(asyncpg.Connection, "asyncpg.Connection")
 RECORD_CLASS = SubclassOf(asyncpg.Record, "asyncpg.Record")
@@ -272,7 +271,13 @@ class Connector:
 
 def _end_revoked(name: str, connection: Connection, error: CertificateRevokedError) -> None:
     """Terminate a connection to a server whose certificate turned out to have been revoked."""
-    _log.warning("%s: a connection is terminated. %s", name, error)
+    log(
+        logging.WARNING,
+        "%(endpoint)s: a connection is terminated. %(reason)s",
+        endpoint=name,
+        event="revoked",
+        reason=str(error),
+    )
     end_lost(connection, "the server's certificate has been revoked, so it was terminated")
 
 

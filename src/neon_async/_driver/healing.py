@@ -16,13 +16,12 @@ from typing import Any, NoReturn
 import asyncpg
 
 from .._errors import StaleStatementError
+from .._text import log
 from . import holder
 from .holder import RecordT, StatementHooks, own_session, timeout_of
 from .losses import is_server_error
 from .session import Session
 from .stale import Verdict, is_stale_when_prepared, judge
-
-_log = logging.getLogger("neon_async")
 
 
 # The OIDs of types by schema and name.
@@ -129,9 +128,11 @@ class HealedStatements(StatementHooks[RecordT]):
         """Have `query` prepared again from now on, because it was stale as it was sent."""
         session = own_session(self)
         if session.healing.renew(query, holder.search_path(self), sent):
-            _log.info(
-                "%s: a prepared statement is stale, the schema has changed; it is prepared again from now on",
-                session.name,
+            log(
+                logging.INFO,
+                "%(endpoint)s: a prepared statement is stale, the schema has changed; it is prepared again from now on",
+                endpoint=session.name,
+                event="healed",
             )
 
     async def _allow_second_run(self, error: Exception, query: str, state: Any, *, is_old: bool) -> None:

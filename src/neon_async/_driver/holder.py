@@ -25,7 +25,7 @@ import asyncpg
 from asyncpg.pool import PoolConnectionHolder, PoolConnectionProxy
 
 from .._errors import NeonAsyncError, ServerError, UnsupportedEventLoopError, server_error
-from .._text import escape
+from .._text import escape, log
 from .losses import Loss, Outcome, loss_with, lost_error, timed_out
 from .session import Callbacks, Session
 
@@ -57,9 +57,6 @@ else:
     _Proxy = PoolConnectionProxy
 
 _F = TypeVar("_F", bound=Callable[..., Any])
-
-_log = logging.getLogger("neon_async")
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # A connection
@@ -239,7 +236,14 @@ def _give_up_cancelling(connection: Any, name: str, waiter: asyncio.Future[None]
         waiter.set_exception(error)
         waiter.exception()  # often no call waits
     if isinstance(error, (NeonAsyncError, OSError)):
-        _log.info("%s: a statement could not be cancelled, its connection is terminated: %s", name, escape(str(error)))
+        # Not at INFO: in an outage it happens to many at once, and the pool says that it cannot connect.
+        log(
+            logging.DEBUG,
+            "%(endpoint)s: a statement could not be cancelled, its connection is terminated: %(reason)s",
+            endpoint=name,
+            event="cancel_failed",
+            reason=escape(str(error)),
+        )
     else:
         context = {"message": "A cancel request failed unexpectedly", "exception": error}
         asyncio.get_running_loop().call_exception_handler(context)

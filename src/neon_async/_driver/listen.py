@@ -22,12 +22,10 @@ from .._config.connection import ConnectKeywords
 from .._config.readers import LIMIT, Integer, Seconds
 from .._errors import ConfigurationError, NeonAsyncError, forget_arguments, is_retryable
 from .._neon.endpoint import short_name
-from .._text import escape
+from .._text import escape, log
 from .._timing import backoff
 from .._wire.trust import AnchorSource
 from .connector import Connector, prepare
-
-_log = logging.getLogger("neon_async")
 
 # Seconds between two attempts to connect: the shortest pause, which limits the connects per second, and the longest.
 _PAUSE_BASE = 0.25
@@ -193,7 +191,7 @@ class Listener:
             await self._pause(self._max_idle)
         elif self._in_vain > 1:  # a server can accept every connection and end it at once
             await self._pause(_pause_after(self._in_vain))
-        failures = 0
+        began, failures = time.monotonic(), 0
         while not self._closed:
             try:
                 connection = await self._connector.connect()
@@ -203,12 +201,26 @@ class Listener:
                     raise
                 if not failures:
                     what = str(error) if isinstance(error, NeonAsyncError) else type(error).__name__
-                    _log.warning("%s: cannot listen, retrying: %s", self._name, escape(what))
+                    log(
+                        logging.WARNING,
+                        "%(endpoint)s: cannot listen, retrying: %(reason)s",
+                        endpoint=self._name,
+                        event="listen_failed",
+                        reason=escape(what),
+                        error=type(error).__name__,
+                    )
                 failures += 1
                 await self._pause(_pause_after(failures))
             else:
                 if failures:
-                    _log.warning("%s: listening again", self._name)
+                    log(
+                        logging.WARNING,
+                        "%(endpoint)s: listening again after %(seconds).2f s, failed connects: %(failures)d",
+                        endpoint=self._name,
+                        event="listening",
+                        seconds=time.monotonic() - began,
+                        failures=failures,
+                    )
                 return
 
     async def _start(self, connection: Any) -> None:

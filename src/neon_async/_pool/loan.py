@@ -14,12 +14,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .._driver import holder
 from .._driver.connection import has_own_reset_query
+from .._text import log
 from .slots import Slot, State
 
 if TYPE_CHECKING:
     from .supply import Supply
-
-_log = logging.getLogger("neon_async")
 
 
 class Facts(NamedTuple):
@@ -161,9 +160,13 @@ class Loan:
 
     def _report_leak(self, leak_after: float, stack: traceback.StackSummary) -> None:
         stack.reverse()  # as in a traceback: the latest call comes last
-        _log.warning(
-            "%s: a connection has not been released for %g s. It was acquired at:\n%s",
-            *(self._supply.name, leak_after, "".join(stack.format())),
+        log(
+            logging.WARNING,
+            "%(endpoint)s: a connection has not been released for %(limit)g s. It was acquired at:\n%(acquired_at)s",
+            endpoint=self._supply.name,
+            event="leak",
+            limit=leak_after,
+            acquired_at="".join(stack.format()),
         )
 
 

@@ -9,7 +9,6 @@ import asyncio
 import contextlib
 import enum
 import inspect
-import logging
 import os
 import time
 import warnings
@@ -42,10 +41,11 @@ from .._wire.trust import AnchorSource
 from .events import PoolClosed, PoolOpened
 from .health import PoolHealth
 from .loan import Loan
+from .log import text_of
 from .options import PoolKeywords, PoolOptions, RowlessPoolKeywords, check_timeout
 from .slots import Slot, State
 from .stats import PoolStats
-from .supply import Supply, text_of
+from .supply import Supply
 from .waiters import WaitExpired
 
 if TYPE_CHECKING:
@@ -57,8 +57,6 @@ else:
 
 _T = TypeVar("_T")
 _P = TypeVar("_P", bound="Pool[Any]")
-
-_log = logging.getLogger("neon_async")
 
 
 _HOW_TO_OPEN = "Open it with `async with pool:` or `await pool`."
@@ -508,9 +506,12 @@ class Pool(PoolBase[RecordT]):
                 await self._supply.emptied.wait()
         except TimeoutError:
             count = self._supply.slots.count
-            _log.info(
-                "%s: not closed within %g s; terminating connections: %d in use, %d being reset",
-                *(self._supply.name, timeout, count(State.IN_USE), self._resetting()),
+            self._supply.log.info(
+                "not closed within %(limit)g s; terminating connections: %(in_use)d in use, %(resetting)d being reset",
+                event="close_late",
+                limit=timeout,
+                in_use=count(State.IN_USE),
+                resetting=self._resetting(),
             )
         finally:
             self.terminate()
@@ -543,7 +544,8 @@ class Pool(PoolBase[RecordT]):
             self._supply.abandon()
         else:
             self._supply.terminate(self._closed_error)
-        _log.info("%s: the pool is closed", self._supply.name)
+        self._supply.log.flush()
+        self._supply.log.info("the pool is closed", event="pool_closed")
 
     def _leave_to_parent(self) -> None:
         """Start empty in a forked process. The connections stay those of the parent, which goes on with them."""

@@ -13,7 +13,6 @@ import asyncio
 import contextvars
 import copy
 import functools
-import logging
 import math
 import random
 import time
@@ -25,21 +24,19 @@ from .._driver.connection import resets_itself
 from .._driver.connector import Connector
 from .._driver.holder import Holder, own_session
 from .._driver.snapshot import restore_codecs
-from .._errors import ConnectError, NeonAsyncError, PoolTimeoutError
+from .._errors import ConnectError, PoolTimeoutError
 from .._neon.endpoint import short_name
-from .._text import escape
 from .._timing import Timer
 from .events import Connected, ConnectFailed, PoolEvent
 from .health import HealthLog
 from .loan import Need
+from .log import Cause, Mishap, PoolLog
 from .opening import CallersError, Steps, failure_of, open_connection
 from .options import PoolOptions
 from .pace import Pace, may_pass
 from .slots import UNANSWERED, Slot, Slots, State
 from .stats import Tallies, report
 from .waiters import WaitQueue
-
-_log = logging.getLogger("neon_async")
 
 # A healthy server answers a ping in one round trip, and a caller waits for the answer.
 _PING_TIMEOUT = 2.0
@@ -79,6 +76,7 @@ class Supply:
         self.pace = Pace()
         self.tallies: Tallies = before.tallies if before else Tallies(options.on_event, self.name)
         self.health: HealthLog = before.health if before else HealthLog()
+        self.log = PoolLog(self.name)
         self.size = 0  # open connections
         self.own_reset = options.reset is not None  # or, once there is a connection, its class has a reset() of its own
         self.closing = False  # from then on connections are closed instead of being offered
@@ -89,8 +87,6 @@ class Supply:
         self._reaper = Timer(self._reap)
         self._late_work = Timer(self._attend_to_late_work)
         self._resumption = Timer(self.balance)
-        self._announced = False  # whether the log says that there is an outage
-        self._callers_code_failed = False  # and the log says so
         self._cold_since: float | None = None  # since when there has been no connection and a dial has been under way
         self._clock_offset = time.time() - time.monotonic()
         # Work in the background serves no single caller, so it does not run in the context of the caller that happened
@@ -137,7 +133,7 @@ class Supply:
         if abs(offset - self._clock_offset) > _CLOCK_JUMP:
             for slot in self.slots.idle:
                 slot.heard_at = -math.inf
-            _log.info("%s: the clock jumped; idle connections are checked before use", self.name)
+            self.log.info("the clock jumped; idle connections are checked before use", event="clock_jumped")
         self._clock_offset = offset
 
     def is_worn(self, slot: Slot, now: float) -> bool:
@@ -166,6 +162,7 @@ class Supply:
         """Note that a connection has answered a caller for the first time."""
         slot.proven = True
         self.pace.worked(opened_at=slot.opened_at)
+        self.log.worked()
 
     def discard_after_setup(self, slot: Slot) -> None:
         """Terminate a connection on which the caller's `setup` has failed."""
@@ -264,7 +261,7 @@ class Supply:
         if self.size == 0:
             self.health.emptied()
         if self.size == 0 and not self.closing:
-            _log.info("%s: no connection is open", self.name)
+            self.log.info("no connection is open", event="emptied")
         if slot.loan is not None:
             slot.loan.end()
         elif slot.state is State.IDLE:
@@ -352,14 +349,15 @@ class Supply:
             if time.monotonic() < slot.work_until:
                 raise  # the pool was terminated
             self.tallies.reset_failures.since(began)
-            _log.info("%s: a connection was not reset within %g s and was closed", self.name, limit)
+            self.log.befell(Mishap.RESET_LATE, TimeoutError)
             return PoolTimeoutError(
                 f"A connection of {self.name} was not reset within {limit:g} s and was terminated; its slot is free. "
                 "The server or the network may be stuck."
             )
         except Exception as error:  # noqa: BLE001  raised by `release()`
             self.tallies.reset_failures.since(began)
-            _log.info("%s: a connection could not be reset and was closed (%s)", self.name, type(error).__name__)
+            if not holder.was_lost(connection):  # else its end is no fault of the reset
+                self.log.befell(Mishap.RESET_FAILED, error)
             return error
         if (protocol := holder.protocol_of(connection)) is not None and not connection.is_closed():
             protocol.note_reset()
@@ -400,7 +398,7 @@ class Supply:
         try:
             await connection.close()
         except Exception as error:  # noqa: BLE001  it ends, one way or the other
-            _log.info("%s: a connection could not be closed and was terminated (%s)", self.name, type(error).__name__)
+            self.log.befell(Mishap.CLOSE_FAILED, error)
             return error
         return None
 
@@ -411,7 +409,7 @@ class Supply:
             async with deadline:
                 await holder.send(slot.holder.connection, "SELECT 1")
         except Exception as error:  # noqa: BLE001  whatever it was, the connection is of no use
-            _log.info("%s: an idle connection did not answer and was closed (%s)", self.name, type(error).__name__)
+            self.log.befell(Mishap.SILENT, error)
             if deadline.expired():
                 self._terminate_silent_since(slot.heard_at)
             else:
@@ -527,20 +525,14 @@ class Supply:
         max_lifetime = self.options.max_lifetime or math.inf
         slot.expires_at = now + max_lifetime * (1 - _LIFETIME_JITTER * random.random())  # noqa: S311
         own_session(connection).on_closed = functools.partial(self._connection_closed, slot)
-        if self._announced or self._cold_since is not None:
-            _log.info("%s: connected in %.2f s", self.name, now - (self._cold_since or began))
-        self._announced = self._callers_code_failed = False
+        self.log.connected(now - (self._cold_since or began), woke=self._cold_since is not None)
         self.pace.connected(began=began, connects=connects)
         if self._cold_since is not None:
             self.tallies.wakes.since(self._cold_since)
             self._cold_since = None
 
     def _note_failure(self, error: Exception, began: float, connects: int) -> None:
-        before = self.pace.last_failure
-        if before is None or may_pass(before) != may_pass(error):
-            plan = "retrying" if may_pass(error) else "not retrying for now"
-            _log.info("%s: cannot connect, %s: %s", self.name, plan, text_of(error))
-            self._announced = True
+        self.log.failed(Cause.RETRYING if may_pass(error) else Cause.REFUSED, error, began=began)
         self.pace.failed(error, began=began, now=time.monotonic(), connects=connects)
         self.health.failed(error)
         self._forget_wake()
@@ -548,9 +540,7 @@ class Supply:
     def _note_callers_failure(self, slot: Slot, error: Exception, began: float, connects: int) -> None:
         """Raise what `init` or the password function raised in the waiter for which it ran, and in no other."""
         told = slot.dialed_for is not None and self.waiters.fail_one(slot.dialed_for, error.with_traceback(None))
-        if not self._callers_code_failed:
-            _log.info("%s: init or the password function failed: %s", self.name, text_of(error))
-        self._callers_code_failed = True
+        self.log.failed(Cause.CALLERS_CODE, error, began=began)
         self.pace.stopped_by_caller(began=began, connects=connects, told=told)
         self.health.failed(error)
         self._forget_wake()
@@ -561,12 +551,10 @@ class Supply:
             f"{self.name} closed a new connection before it had answered a statement. Try again; check the timeouts "
             "and the log of the server."
         )
-        before = self.pace.in_vain
         self.pace.ended_in_vain(error, opened_at=slot.opened_at, now=now)
         if self.pace.in_vain > 1:  # a single one may have been idle when the compute was suspended
             self.health.failed(error)
-        if (before, self.pace.in_vain) == (1, 2):
-            _log.info("%s: new connections are closed before they have answered a statement", self.name)
+            self.log.failed(Cause.IN_VAIN, error, began=slot.opened_at)
 
     def _forget_wake(self) -> None:
         if not self.waiters:
@@ -627,13 +615,6 @@ class Supply:
         """Wait until the tasks that were cancelled have ended, for a moment at most."""
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=_CANCEL_GRACE)
-
-
-def text_of(error: Exception) -> str:
-    """Return what log lines and messages say of a failed dial."""
-    if isinstance(error, NeonAsyncError):
-        return escape(str(error))
-    return f"{type(error).__name__}."  # its text may contain anything
 
 
 def _is_in_first_statement(slot: Slot, connection: Any) -> bool:

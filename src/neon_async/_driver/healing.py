@@ -23,7 +23,6 @@ from .losses import is_server_error
 from .session import Session
 from .stale import Verdict, is_stale_when_prepared, judge
 
-
 # The OIDs of types by schema and name.
 _TYPES = """
 SELECT nspname, typname, t.oid FROM pg_catalog.pg_type AS t JOIN pg_catalog.pg_namespace AS n ON typnamespace = n.oid

@@ -8,64 +8,23 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import datetime
-import itertools
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
 import asyncpg
 import pytest
+from support.healing import Bench, bench_on, numbers
 from support.pgbouncer import LocalPgBouncer
 from support.pooled import connector_to, opened, other_client
-from support.probes import HANG, connected
 
 import neon_async
 from neon_async import StaleStatementError
-from neon_async._driver.connector import prepare
 from neon_async.testing import LocalPostgres
 
 pytestmark = pytest.mark.anyio
 
 Call = Callable[[Any, str], Awaitable[Any]]
-numbers = itertools.count()
-
-
-@dataclass
-class Bench:
-    """Two connections like those of one pool, another one for DDL, and a schema for the test."""
-
-    one: Any
-    two: Any
-    admin: Any
-    schema: str
-    server: Any
-
-    @property
-    def healing(self) -> Any:
-        return self.one._transport.session.healing
-
-    async def ddl(self, sql: str) -> None:
-        await self.admin.execute(sql.replace("{s}", self.schema))
-
-    def sql(self, text: str) -> str:
-        return text.replace("{s}", self.schema)
-
-
-@contextlib.asynccontextmanager
-async def bench_on(server: LocalPostgres | LocalPgBouncer, postgres: LocalPostgres) -> AsyncIterator[Bench]:
-    connector = prepare(server.dsn, trust_anchor=server.trust_anchor)
-    schema = f"healing_{next(numbers)}"
-    async with (
-        asyncio.timeout(2 * HANG),
-        connected(postgres) as admin,
-        opened(connector) as one,
-        opened(connector) as two,
-    ):
-        await admin.execute(f"DROP SCHEMA IF EXISTS {schema} CASCADE; CREATE SCHEMA {schema}")
-        try:
-            yield Bench(one, two, admin, schema, server)
-        finally:
-            await admin.execute(f"DROP SCHEMA {schema} CASCADE")
 
 
 @pytest.fixture(params=["direct", "pooled"])
@@ -444,55 +403,6 @@ async def test_a_server_connection_that_is_new_to_a_statement_may_read_other_row
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# A search_path for each tenant
-
-
-async def prepared_texts(connection: Any) -> dict[str, Any]:
-    """Return when each statement of the session was prepared."""
-    rows = await connection.fetch("SELECT statement, prepare_time FROM pg_prepared_statements WHERE NOT from_sql")
-    return {row["statement"]: row["prepare_time"] for row in rows}
-
-
-async def test_a_search_path_for_each_tenant_prepares_only_what_differs(direct: Bench) -> None:
-    for tenant, columns in (("a", "x int"), ("b", "x int, y int"), ("c", "x text")):
-        schema = f"{direct.schema}_{tenant}"
-        await direct.admin.execute(
-            f"DROP SCHEMA IF EXISTS {schema} CASCADE; CREATE SCHEMA {schema}; CREATE TABLE {schema}.things ({columns})"
-        )
-    same = [f"SELECT {number}, $1::int" for number in range(10)]
-    for query in same:
-        for connection in (direct.one, direct.two):
-            await connection.fetch(query, 1)
-    before = await prepared_texts(direct.one)
-    before_two = await prepared_texts(direct.two)
-    for _ in range(3):
-        for tenant in "abc":
-            await direct.one.execute(f"SET search_path = {direct.schema}_{tenant}")
-            assert await direct.one.fetch("SELECT * FROM things") == []
-    for connection, earlier in ((direct.one, before), (direct.two, before_two)):
-        later = await prepared_texts(connection)
-        assert {query: later.get(query) for query in same} == {query: earlier[query] for query in same}
-
-
-async def test_a_transaction_with_the_search_path_of_its_tenant_fails_once_for_each(bench: Bench) -> None:
-    for tenant, columns in (("a", "x int"), ("b", "x int, y int")):
-        schema = f"{bench.schema}_{tenant}"
-        await bench.admin.execute(
-            f"DROP SCHEMA IF EXISTS {schema} CASCADE; CREATE SCHEMA {schema}; CREATE TABLE {schema}.things ({columns})"
-        )
-    failures = 0
-    for _ in range(5):
-        for tenant in "ab":
-            try:
-                async with bench.one.transaction(settings={"search_path": f"{bench.schema}_{tenant}"}):
-                    await bench.one.fetch("SELECT * FROM things")
-            except asyncpg.InvalidCachedStatementError:
-                failures += 1
-    assert failures <= 1
-    assert bench.healing.heals == failures
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Statements that the server has lost
 
 
@@ -545,6 +455,16 @@ async def test_a_wrong_argument_and_a_failing_codec_are_raised_as_they_are(bench
             await bench.one.fetchval("SELECT '1'::json")
     assert await bench.one.fetchval("SELECT 1") == 1
     assert bench.healing.heals == 0
+
+
+async def test_what_is_asked_of_the_server_has_the_rest_of_the_time(direct: Bench) -> None:
+    await direct.ddl(TABLE)
+    query = direct.sql("SELECT a FROM {s}.t WHERE id = $1")
+    await direct.one.fetchval(query, 1)
+    async with direct.admin.transaction():
+        await direct.ddl("LOCK TABLE {s}.t")
+        with pytest.raises(TimeoutError):
+            await direct.one.fetchval(query, "no number", timeout=0.1)
 
 
 async def test_rows_from_an_iterator_are_written_whole_or_not_at_all(direct: Bench) -> None:

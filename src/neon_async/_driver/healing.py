@@ -7,6 +7,7 @@ once, and the next use is healed. Cursors are not healed, because they may have 
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import time
@@ -72,7 +73,9 @@ class HealedStatements(StatementHooks[RecordT]):
         except Exception as error:
             if state is None or self.is_closed():
                 raise
-            await self._allow_second_run(error, query, state, is_old=holder.prepares(self) == prepared)
+            is_old = holder.prepares(self) == prepared
+            async with asyncio.timeout(_left(self, timeout, began)):
+                await self._allow_second_run(error, query, state, is_old=is_old)
         with _second_run(self, timeout, began) as left:
             began_again = time.monotonic()
             try:
@@ -96,9 +99,10 @@ class HealedStatements(StatementHooks[RecordT]):
         try:
             return await method(*args, **options)
         except Exception as error:
-            if not holder.has_own_name(state):
+            if self.is_closed() or not holder.has_own_name(state):
                 raise
-            await self._allow_second_run(error, query, state, is_old=True)
+            async with asyncio.timeout(_left(self, timeout, began)):
+                await self._allow_second_run(error, query, state, is_old=True)
         with _second_run(self, timeout, began) as left:
             own = {"named": bool(state.name), "use_cache": False, "record_class": state.record_class}
             holder.set_state(statement, await holder.get_statement(self, query, left, own))
@@ -244,11 +248,16 @@ def _second_run(connection: Any, timeout: float | None, began: float) -> Iterato
         began: When the first run began.
     """
     healing, begins = own_session(connection).healing, time.monotonic()
-    limit = timeout_of(connection, timeout)
     try:
-        yield None if limit is None else limit - (begins - began)
+        yield _left(connection, timeout, began)
     finally:
         healing.seconds += time.monotonic() - begins
+
+
+def _left(connection: Any, timeout: float | None, began: float) -> float | None:
+    """Return the seconds that are left of the timeout of a call, or of the connection's `command_timeout`."""
+    limit = timeout_of(connection, timeout)
+    return None if limit is None else limit - (time.monotonic() - began)
 
 
 def _as_cached_statement_error(error: Exception) -> Exception:

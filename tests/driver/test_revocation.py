@@ -111,7 +111,7 @@ async def test_a_certificate_that_is_revoked_later_ends_every_connection_within_
 
 @pytest.mark.anyio
 async def test_the_renewal_comes_by_itself(server: PresentingServer, pki: RevocablePKI, leaf: Entity) -> None:
-    pki.publish("/1.crl", **SHORT, next_update=soon(10))  # renewed after 10 / 8 seconds
+    pki.publish("/1.crl", **SHORT, next_update=soon(24))  # renewed after 24 / 8 seconds
     async with opened(server, pki, "advise", init_size=1) as pool:
         await until(lambda: revocation_of(pool).status == "good")
         pki.publish("/1.crl", leaf, **SHORT, next_update=soon(60))
@@ -145,7 +145,7 @@ async def test_no_renewal_outlives_the_connections(server: PresentingServer, pki
 async def test_a_failed_renewal_keeps_the_connections_and_require_refuses_new_ones_once_the_list_has_expired(
     server: PresentingServer, pki: RevocablePKI, leaf: Entity
 ) -> None:
-    pki.publish("/1.crl", **SHORT, next_update=soon(4))
+    pki.publish("/1.crl", **SHORT, next_update=soon(8))
     connection = await neon_async.connect(server.dsn, trust_anchor=pki.root.pem, revocation="require")
     del pki.lists.bodies["/1.crl"]
 

@@ -21,6 +21,7 @@ from neon_async._driver.connector import Connector, prepare
 from neon_async._wire.chain import Chain
 from neon_async._wire.revocation import check, disk
 from neon_async._wire.revocation.lists import Source
+from neon_async._wire.revocation.shard import shard_of
 from neon_async.testing._impostor import Impostor, authentication_request, login, server_context
 
 pytestmark = pytest.mark.anyio
@@ -315,6 +316,21 @@ async def test_a_connect_that_is_cancelled_while_it_waits_leaves_nothing_open(pk
         async with nothing_is_left():
             assert await outcome(connector) is None
     assert pki.lists.requests.count("/1.crl") == 1  # the cancelled connect's, which the next one used
+
+
+@MODES
+async def test_what_has_been_revoked_stays_revoked_when_the_list_has_expired(pki: RevocablePKI, mode: str) -> None:
+    leaf = pki.leaf()
+    pki.publish("/1.crl", leaf, next_update=datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=6))
+    async with serving(pki, leaf) as server:
+        connector = connector_for(server, mode)
+        async with asyncio.timeout(HANG):
+            while type(await outcome(connector)) is not neon_async.CertificateRevokedError:
+                await asyncio.sleep(0.01)
+        pki.lists.bodies.clear()
+        one = shard_of(Source(pki.lists.url("/1.crl"), pki.issuer.der, for_cas=False, must_name_url=False))
+        await until(lambda: one.current is None)
+        assert type(await outcome(connector)) is neon_async.CertificateRevokedError
 
 
 # ---------------------------------------------------------------------------------------------------------------------

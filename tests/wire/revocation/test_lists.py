@@ -169,6 +169,14 @@ def test_a_list_that_must_not_be_used_is_refused_with_the_reason(der: bytes, rea
         read(der)
 
 
+def test_the_reason_quotes_what_was_not_verified_only_escaped_and_in_part() -> None:
+    name = f"{URL}\n{'x' * 1000}"
+    with pytest.raises(ListRefusedError) as caught:
+        read(crl(CA, also=[(scope(name), True)], key=OTHER.key))
+    assert r"1.crl\nxxx" in str(caught.value)
+    assert len(str(caught.value)) < 400
+
+
 def test_a_list_is_refused_for_what_the_certificates_are() -> None:
     with pytest.raises(ListRefusedError, match="may not sign lists"):
         read(crl(CA, also=HERE), SOURCE._replace(issuer=NO_CRL_SIGN.der))

@@ -194,7 +194,7 @@ def test_a_decreasing_number_is_noticed_across_a_restart(
 
 
 def test_an_expired_list_is_no_list(pki: RevocablePKI) -> None:
-    pki.publish("/1.crl", next_update=datetime.datetime.now(datetime.UTC).replace(microsecond=0) + 2 * SECOND)
+    pki.publish("/1.crl", next_update=datetime.datetime.now(datetime.UTC).replace(microsecond=0) + 6 * SECOND)
     one = obtain(shard_of(source_of(pki)))
     assert one.current is not None
     deadline = time.monotonic() + HANG

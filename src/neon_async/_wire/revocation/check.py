@@ -227,12 +227,14 @@ class Certificate:
         unchecked = self._facts.unchecked
         if self.shard is None:
             return unchecked
-        current, state = self.shard.current, self.shard.state
+        state = self.shard.state
+        is_revoked = state.current is not None and self._facts.serial_number in state.current
+        # What has been revoked stays revoked when the list that says so has expired.
+        current = state.current if is_revoked else self.shard.current
         if current is None:
             pending = self.shard.is_busy or not state.failures
             reason = f"the list {unchecked.list_url} {'is being fetched' if pending else state.failure}"
             return dataclasses.replace(unchecked, status="pending" if pending else "unknown", reason=reason)
-        is_revoked = self._facts.serial_number in current
         return dataclasses.replace(
             unchecked,
             status="revoked" if is_revoked else "good",
@@ -274,7 +276,7 @@ def read(verified: tuple[bytes, ...]) -> tuple[_Facts, ...]:
 def _facts_of(der: bytes, issuer: bytes, root: str) -> _Facts:
     try:
         named = read_certificate(der)
-    except ValueError:  # OpenSSL is more lenient than cryptography
+    except Exception:  # noqa: BLE001  OpenSSL is more lenient than cryptography, which has many ways to refuse
         return _Facts(0, None, RevocationReport("unknown", reason="the certificate cannot be read"))
     objections = {url: objection_to(url, root) for url in named.urls}
     url = next((url for url, objection in objections.items() if not objection), None)

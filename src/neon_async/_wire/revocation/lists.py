@@ -27,7 +27,8 @@ class ListRefusedError(Exception):
     """A list cannot be obtained or must not be used. The text says why, and continues "the list ..."."""
 
     def __init__(self, why: str) -> None:
-        super().__init__(escape(why))  # it quotes names and URLs of a list that nobody has verified
+        # It quotes names and URLs of a list that was not verified, and that can be of any length.
+        super().__init__(escape(why[:_MAX_REASON]))
 
 
 class Source(NamedTuple):
@@ -171,6 +172,7 @@ def read_list(der: bytes, source: Source, now: datetime) -> RevocationList:
 # The part of Let's Encrypt's domain where its lists are.
 _LETS_ENCRYPT = "c.lencr.org"
 _MAX_URL = 2000
+_MAX_REASON = 300
 # 8 bytes: among 100,000 serial numbers one that is not revoked has the digest of a revoked one in 1 of 10**14 cases.
 _DIGEST_SIZE = 8
 

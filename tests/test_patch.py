@@ -229,6 +229,24 @@ def in_an_instance(function: Any) -> Any:
     return Backend()
 
 
+def in_the_variables_of_an_instance(function: Any) -> Any:
+    backend = in_an_instance(function)
+    return backend, vars(backend)
+
+
+def in_a_module_under_another_name(function: Any) -> Any:
+    module = in_a_module(function)
+    sys.modules["late_bird"] = sys.modules.pop("early_bird")
+    return module
+
+
+def in_a_keyword_default(function: Any) -> Any:
+    def open_it(*, how: Any = function) -> Any:
+        return how()
+
+    return open_it
+
+
 def in_a_partial(function: Any) -> Any:
     return functools.partial(function, ssl="require")
 
@@ -254,6 +272,9 @@ def in_a_closure(function: Any) -> Any:
         pytest.param(in_a_module, "module early_bird", id="module"),
         pytest.param(in_a_class, "Backend", id="class"),
         pytest.param(in_an_instance, "Backend", id="instance"),
+        pytest.param(in_the_variables_of_an_instance, "Backend", id="variables of an instance"),
+        pytest.param(in_a_module_under_another_name, "module early_bird", id="module under another name"),
+        pytest.param(in_a_keyword_default, "open_it", id="keyword default"),
         pytest.param(in_a_partial, "partial", id="partial"),
         pytest.param(in_a_default, "open_it", id="default"),
         pytest.param(in_a_closure, "open_it", id="closure"),
@@ -266,7 +287,8 @@ def test_what_has_bound_a_function_before_is_named(bind: Callable[[Any], Any], n
         with pytest.raises(neon_async.ConfigurationError, match=rf"{named}.* has bound asyncpg's {name}\(\)"):
             neon_async.patch_asyncpg()
     finally:
-        sys.modules.pop("early_bird", None)
+        for module in ("early_bird", "late_bird"):
+            sys.modules.pop(module, None)
     assert functions() == before
     del bound
     gc.collect()

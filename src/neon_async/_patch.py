@@ -8,7 +8,6 @@ It must not know how a connection is made: `connect()` and `create_pool()` are g
 import functools
 import gc
 import inspect
-import sys
 import types
 import weakref
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
@@ -211,32 +210,44 @@ def _owner_of(referrer: object, known: list[Any]) -> str | None:
             return None if referrer.is_closing() else "A pool of asyncpg that is not closed"
         case functools.partial():
             return f"A partial object of {getattr(referrer.func, '__name__', 'a function')}()"
-    kind = type(referrer)
-    if any(referrer is one for one in known) or _is_asyncpgs(kind) or kind.__module__ == "builtins":
-        return None
-    return f"An object of {kind.__module__}.{kind.__qualname__}"
+    return None if any(referrer is one for one in known) else _named(referrer)
 
 
 def _owner_of_tuple(referrer: object, known: list[Any]) -> str | None:
     tuples = [each for each in gc.get_referrers(referrer) if isinstance(each, tuple)]  # of the cells of a closure
     for each in (referrer, *tuples):
-        for function in gc.get_referrers(each):
-            is_function = isinstance(function, types.FunctionType)
-            if is_function and not _is_asyncpgs(function) and all(function is not one for one in known):
-                return f"The function {function.__module__}.{function.__qualname__}"
+        for holder in gc.get_referrers(each):
+            if isinstance(holder, types.FunctionType) and all(holder is not one for one in known):
+                return _named(holder)
     return None
 
 
 def _owner_of_dict(names: dict[Any, Any]) -> str | None:
-    module = sys.modules.get(str(names.get("__name__")))
-    if module is not None and vars(module) is names:
-        return None if _is_asyncpgs(module) else f"The module {module.__name__}"
-    owners = [each for each in gc.get_referrers(names) if isinstance(each, type) and not _is_asyncpgs(each)]
-    return f"The class {owners[0].__module__}.{owners[0].__qualname__}" if owners else None
+    holders = gc.get_referrers(names)
+    for holder in holders:
+        if isinstance(holder, types.ModuleType) and vars(holder) is names:
+            return _named(holder)
+    for holder in holders:
+        keywords = holder.__kwdefaults__ if isinstance(holder, types.FunctionType) else None
+        if isinstance(holder, type) or keywords is names or getattr(holder, "__dict__", None) is names:
+            return _named(holder)
+    return None
 
 
-def _is_asyncpgs(thing: Any) -> bool:
-    module = thing.__name__ if isinstance(thing, types.ModuleType) else thing.__module__
+def _named(thing: Any) -> str | None:
+    """Return in words what a module, class, function or object is, or None for asyncpg's, ours and Python's."""
+    if isinstance(thing, types.ModuleType):
+        return None if _is_asyncpgs(thing.__name__) else f"The module {thing.__name__}"
+    if isinstance(thing, type | types.FunctionType):
+        kind = "class" if isinstance(thing, type) else "function"
+        return None if _is_asyncpgs(thing.__module__) else f"The {kind} {thing.__module__}.{thing.__qualname__}"
+    cls = type(thing)
+    if _is_asyncpgs(cls.__module__) or cls.__module__ == "builtins":
+        return None
+    return f"An object of {cls.__module__}.{cls.__qualname__}"
+
+
+def _is_asyncpgs(module: object) -> bool:
     return str(module).partition(".")[0] in ("asyncpg", __package__)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import pickle
+import uuid
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import sqlalchemy as sa
 import sqlalchemy.ext.asyncio
 from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.pool import NullPool
 from support.engines import SCHEME, admin_of, driver_of, engine_to, original, scalar, with_scheme
 from support.pgbouncer import LocalPgBouncer
 from support.plain import asyncpg_arguments
@@ -347,6 +349,18 @@ class TestPooledHost:
                     for connection in (one, other):
                         assert await scalar(connection, "SELECT 6 * 7") == 42
                         assert await scalar(connection, f"SELECT {number}") == number
+
+    async def test_the_options_that_the_dialect_of_asyncpg_needs_do_no_harm(self, pgbouncer: LocalPgBouncer) -> None:
+        """Documented by SQLAlchemy for PgBouncer: names of statements that are unique, no caches, and no pool."""
+        options = {
+            "statement_cache_size": 0,
+            "prepared_statement_cache_size": 0,
+            "prepared_statement_name_func": lambda: f"__asyncpg_{uuid.uuid4()}__",
+        }
+        async with engine_to(pgbouncer, connect_args=options, poolclass=NullPool) as engine:
+            for _ in range(3):
+                async with engine.begin() as connection:
+                    assert await scalar(connection, "SELECT 6 * 7") == 42
 
     async def test_a_schema_that_changes_costs_one_error_at_most(
         self, pgbouncer: LocalPgBouncer, postgres: LocalPostgres

@@ -1,5 +1,6 @@
-"""The tests that SQLAlchemy ships for dialects pass, in runs of their own: its plugin changes pytest.
+"""The tests that SQLAlchemy ships for dialects pass, with a pool of SQLAlchemy's and with one of ours.
 
+They run in processes of their own, because SQLAlchemy's plugin changes pytest.
 Those of reflection are left out: there are as many, and they test what PostgreSQL answers and not the driver.
 """
 
@@ -40,9 +41,10 @@ def dsn(postgres: LocalPostgres) -> Iterator[str]:
     asyncio.run(execute(postgres, f"DROP DATABASE {DATABASE} WITH (FORCE)"))
 
 
-@pytest.mark.parametrize(("name", "at_least"), [("types", 350), ("select", 130), ("writes", 100)])
+@pytest.mark.parametrize("engine", ["sqlalchemy", "neon_async"])
+@pytest.mark.parametrize(("name", "at_least"), [("types", 300), ("select", 130), ("writes", 200)])
 def test_the_suite_for_dialects_passes(
-    name: str, at_least: int, dsn: str, postgres: LocalPostgres, tmp_path: Path
+    name: str, at_least: int, engine: str, dsn: str, postgres: LocalPostgres, tmp_path: Path
 ) -> None:
     anchor = tmp_path / "root.pem"
     anchor.write_bytes(postgres.trust_anchor)
@@ -51,7 +53,7 @@ def test_the_suite_for_dialects_passes(
     finished = subprocess.run(
         [sys.executable, "-m", "pytest", *options, f"suite_{name}.py"],
         cwd=SUITE,
-        env=os.environ | {"TRUST_ANCHOR": str(anchor), "PYTHONPATH": path},
+        env=os.environ | {"ENGINE": engine, "DSN": dsn, "TRUST_ANCHOR": str(anchor), "PYTHONPATH": path},
         capture_output=True,
         text=True,
         check=False,

@@ -1,4 +1,4 @@
-"""A real server that has much to say after the login: a login trigger of PostgreSQL 17."""
+"""Real servers that have much to say after the login: a login trigger of PostgreSQL 17, and PgBouncer 1.26."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from collections.abc import AsyncIterator
 
 import pytest
 from support.negotiations import connected
+from support.pgbouncer import LocalPgBouncer, installed_version
 
+import neon_async
 from neon_async.testing import LocalPostgres
 
 pytestmark = pytest.mark.anyio
@@ -60,3 +62,12 @@ async def test_the_error_of_a_login_trigger_is_the_servers_however_long(postgres
         with pytest.raises(Exception, match=r"x{20000}"):
             async with connected(postgres, dsn, server_settings={"application_name": "refused"}):
                 pass
+
+
+async def test_pgbouncer_may_greet_with_a_long_notice(pgbouncer_installed: None, postgres: LocalPostgres) -> None:
+    if (installed_version() or (0, 0)) < (1, 26):
+        pytest.skip("login_notify_message needs PgBouncer 1.26")
+    async with LocalPgBouncer(postgres, settings={"login_notify_message": "welcome " * 1200}) as pgbouncer:
+        connection = await neon_async.connect(pgbouncer.dsn, trust_anchor=pgbouncer.trust_anchor)
+        assert await connection.fetchval("SELECT 1") == 1
+        await connection.close()

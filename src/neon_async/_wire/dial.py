@@ -7,6 +7,7 @@ them. This module must not know logins, asyncpg, pools or retries.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import math
 import os
@@ -160,7 +161,7 @@ class Dialer:
         except BaseException:
             sock.close()
             raise
-        transport, protocol = await self._handshake(sock, context, attempt.negotiation, protocol_factory)
+        transport, protocol = await self._handshake(attempt, sock, context, protocol_factory)
         handshake_time = asyncio.get_running_loop().time() - began
         try:
             certificate, report = self._check(transport, context, attempt.negotiation)
@@ -182,9 +183,10 @@ class Dialer:
         return await threads.run(context_for, self.parameters, self._anchor)
 
     async def _handshake(
-        self, sock: socket.socket, context: ssl.SSLContext, negotiation: str, protocol_factory: Callable[[], _P]
+        self, attempt: Attempt, sock: socket.socket, context: ssl.SSLContext, protocol_factory: Callable[[], _P]
     ) -> tuple[asyncio.Transport, _P]:
         inode = _inode(sock)
+        attempt.end = functools.partial(_end_handshake, sock, inode)
         try:
             transport, protocol = await asyncio.get_running_loop().create_connection(
                 protocol_factory,
@@ -197,11 +199,13 @@ class Dialer:
             )
         except BaseException as error:
             _disown(sock, inode)
-            if negotiation == "direct" and _means_no_direct_tls(error):
+            if attempt.negotiation == "direct" and _means_no_direct_tls(error):
                 raise _no_direct_tls(self.parameters.host) from None
             if isinstance(error, OSError) and _is_unverified(error):
                 raise UnverifiedError(error) from None
             raise
+        finally:
+            attempt.end = None
         return transport, protocol
 
     def _check(
@@ -391,6 +395,17 @@ async def _request_tls(sock: socket.socket, host: str) -> None:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The socket of a failed handshake
+
+
+def _end_handshake(sock: socket.socket, inode: int | None) -> None:
+    """End a handshake whose result is not wanted any more, by shutting its socket down.
+
+    Not by a cancellation: uvloop then leaves the timer of the handshake running, which holds 76 kB until it fires, or
+    writes to the transport that it has closed.
+    """
+    if inode is not None and _inode(sock) == inode:
+        with contextlib.suppress(OSError):  # the server has closed the connection
+            sock.shutdown(socket.SHUT_RDWR)
 
 
 def _inode(sock: socket.socket) -> int | None:

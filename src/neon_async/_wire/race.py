@@ -52,16 +52,18 @@ class Attempt:
         other_way: The way to try at the same address if the server does not know this one, or None.
         is_connected: Whether the address has accepted the connection.
         has_fallen_back: Whether the other way is being tried, or has been.
+        end: Ends what the attempt is doing where a cancellation would not do so cleanly, or None.
         due: The time of the event loop's clock at which the next attempt starts beside this one.
     """
 
-    __slots__ = ("address", "due", "has_fallen_back", "is_connected", "negotiation", "other_way")
+    __slots__ = ("address", "due", "end", "has_fallen_back", "is_connected", "negotiation", "other_way")
 
     def __init__(self, address: tcp.Address, *ways: str) -> None:
         self.address = address
         self.negotiation, self.other_way = ways[0], ways[1] if len(ways) > 1 else None
         self.has_fallen_back = False
         self.is_connected = False
+        self.end: Callable[[], None] | None = None
         self.due = math.inf
 
 
@@ -122,8 +124,8 @@ class Race(Generic[_T]):
         try:
             outcome = await self._outcome()
         finally:
-            for task in self._running:
-                self._end(task)
+            for task, attempt in self._running.items():
+                self._end(task, attempt)
             self._running.clear()
             self._failures.clear()  # the traceback of an error leads to frames that know this race
         if not isinstance(outcome, BaseException):
@@ -197,10 +199,13 @@ class Race(Generic[_T]):
         for task, attempt in list(self._running.items()):
             if attempt.address == address and attempt.is_connected:
                 del self._running[task]
-                self._end(task)
+                self._end(task, attempt)
 
-    def _end(self, task: asyncio.Task[_T]) -> None:
-        task.cancel()
+    def _end(self, task: asyncio.Task[_T], attempt: Attempt) -> None:
+        if attempt.end is not None:
+            attempt.end()
+        else:
+            task.cancel()
         task.add_done_callback(self._discard_result)
 
     def _discard_result(self, task: asyncio.Task[_T]) -> None:

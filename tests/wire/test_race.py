@@ -464,9 +464,10 @@ async def test_a_cancelled_dial_is_freed_at_once_whatever_its_handshake_has_reac
         for _ in range(steps):
             await asyncio.sleep(0)
         dialing.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await dialing
-        del dialing
+        (outcome,) = await asyncio.gather(dialing, return_exceptions=True)
+        if isinstance(outcome, dial.Channel):  # the dial was quicker than these iterations
+            outcome.abort()
+        del dialing, outcome
     await until(lambda: len(handshakes_held()) <= before)
 
 

@@ -125,7 +125,7 @@ class TestHealing:
             assert [len(rows) for rows in results] == [3] * 8
             assert connector.healing.heals == 1
 
-    async def test_every_lone_connection_heals_for_itself(self, pgbouncer: LocalPgBouncer, direct: Any) -> None:
+    async def test_lone_connections_heal(self, pgbouncer: LocalPgBouncer, direct: Any) -> None:
         query = fresh()
         async with contextlib.AsyncExitStack() as stack:
             connections = []
@@ -138,7 +138,7 @@ class TestHealing:
             for connection in connections:
                 assert len(await connection.fetch(query)) == 3
             sessions = [session_of(connection) for connection in connections]
-            assert [session.healing.heals for session in sessions if session] == [1, 1]
+            assert all(session and session.healing.text_of(query, None) != query for session in sessions)
 
     @pytest.mark.usefixtures("pgbouncer_installed")
     async def test_rows_that_do_not_match_their_description_are_an_error_once(

@@ -1,11 +1,20 @@
 """Test against a real PostgreSQL that is verified as Neon is, and that scales to zero as Neon does.
 
-Needs the extra `testing`. The rest of neon_async must not import this package; only the demonstration does.
+Needs the extra `testing`. The rest of neon_async must not import this package; only the pytest plugin, the
+demonstration and `neon-async dev` do.
 """
 
 from __future__ import annotations
 
 from ._local_endpoint import LocalEndpoint, LocalEndpointError
+from ._local_pooler import LocalPooler, LocalPoolerError
 from ._local_postgres import LocalPostgres, LocalPostgresError
 
-__all__ = ("LocalEndpoint", "LocalEndpointError", "LocalPostgres", "LocalPostgresError")
+__all__ = (
+    "LocalEndpoint",
+    "LocalEndpointError",
+    "LocalPooler",
+    "LocalPoolerError",
+    "LocalPostgres",
+    "LocalPostgresError",
+)

@@ -24,9 +24,12 @@ import anyio.to_thread
 
 from .._errors import ConfigurationError, NeonAsyncError
 from ._certificates import Certificates, issue_certificates
+from ._data_dir import DataDir
+from ._schema import apply_schema, read_schema
 
 _ENDPOINT = "ep-cool-darkness-123456"
 _HOST = f"{_ENDPOINT}.us-east-2.aws.neon.tech"
+POOLED_HOST = f"{_ENDPOINT}-pooler.us-east-2.aws.neon.tech"
 _ADDRESS = "127.0.0.1"
 _USER = "neon"
 _DATABASE = "neondb"
@@ -34,28 +37,29 @@ _DATABASE = "neondb"
 _SUPERVISOR = Path(__file__).with_name("_supervisor.py")
 _SUPERVISOR_PATIENCE = 60.0  # seconds; the supervisor needs less in the worst case: three signals, then the folder
 
-# These make a server quick to start and to remove. `settings=` can change them.
-_DEFAULTS = {
+# These lose data when the machine fails, which does not matter where the data is removed at the end.
+_UNSAFE_DEFAULTS = {
     "fsync": "off",
     "full_page_writes": "off",
     "synchronous_commit": "off",
+}
+# These make a server quick to start and to remove. `settings=` can change them.
+_DEFAULTS = {
     "shared_buffers": "16MB",
     "dynamic_shared_memory_type": "mmap",  # files in the folder, which are removed together with it
     "cluster_name": _ENDPOINT,
 }
 # This class promises these. `settings=` cannot change them.
 _PROMISES = {
-    "data_directory": "data",
     "hba_file": "pg_hba.conf",
     "ident_file": "pg_ident.conf",
     "listen_addresses": _ADDRESS,
     "unix_socket_directories": "",
     "password_encryption": "scram-sha-256",
     "ssl": "on",
-    "ssl_cert_file": "../server.crt",  # relative to the data directory
-    "ssl_key_file": "../server.key",
 }
-_RESERVED = frozenset({*_PROMISES, "port"})
+# The supervisor gives these on the command line.
+_RESERVED = frozenset({*_PROMISES, "port", "data_directory", "ssl_cert_file", "ssl_key_file"})
 
 
 class LocalPostgresError(NeonAsyncError, RuntimeError):
@@ -65,13 +69,14 @@ class LocalPostgresError(NeonAsyncError, RuntimeError):
 class LocalPostgres:
     """A PostgreSQL server for tests that exists for the duration of the `async with` block.
 
-    It listens on a free port of 127.0.0.1 and keeps everything in a temporary folder. It accepts only TLS with SCRAM
-    (one line in pg_hba.conf: `hostssl ... scram-sha-256`; no Unix socket). The user is the superuser `neon` with a
-    random password, and the database is `neondb`. There is a database `postgres`, too, where tools connect first. The
-    certificate is valid for the host names `ep-cool-darkness-123456.us-east-2.aws.neon.tech` and `localhost`. Its
-    authority is created for this one server. A supervisor process owns the server and the folder. It removes both when
-    the block is left, and also when this process is killed. PostgreSQL refuses to run as root; under root its processes
-    run as the user `nobody`.
+    It listens on a free port of 127.0.0.1 and keeps everything in a temporary folder. It accepts only TLS with
+    SCRAM (one line in pg_hba.conf: `hostssl ... scram-sha-256`; no Unix socket). The user is the superuser `neon`
+    with a random password, and the database is `neondb`. There is a database `postgres`, too, where tools connect
+    first. The certificate is valid for the host names `ep-cool-darkness-123456.us-east-2.aws.neon.tech` and
+    `localhost`, and for the pooled name of the former, which `LocalPooler` uses. Its authority is created for this
+    one server. A supervisor process owns the server and the folder. It removes both when the block is left, and
+    also when this process is killed. PostgreSQL refuses to run as root; under root its processes run as the user
+    `nobody`.
 
         async with LocalPostgres() as server:
             async with neon_async.create_pool(server.dsn, trust_anchor=server.trust_anchor) as pool:
@@ -86,21 +91,35 @@ class LocalPostgres:
         settings: Names and values for postgresql.conf, for example `{"max_connections": "20"}`. They override the
             settings that make this server quick (`fsync` and similar). Settings on which the description above depends
             are refused.
+        schema: A file of SQL that is run in `neondb` when the database is created, as one transaction: a migration, or
+            what `pg_dump --schema-only` writes. Default: none.
+        data_dir: A folder in which data, password and certificates are kept, so that the next `LocalPostgres` with this
+            folder continues with them. It is created where it does not exist. Default: a temporary folder.
 
     Raises:
-        ConfigurationError: `settings` contains a refused setting, or `bin_dir` does not contain the programs.
+        ConfigurationError: `settings` contains a refused setting, `bin_dir` does not contain the programs, `schema`
+            cannot be read, or `data_dir` contains something else.
     """
 
     def __init__(
-        self, bin_dir: str | os.PathLike[str] | None = None, *, settings: Mapping[str, str] | None = None
+        self,
+        bin_dir: str | os.PathLike[str] | None = None,
+        *,
+        settings: Mapping[str, str] | None = None,
+        schema: str | os.PathLike[str] | None = None,
+        data_dir: str | os.PathLike[str] | None = None,
     ) -> None:
         self._bin_dir = None if bin_dir is None else _checked_bin_dir(Path(bin_dir))
         self._settings = dict(settings or {})
+        self._schema = None if schema is None else read_schema(Path(schema))
+        self._data_dir = None if data_dir is None else DataDir(Path(data_dir).absolute())
         reserved = sorted(_RESERVED.intersection(map(str.lower, self._settings)))
         if reserved:
             raise ConfigurationError(f"LocalPostgres sets {', '.join(reserved)} itself. Remove that from settings=.")
-        self._password = secrets.token_urlsafe(24)
-        self._certificates: Certificates | None = None
+        kept = None if self._data_dir is None else self._data_dir.read()
+        self._is_new = kept is None
+        self._password = secrets.token_urlsafe(24) if kept is None else kept.password
+        self._certificates: Certificates | None = None if kept is None else kept.certificates
         self._supervisor: _Supervisor | None = None
         self._closed = False
 
@@ -145,9 +164,13 @@ class LocalPostgres:
         Raises:
             LocalPostgresError: The `async with` block is not entered, or has been left.
         """
+        return self._issued().trust_anchor.encode()
+
+    def _issued(self) -> Certificates:
+        """Return the certificates, with the key; `LocalPooler` presents them, too."""
         self._open_supervisor()
         assert self._certificates is not None
-        return self._certificates.trust_anchor.encode()
+        return self._certificates
 
     async def __aenter__(self) -> Self:
         """Create the database and start the server, which takes about a second.
@@ -200,18 +223,37 @@ class LocalPostgres:
         await self._open_supervisor().command("stop")
 
     async def _set_up(self, supervisor: _Supervisor, bin_dir: Path) -> None:
-        supervisor.send("initialise", bin_dir=str(bin_dir), user=_USER, password=self._password, database=_DATABASE)
-        # initdb runs meanwhile and takes longer, so that the certificates cost no time.
-        self._certificates = await anyio.to_thread.run_sync(_issue_certificates)
+        data_dir = self._data_dir
+        if data_dir is not None:
+            data_dir.claim()
+        supervisor.send(
+            "initialise",
+            bin_dir=str(bin_dir),
+            user=_USER,
+            password=self._password,
+            database=_DATABASE,
+            kept_in=None if data_dir is None else str(data_dir.folder),
+            is_new=self._is_new,
+        )
+        if self._certificates is None:
+            # initdb runs meanwhile and takes longer, so that the certificates cost no time.
+            self._certificates = await anyio.to_thread.run_sync(_issue_certificates)
         await supervisor.receive()
+        defaults = _DEFAULTS if data_dir is not None else {**_DEFAULTS, **_UNSAFE_DEFAULTS}
         files = {
-            "postgresql.conf": _postgresql_conf({**_DEFAULTS, **self._settings, **_PROMISES}),
+            "postgresql.conf": _postgresql_conf({**defaults, **self._settings, **_PROMISES}),
             "pg_hba.conf": f"hostssl all all {_ADDRESS}/32 scram-sha-256\n",
             "pg_ident.conf": "",
             "server.crt": self._certificates.chain,
             "server.key": self._certificates.key,
         }
         await supervisor.command("start", files=files)
+        if self._schema is not None and self._is_new:
+            problem = await apply_schema(self._schema, self.dsn, self.trust_anchor)
+            if problem is not None:
+                raise LocalPostgresError(problem)
+        if data_dir is not None and self._is_new:
+            data_dir.complete(self._password, self._certificates)
 
     def _open_supervisor(self) -> _Supervisor:
         if self._supervisor is None:
@@ -347,7 +389,7 @@ def _wheel_bin_dir() -> Path:
 
 def _issue_certificates() -> Certificates:
     try:
-        return issue_certificates(_HOST, "localhost")
+        return issue_certificates(_HOST, POOLED_HOST, "localhost")
     except ImportError:
         raise _missing("trustme") from None
 

@@ -89,16 +89,18 @@ class Caller:
 class Server:
     """One PostgreSQL server in one temporary folder.
 
-    The folder contains `data`, `log`, the files that the caller sent, such as postgresql.conf, and `pgsql` if the
-    programs had to be copied. PostgreSQL refuses to run as root, so that under root its processes run as the user
-    `nobody`. Then `nobody` owns `data` and root owns the folder: root never writes where another user could have
-    created a link.
+    The folder contains `data`, unless that is kept elsewhere, `log`, the files that the caller sent, such as
+    postgresql.conf, and `pgsql` if the programs had to be copied. PostgreSQL refuses to run as root, so that under
+    root its processes run as the user `nobody`. Then `nobody` owns `data` and root owns the folder: root never
+    writes where another user could have created a link.
     """
 
     def __init__(self, caller: Caller) -> None:
         self._caller = caller
         self._account: pwd.struct_passwd | None = None
         self._folder: Path | None = None
+        self._data = Path()
+        self._is_kept = False
         self._bin_dir = Path()
         self._port_holder: socket.socket | None = None
         self._process: subprocess.Popen[bytes] | None = None
@@ -117,14 +119,40 @@ class Server:
     def log(self) -> Path:
         return self.folder / "log"
 
-    def initialise(self, bin_dir: str, user: str, password: str, database: str) -> None:
-        """Create the folder and, in it, the empty databases `database` and `postgres` of the superuser `user`."""
+    def initialise(
+        self, bin_dir: str, user: str, password: str, database: str, kept_in: str | None, is_new: bool
+    ) -> None:
+        """Create the folder and, in it, the empty databases `database` and `postgres` of the superuser `user`.
+
+        Args:
+            bin_dir: The folder of the programs.
+            user: The superuser.
+            password: Of the superuser.
+            database: A database besides `postgres`.
+            kept_in: The folder whose `data` is used and not removed, or None for data in the temporary folder.
+            is_new: Whether the data is to be created. What an interrupted attempt has left is removed.
+        """
         self._account = unprivileged_account()
         self._folder = self._make_folder()
         self.log.touch(mode=0o600)
         self._bin_dir = self._usable_bin_dir(Path(bin_dir))
         self.port = self._choose_port()
-        data = self._folder / "data"
+        self._data = Path(kept_in or self._folder) / "data"
+        self._is_kept = kept_in is not None
+        if kept_in is not None and self._account and not self._can_run(["/bin/sh", "-c", 'cd "$0"', kept_in]):
+            raise Failure(
+                f"As root, PostgreSQL has to run as the user 'nobody', which cannot enter {kept_in}. "
+                "Choose a folder that every user can enter."
+            )
+        if is_new:
+            self._create_databases(user, password, database)
+        elif not self._data.is_dir():
+            raise Failure(f"The data is missing: {self._data}. Remove {kept_in} to start with a new database.")
+
+    def _create_databases(self, user: str, password: str, database: str) -> None:
+        data = self._data
+        if data.exists():
+            shutil.rmtree(data)
         data.mkdir(mode=0o700)
         self._change_owner(data)
         password_file = self._write("password", password)
@@ -151,6 +179,12 @@ class Server:
         for name, text in files.items():
             self._write(name, text)
         postgres: list[str | Path] = [self._bin_dir / "postgres", "-D", self.folder, "-p", str(self.port)]
+        paths = {
+            "data_directory": self._data,
+            "ssl_cert_file": self.folder / "server.crt",
+            "ssl_key_file": self.folder / "server.key",
+        }
+        postgres += [argument for name, path in paths.items() for argument in ("-c", f"{name}={path}")]
         self._process = self._spawn(postgres, NOTHING, self.log)
         self._wait_until("The start of the server", lambda: self._is_ready() or not self.is_running)
         if not self.is_running:
@@ -172,7 +206,8 @@ class Server:
         Raises:
             OSError: The folder cannot be removed.
         """
-        self._end_server(signal.SIGQUIT)
+        # Kept data gets its shutdown checkpoint, so that the next start needs no recovery.
+        self._end_server(*([signal.SIGINT] if self._is_kept else []), signal.SIGQUIT)
         deadline = time.monotonic() + REMOVE_TIMEOUT
         while self._folder is not None and self._folder.exists():
             # A process that is about to end can add a file while the folder is being removed.
@@ -282,7 +317,7 @@ class Server:
         # The eighth line of the lock file is the postmaster's status, which pg_ctl --wait reads, too.
         assert self._process is not None
         with contextlib.suppress(FileNotFoundError):
-            lines = (self.folder / "data" / "postmaster.pid").read_text().splitlines()
+            lines = (self._data / "postmaster.pid").read_text().splitlines()
             return lines[:1] == [str(self._process.pid)] and lines[7:8] == ["ready   "]
         return False
 

@@ -8,7 +8,7 @@ from typing import Any
 import httpx2
 import pytest
 from aiohttp import web
-from support.probes import connected
+from support.probes import connected, until
 from support.services import served_by_aiohttp
 
 import neon_async
@@ -110,13 +110,15 @@ async def test_other_errors_are_not_touched(endpoint: LocalEndpoint) -> None:
 
 
 async def test_readiness_asks_the_database_only_where_it_is_told_to(endpoint: LocalEndpoint) -> None:
-    async with served_by_aiohttp(service(endpoint, acquire_timeout=0.3)) as client:
+    app = service(endpoint, acquire_timeout=0.3)
+    async with served_by_aiohttp(app) as client:
         assert (await client.get("/ready")).status_code == 200
         assert endpoint.connects == 0
         assert (await client.get("/ready?deep=1")).status_code == 200
         assert endpoint.connects > 0
         endpoint.suspend()
         endpoint.refuse()
+        await until(lambda: app[POOL].stats().size == 0)
         assert (await client.get("/one")).status_code == 503
         assert (await client.get("/ready")).status_code == 503
 

@@ -246,7 +246,8 @@ async def test_an_error_after_the_start_of_a_response_is_not_answered_again(endp
 
 
 async def test_probes_of_readiness_keep_no_compute_awake(endpoint: LocalEndpoint) -> None:
-    async with served_by_uvicorn(service(endpoint, acquire_timeout=0.3)) as client:
+    app = service(endpoint, acquire_timeout=0.3)
+    async with served_by_uvicorn(app) as client:
         answer = await client.get("/ready")
         assert (answer.status_code, answer.json()["pools"]["default"]["state"]) == (200, "asleep")
         assert (endpoint.connects, answer.headers["cache-control"]) == (0, "no-store")
@@ -256,6 +257,7 @@ async def test_probes_of_readiness_keep_no_compute_awake(endpoint: LocalEndpoint
 
         endpoint.suspend()
         endpoint.refuse()
+        await until(lambda: pool_of(app).stats().size == 0)
         assert (await client.get("/one")).status_code == 503
         answer = await client.get("/ready")
         assert answer.status_code == 503

@@ -19,11 +19,9 @@ from typing import NamedTuple, TypeAlias
 
 from .._config.roots import ISRG_ROOT_X1_SHA256, KnownRoots
 from .._errors import ConfigurationError, InsecureConfigurationError
-from .._text import escape
+from .._text import escape, log
 from .files import MAX_CERTIFICATES, read_file
 from .strict import fault_of_root
-
-_log = logging.getLogger("neon_async")
 
 AnchorSource: TypeAlias = str | bytes | os.PathLike[str] | KnownRoots
 
@@ -192,7 +190,8 @@ def _find_known_roots(known: KnownRoots, sslrootcert: str | None) -> TrustAnchor
         raise ConfigurationError(f"None of {known} was found. Upgrade certifi, or name a PEM file with sslrootcert=.")
     missing = KnownRoots(root for root in known if root.sha256 not in found)
     if missing:
-        _log.warning("Not found on this system, and so not trusted: %s. Name a PEM file with sslrootcert=.", missing)
+        text = "not found on this system, and so not trusted: %(roots)s. Name a PEM file with sslrootcert="
+        log(logging.WARNING, text, event="roots_missing", roots=str(missing))
     return _join([found[root.sha256] for root in known if root.sha256 in found])
 
 

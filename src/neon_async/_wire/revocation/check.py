@@ -15,7 +15,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Final, Generic, NamedTuple, TypeVar
 
 from ..._errors import CertificateError, CertificateRevokedError, RevocationUnknownError
-from ..._text import escape
+from ..._text import escape, log
 from ..chain import Chain
 from ..trust import fingerprint
 from .lists import Source, is_of_lets_encrypt, objection_to, read_certificate
@@ -23,8 +23,6 @@ from .report import RevocationReport
 from .shard import shard_of
 
 _T = TypeVar("_T")
-
-_log = logging.getLogger("neon_async")
 
 # CA/Browser Forum, Baseline Requirements, section 1.6.1: of a subscriber certificate that is valid for at most 7 days
 # its CA need not say whether it is revoked.
@@ -269,7 +267,13 @@ def read(verified: tuple[bytes, ...]) -> tuple[_Facts, ...]:
     ]
     if leaf.source is None:
         report = leaf.unchecked
-        _log.warning("The revocation of the certificate %s is not checked: %s.", report.subject, report.reason)
+        log(
+            logging.WARNING,
+            "the revocation of the certificate %(subject)s cannot be checked: %(reason)s",
+            event="revocation_unchecked",
+            subject=report.subject,
+            reason=report.reason,
+        )
     return leaf, *(each for each in issuers if each.unchecked.list_url is not None)
 
 

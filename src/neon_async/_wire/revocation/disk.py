@@ -16,10 +16,9 @@ from typing import NamedTuple
 
 import platformdirs
 
+from ..._text import log
 from .download import MAX_SIZE
 from .lists import Source
-
-_log = logging.getLogger("neon_async")
 
 
 class Kept(NamedTuple):
@@ -64,7 +63,8 @@ def store(source: Source, der: bytes) -> None:
                 new.unlink()
                 raise
     except (OSError, RuntimeError) as error:
-        _log.info("a revocation list is not kept on disk (%s)", getattr(error, "strerror", None) or error)
+        reason = getattr(error, "strerror", None) or str(error)
+        log(logging.INFO, "a revocation list is not kept on disk (%(reason)s)", event="list_not_kept", reason=reason)
 
 
 def _path(source: Source) -> Path:

@@ -17,11 +17,10 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import NamedTuple
 
+from ..._text import log
 from ..._timing import backoff
 from . import disk, download
 from .lists import ListRefusedError, RevocationList, Source, read_list
-
-_log = logging.getLogger("neon_async")
 
 # A list of a CA's certificates is valid for months: it is looked at daily.
 _DAY = 86_400.0
@@ -120,9 +119,11 @@ class Shard:
 
     def _finish(self, state: State) -> None:
         if state.failures == 1:
-            _log.warning("The revocation list %s %s.", self.source.url, state.failure)
+            text = "the revocation list %(list_url)s %(reason)s"
+            log(logging.WARNING, text, event="list_failed", list_url=self.source.url, reason=state.failure)
         elif self.state.failures and not state.failures:
-            _log.info("The revocation list %s is current again.", self.source.url)
+            text = "the revocation list %(list_url)s is current again"
+            log(logging.INFO, text, event="list_current", list_url=self.source.url)
         with self._lock:
             self.state, self.is_busy = state, False
             listeners = list(self.listeners)

@@ -252,8 +252,8 @@ class NeonDialect(PGDialect_asyncpg):
     `sqlalchemy.exc.OperationalError`; `PooledHostError` as `NotSupportedError`, and errors of usage as
     `InterfaceError`. The original is the `__cause__` of `error.orig`.
 
-    Besides, two things differ from the dialect for asyncpg. A URL with several hosts is refused. A ping is one
-    statement and no transaction, so it takes one round trip, and its time is limited.
+    Two things differ from the dialect for asyncpg, as SQLAlchemy's own tests show. A URL with several hosts is refused.
+    A ping is one statement and no transaction, so it takes one round trip, and its time is limited.
     """
 
     driver = "neon"
@@ -507,10 +507,6 @@ class LentConnection(NeonConnection):
     """
 
     json_deserializer: Callable[[str], Any] = staticmethod(json.loads)
-
-    def __del__(self) -> None:
-        if not self.has_ended:  # SQLAlchemy before 2.0.51 drops a connection that an event listener fails on
-            self.end()
 
     def close(self) -> None:
         """Release the connection to its pool."""

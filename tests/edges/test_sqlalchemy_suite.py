@@ -41,8 +41,9 @@ def dsn(postgres: LocalPostgres) -> Iterator[str]:
     asyncio.run(execute(postgres, f"DROP DATABASE {DATABASE} WITH (FORCE)"))
 
 
+# SQLAlchemy 2.0.54 has 178 tests of types, 2.1 twice as many.
 @pytest.mark.parametrize("engine", ["sqlalchemy", "neon_async"])
-@pytest.mark.parametrize(("name", "at_least"), [("types", 300), ("select", 130), ("writes", 200)])
+@pytest.mark.parametrize(("name", "at_least"), [("types", 150), ("select", 130), ("writes", 200)])
 def test_the_suite_for_dialects_passes(
     name: str, at_least: int, engine: str, dsn: str, postgres: LocalPostgres, tmp_path: Path
 ) -> None:

@@ -8,11 +8,13 @@ the login inside it, are end to end.
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import errno
 import math
 import socket
 import struct
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -27,9 +29,10 @@ _BACKLOG = 4096  # connects that arrive at once are counted at once; the kernel'
 _CHUNK = 65536
 _MOST_HELD = 1 << 20  # bytes held in each direction of a connection; above this the sender has to wait
 _MOST_UNREAD = 1 << 26  # bytes; more than a kernel holds of one connection (net.ipv4.tcp_rmem: a few MB)
+_CALL_TIMEOUT = 10.0  # seconds for a call from another thread, which takes microseconds unless the loop is blocked
 _LINGER_ZERO = struct.pack("ii", 1, 0)  # SO_LINGER on, with 0 s: close() sends RST (socket(7))
 
-_State: TypeAlias = Literal["new", "awake", "suspended", "waking", "closed"]
+State: TypeAlias = Literal["new", "awake", "suspended", "waking", "closed"]
 
 
 class _Server(Protocol):
@@ -42,7 +45,7 @@ class _Server(Protocol):
 
 
 class LocalEndpointError(NeonAsyncError, RuntimeError):
-    """`LocalEndpoint` was used outside its `async with` block, or entered twice."""
+    """`LocalEndpoint` was used outside its `async with` block, or entered twice, or its port is taken."""
 
 
 class LocalEndpoint:
@@ -66,8 +69,8 @@ class LocalEndpoint:
     clients of a pooled host do on Neon. And Neon's proxy answers TLS and login before the compute is awake. Here a
     connection is silent until then.
 
-    It works on asyncio and uvloop, on Linux and macOS. The server may run in another event loop. Call the methods in
-    the event loop and the thread that entered the block. An object can be entered once.
+    It works on asyncio and uvloop, on Linux and macOS. The server may run in another event loop, and the methods can be
+    called in any thread while the event loop that entered the block runs. An object can be entered once.
 
     Args:
         server: A `LocalPostgres`, or any object with its `dsn`, `port` and `trust_anchor` that listens on 127.0.0.1,
@@ -79,26 +82,43 @@ class LocalEndpoint:
         delay: Seconds that each byte waits in each direction, which is half of the round trip; 0 or more. It can be
             changed at any time and applies to the bytes that arrive later. The TCP handshake, which the kernel does,
             is not delayed.
+        pooler: A `LocalPooler` in front of the same server, which then suspends, wakes and fails together with it, as
+            the two hosts of a Neon endpoint do. Clients connect with `pooled_dsn`. Default: none.
+        port: The TCP port to listen on. Default 0: a free one. That of the pooled host is always a free one.
+        on_state: A function that is called with the new `state` at each change, in the event loop of the endpoint.
+            Default: none.
 
     Raises:
-        ConfigurationError: A time is negative or not finite, or `suspend_after` is 0.
+        ConfigurationError: A time is negative or not finite, `suspend_after` is 0, or `port` is not a port.
     """
 
     # Set when the block is entered.
     _loop: asyncio.AbstractEventLoop
-    _listener: socket.socket
-    _target: tuple[str, int]
+    _thread: int
 
     def __init__(
-        self, server: _Server, *, wake_time: float = 0.5, suspend_after: float | None = None, delay: float = 0.0
+        self,
+        server: _Server,
+        *,
+        wake_time: float = 0.5,
+        suspend_after: float | None = None,
+        delay: float = 0.0,
+        pooler: _Server | None = None,
+        port: int = 0,
+        on_state: Callable[[State], None] | None = None,
     ) -> None:
         if suspend_after == 0:
             raise ConfigurationError("suspend_after=0 leaves no time to connect. Pass more seconds, or None for never.")
+        if not 0 <= port <= 65535:
+            raise ConfigurationError(f"port={port!r} is not valid. Pass 1 to 65535, or 0 for a free one.")
         self._server = server
+        self._pooler = pooler
+        self._on_state = on_state
+        self._listeners: list[socket.socket] = []
         self._wake_time = _checked_seconds("wake_time", wake_time)
         self._suspend_after = math.inf if suspend_after is None else _checked_seconds("suspend_after", suspend_after)
         self._delay = _checked_seconds("delay", delay)
-        self._state: _State = "new"
+        self._state: State = "new"
         self._frozen = False
         self._refusing = False
         self._wakes = 0
@@ -107,7 +127,8 @@ class LocalEndpoint:
         self._last_activity = -math.inf
         self._timer: asyncio.Handle | None = None
         self._connections: dict[_Connection, None] = {}  # in the order in which they were accepted
-        self._port = 0
+        self._port = port
+        self._pooled_port = 0
 
     def __repr__(self) -> str:
         if self._state == "new":
@@ -143,9 +164,23 @@ class LocalEndpoint:
         Raises:
             LocalEndpointError: The `async with` block is not entered, or has been left.
         """
-        parts = urlsplit(self._server.dsn)
-        netloc = parts.netloc.removesuffix(f":{parts.port}")
-        return parts._replace(netloc=f"{netloc}:{self.port}").geturl()
+        self._require_open()
+        return _with_port(self._server.dsn, self._port)
+
+    @property
+    def pooled_dsn(self) -> str:
+        """The connection string of `pooler` with the port of the relay. Use it together with `trust_anchor`.
+
+        Raises:
+            LocalEndpointError: The endpoint has no `pooler`, or the `async with` block is not entered, or has been
+                left.
+        """
+        self._require_open()
+        if self._pooler is None:
+            raise LocalEndpointError(
+                "This LocalEndpoint has no pooled host. Create one with pooler=LocalPooler(server)."
+            )
+        return _with_port(self._pooler.dsn, self._pooled_port)
 
     @property
     def trust_anchor(self) -> bytes:
@@ -153,7 +188,7 @@ class LocalEndpoint:
         return self._server.trust_anchor
 
     @property
-    def state(self) -> _State:
+    def state(self) -> State:
         """`awake`, `suspended` or `waking`; `new` before the `async with` block and `closed` after it."""
         return self._state
 
@@ -194,18 +229,32 @@ class LocalEndpoint:
         """Start to listen.
 
         Raises:
-            LocalEndpointError: It was entered before.
+            LocalEndpointError: It was entered before, or the port is taken.
         """
         if self._state != "new":
             raise LocalEndpointError("A LocalEndpoint can be entered only once. Create a new one.")
-        self._target = (_ADDRESS, self._server.port)
-        self._loop = asyncio.get_running_loop()
-        self._listener = socket.create_server((_ADDRESS, 0), backlog=_BACKLOG)
-        self._listener.setblocking(False)
-        self._port = self._listener.getsockname()[1]
-        self._loop.add_reader(self._listener, self._accept_connection)
+        server_port, pooler_port = self._server.port, None if self._pooler is None else self._pooler.port
+        self._loop, self._thread = asyncio.get_running_loop(), threading.get_ident()
+        self._port = self._listen(self._port, server_port)
+        if pooler_port is not None:
+            self._pooled_port = self._listen(0, pooler_port)
         self._become_awake()
         return self
+
+    def _listen(self, port: int, target: int) -> int:
+        """Relay what connects to `port` to `target`, and return the port."""
+        try:
+            listener = socket.create_server((_ADDRESS, port), backlog=_BACKLOG)
+        except OSError as error:
+            raise LocalEndpointError(
+                f"Port {port} of {_ADDRESS} cannot be used: {error.strerror}. "
+                "Choose another port, or end the program that uses it."
+            ) from error
+        listener.setblocking(False)
+        self._listeners.append(listener)
+        self._loop.add_reader(listener, self._accept_connection, listener, (_ADDRESS, target))
+        bound: int = listener.getsockname()[1]
+        return bound
 
     async def __aexit__(
         self,
@@ -214,10 +263,11 @@ class LocalEndpoint:
         traceback: TracebackType | None,
     ) -> None:
         """Close every connection and the port."""
-        self.suspend()
-        self._state = "closed"
-        self._loop.remove_reader(self._listener)
-        self._listener.close()
+        self._suspend()
+        self._enter("closed")
+        for listener in self._listeners:
+            self._loop.remove_reader(listener)
+            listener.close()
 
     def suspend(self) -> None:
         """Close every connection and stay suspended until the next connect, also while frozen.
@@ -228,11 +278,7 @@ class LocalEndpoint:
         Raises:
             LocalEndpointError: The `async with` block is not entered, or has been left.
         """
-        self._require_open()
-        self._state = "suspended"
-        self._cancel_timer()
-        for connection in list(self._connections):
-            connection.close(reset=False)
+        self._call(self._suspend)
 
     def cut(self) -> None:
         """Reset every connection (RST), also while frozen.
@@ -242,9 +288,7 @@ class LocalEndpoint:
         Raises:
             LocalEndpointError: The `async with` block is not entered, or has been left.
         """
-        self._require_open()
-        for connection in list(self._connections):
-            connection.close(reset=True)
+        self._call(self._cut)
 
     def freeze(self) -> None:
         """Pass no bytes, close nothing and answer nothing until `thaw()`.
@@ -255,9 +299,7 @@ class LocalEndpoint:
         Raises:
             LocalEndpointError: The `async with` block is not entered, or has been left.
         """
-        self._require_open()
-        self._frozen = True
-        self._update_all()
+        self._call(self._freeze)
 
     def thaw(self) -> None:
         """End `freeze()`. Everything that was held is passed on in order.
@@ -265,10 +307,7 @@ class LocalEndpoint:
         Raises:
             LocalEndpointError: The `async with` block is not entered, or has been left.
         """
-        self._require_open()
-        self._frozen = False
-        self._record_activity()
-        self._update_all()
+        self._call(self._thaw)
 
     def refuse(self) -> None:
         """Reset (RST) each new connection at once until `accept()`.
@@ -292,19 +331,66 @@ class LocalEndpoint:
         self._require_open()
         self._refusing = False
 
+    def _suspend(self) -> None:
+        self._enter("suspended")
+        self._cancel_timer()
+        for connection in list(self._connections):
+            connection.close(reset=False)
+
+    def _cut(self) -> None:
+        for connection in list(self._connections):
+            connection.close(reset=True)
+
+    def _freeze(self) -> None:
+        self._frozen = True
+        self._update_all()
+
+    def _thaw(self) -> None:
+        self._frozen = False
+        self._record_activity()
+        self._update_all()
+
+    def _call(self, action: Callable[[], None]) -> None:
+        """Carry out `action` in the event loop of the endpoint, and return when it is done."""
+        self._require_open()
+        if threading.get_ident() == self._thread:
+            action()
+            return
+        done: concurrent.futures.Future[None] = concurrent.futures.Future()
+
+        def act() -> None:
+            try:
+                done.set_result(action())
+            except BaseException as error:
+                done.set_exception(error)
+                raise
+
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            self._loop.call_soon_threadsafe(act)
+            concurrent.futures.wait([done], _CALL_TIMEOUT)
+        if not done.done():
+            raise LocalEndpointError("The event loop of this LocalEndpoint does not run. Keep it running.")
+        done.result()
+
+    def _enter(self, state: State) -> None:
+        if state != self._state:
+            self._state = state
+            if self._on_state is not None:
+                self._on_state(state)
+
     def _require_open(self) -> None:
         if self._state == "new":
             raise LocalEndpointError("This LocalEndpoint has no port yet. Enter it with `async with` first.")
         if self._state == "closed":
             raise LocalEndpointError("This LocalEndpoint is closed. Create a new one.")
 
-    def _accept_connection(self) -> None:
+    def _accept_connection(self, listener: socket.socket, target: tuple[str, int]) -> None:
         try:
-            client, _ = self._listener.accept()
+            client, _ = listener.accept()
         except (BlockingIOError, ConnectionAbortedError):  # the client has closed it already
             return
         self._connects += 1
-        connection = _Connection(self, self._loop, client, self._target)
+        connection = _Connection(self, self._loop, client, target)
         self._connections[connection] = None
         self._update(connection)
 
@@ -328,13 +414,13 @@ class LocalEndpoint:
             return
         connection.admitted = True
         if self._state == "suspended":
-            self._state = "waking"
             self._wakes += 1
+            self._enter("waking")
             self._set_timer(time.monotonic() + self._wake_time, self._become_awake)
         self._record_activity()
 
     def _become_awake(self) -> None:
-        self._state = "awake"
+        self._enter("awake")
         self._timer = None
         self._record_activity()
         self._update_all()
@@ -351,7 +437,7 @@ class LocalEndpoint:
         if time.monotonic() < due:
             self._set_timer(due, self._suspend_if_idle)
         elif not self._frozen:  # thaw() sets the timer again
-            self.suspend()
+            self._suspend()
 
     def _set_timer(self, due: float, then: Callable[[], None]) -> None:
         """Call `then` at `due` of the monotonic clock and not earlier; timers of uvloop can fire a little too early."""
@@ -550,6 +636,12 @@ class _Direction:
         elif self._writing and not writing:
             self._loop.remove_writer(self._target)
         self._reading, self._writing = reading, writing
+
+
+def _with_port(dsn: str, port: int) -> str:
+    parts = urlsplit(dsn)
+    netloc = parts.netloc.removesuffix(f":{parts.port}")
+    return parts._replace(netloc=f"{netloc}:{port}").geturl()
 
 
 def _configure(sock: socket.socket) -> None:

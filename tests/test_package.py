@@ -35,6 +35,7 @@ FROM_EXTRAS = {
     "fastapi",
     "opentelemetry",
     "prometheus_client",
+    "pytest",
     "platformdirs",
     "rich",
     "sqlalchemy",

@@ -15,8 +15,8 @@ Install it with `pip install neon-async[fastapi]`.
 # No `from __future__ import annotations`: FastAPI evaluates the annotations of dependencies, also of those that are
 # defined in a function.
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Annotated, Literal, TypeAlias, Unpack, cast
 
@@ -44,11 +44,13 @@ __all__ = (
     "pool_of",
     "readiness",
     "transaction",
+    "use_pool",
 )
 
 Lifespan: TypeAlias = Callable[[Starlette], AbstractAsyncContextManager[Mapping[str, object] | None]]
 
 _STATE = "neon_async_pools"
+_SUBSTITUTES = "neon_async_substitutes"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -80,7 +82,9 @@ def lifespan(
 
     @asynccontextmanager
     async def run(app: Starlette) -> AsyncIterator[Mapping[str, object]]:
-        async with create_pool(dsn, trust_anchor=trust_anchor, **options) as pool:
+        substitutes: dict[str, _Pool] = getattr(app.state, _SUBSTITUTES, {})
+        own = None if name in substitutes else create_pool(dsn, trust_anchor=trust_anchor, **options)
+        async with own or nullcontext(substitutes[name]) as pool:
             pools: dict[str, _Pool] = getattr(app.state, _STATE, {})
             if name in pools:
                 raise ConfigurationError(f"The application has a pool {name!r} already. Give this one another name=.")
@@ -96,6 +100,29 @@ def lifespan(
                 del pools[name]
 
     return run
+
+
+@contextmanager
+def use_pool(app: Starlette, pool: _Pool, *, name: str = "default") -> Iterator[None]:
+    """Let `lifespan()` use a pool that exists, in place of its own, for the applications that start in this block.
+
+    It is for tests. The pool is neither opened nor closed by the application:
+
+        def test_order(neon_rollback: neon_async.Pool) -> None:
+            with use_pool(app, neon_rollback), TestClient(app) as client:
+                assert client.post("/orders", json={"item": "tea"}).status_code == 200
+
+    Args:
+        app: The application.
+        pool: The pool.
+        name: The name of the pool that it replaces. Default: `default`.
+    """
+    before: dict[str, _Pool] = getattr(app.state, _SUBSTITUTES, {})
+    setattr(app.state, _SUBSTITUTES, {**before, name: pool})
+    try:
+        yield
+    finally:
+        setattr(app.state, _SUBSTITUTES, before)
 
 
 def pool_of(where: Starlette | HTTPConnection, name: str = "default") -> _Pool:

@@ -93,7 +93,7 @@ class Transaction(ResourceHooks, AsyncpgTransaction):
     ) -> None:
         self._lent = lent(connection)
         search_path = (settings or {}).get("search_path")
-        self._observed = _Observed(connection, _claims(role, settings), readonly=readonly, search_path=search_path)
+        self._observed = _Observed(connection, claims_of(role, settings), readonly=readonly, search_path=search_path)
         super().__init__(cast(Any, self._observed), isolation, readonly, deferrable)
 
     @property
@@ -208,7 +208,7 @@ def _beginning(query: str, claims: Sequence[str]) -> str | None:
     return "; ".join(["BEGIN", *([f"SET TRANSACTION {modes}"] if modes else []), *claims])
 
 
-def _claims(role: str | None, settings: Mapping[str, str] | None) -> list[str]:
+def claims_of(role: str | None, settings: Mapping[str, str] | None) -> list[str]:
     """Return the statements that give a transaction its role and its settings."""
     statements = []
     if role is not None:

@@ -360,7 +360,8 @@ class LocalEndpoint:
 
         def act() -> None:
             try:
-                done.set_result(action())
+                action()
+                done.set_result(None)
             except BaseException as error:
                 done.set_exception(error)
                 raise

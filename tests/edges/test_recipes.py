@@ -12,7 +12,7 @@ import pytest
 
 from neon_async.testing import LocalPostgres
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
 PACKAGES = ["databases", "piccolo", "tortoise"]
 
 # What a local server needs besides, which the string of the console cannot say. And a look at what was opened.

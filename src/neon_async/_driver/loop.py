@@ -37,7 +37,8 @@ class LoopAdapter:
         self.report: TLSReport | None = None
         self.handshake_time = 0.0
         self.revocation: ChainCheck | None = None
-        self._loop = asyncio.get_running_loop()
+        self._loop = loop = asyncio.get_running_loop()
+        self.call_later = loop.call_later  # asyncpg calls it for every statement, and `__getattr__()` would be slow
         self._dialer = dialer
         self._secret: Secret | None = secret
         self._cache = cache

@@ -22,7 +22,7 @@ import asyncpg
 from .._errors import ConnectionLostError, ServerError, WrongMethodError, ends_session, server_error
 from .._neon.effects import Effects, effects_of
 from .._neon.sql import commits, goes_on_after_transaction
-from .._wire.transport import SessionTransport
+from .._wire.transport import SessionTransport, query_message
 from . import holder
 from .losses import (
     CANCEL_TIMED_OUT,
@@ -165,7 +165,7 @@ class SessionProtocol:
             on_failure: Called when it has not, before the connection ends.
         """
         answer = functools.partial(self._take_reset_answer, on_success, on_failure)
-        self._transport.send_ahead(f"BEGIN ISOLATION LEVEL READ COMMITTED; {sql}; COMMIT", answer)
+        self._transport.send_ahead(_reset_message(sql), answer)
 
     def note_reset(self) -> None:
         """Note that a reset was sent, which drops the statements that were prepared in SQL."""
@@ -250,7 +250,8 @@ class SessionProtocol:
         self, state: Any, args: Any, portal_name: str, limit: int, return_extra: bool, timeout: Any
     ) -> Any:
         """Execute a prepared statement."""
-        self._note(*args)
+        if self.mentioned is not None:
+            self._note(*args)
         result = self._asyncpg.bind_execute(state, args, portal_name, limit, return_extra, timeout)
         call = self._run(result, state, timeout)
         effects = self._effects and self._effects.get(state.query)
@@ -472,6 +473,11 @@ _COPY_METHODS = {
     "FROM STDIN": "copy_to_table() or copy_records_to_table()",
     "TO STDOUT": "copy_from_table() or copy_from_query()",
 }
+
+
+@functools.lru_cache(maxsize=8)  # the resets of a pool are all the same
+def _reset_message(sql: str) -> bytes:
+    return query_message(f"BEGIN ISOLATION LEVEL READ COMMITTED; {sql}; COMMIT")
 
 
 def _tag_of(query: str) -> str:

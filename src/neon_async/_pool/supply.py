@@ -327,8 +327,8 @@ class Supply:
         connection, began = slot.holder.connection, time.monotonic()
 
         def note_success() -> None:
-            self.tallies.resets.since(began)
-            slot.heard_at = time.monotonic()
+            slot.heard_at = now = time.monotonic()
+            self.tallies.resets.add(now - began)
 
         def note_failure() -> None:
             self.tallies.reset_failures.since(began)

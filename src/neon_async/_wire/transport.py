@@ -12,6 +12,7 @@ import os
 import socket
 import struct
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias
@@ -51,13 +52,14 @@ class SessionTransport(asyncio.Transport):
         session: What `_driver` keeps for the connection.
     """
 
-    __slots__ = ("_executes", "_held", "_stream", "_transport", "session", "writes")
+    __slots__ = ("_executes", "_flusher", "_held", "_stream", "_transport", "session", "writes")
 
     def __init__(self, transport: asyncio.Transport) -> None:
         # Not super().__init__(): get_extra_info() is the TLS transport's.
         self._transport = transport
         self._stream: Stream | None = None
         self._held = b""  # statements sent ahead that wait to be written together with what follows
+        self._flusher: _Flusher | None = None
         self._executes: int | None = None  # how many Execute messages were written since `flush_executes()`
         self.session: object = None
         self.writes = 0
@@ -107,7 +109,7 @@ class SessionTransport(asyncio.Transport):
         """The failure of the network or of TLS that ended the connection, or None."""
         return None if self._stream is None else self._stream.failure
 
-    def send_ahead(self, sql: str, on_answer: Answer) -> None:
+    def send_ahead(self, sql: str | bytes, on_answer: Answer) -> None:
         """Send a simple Query whose answer the session's protocol never sees, and return at once.
 
         The protocol must be idle: everything that it sent has been answered, and `is_settled` is true. It may send its
@@ -118,17 +120,16 @@ class SessionTransport(asyncio.Transport):
         for the connection, is written together with `sql`: one system call, one TLS record and one packet.
 
         Args:
-            sql: One or several statements, but no COPY.
+            sql: One or several statements, but no COPY; as text, or as `query_message()` returns it.
             on_answer: Called when ReadyForQuery has come. Not called when the connection ends before.
         """
         assert self._stream is not None
         self._stream.waiting.append(on_answer)
         self.writes += 1
         if not self._held:
-            loop = asyncio.get_running_loop()
-            loop.call_soon(loop.call_soon, self._write_held)
-        body = sql.encode() + b"\0"
-        self._held += _HEADER.pack(b"Q", 4 + len(body)) + body
+            self._flusher = self._flusher or _flusher_of(asyncio.get_running_loop())
+            self._flusher.add(self)
+        self._held += sql if isinstance(sql, bytes) else query_message(sql)
 
     async def wait_for_answers(self) -> None:
         """Wait until every statement that was sent ahead has been answered, or the connection has ended."""
@@ -172,23 +173,24 @@ class SessionTransport(asyncio.Transport):
         self.writes += 1
         if self._executes is not None:
             list_of_data = [self._with_flushes(bytes(batch)) for batch in list_of_data]
-        self._write_held()
+        self.write_held()
         self._transport.writelines(list_of_data)
 
-    def _write_held(self) -> None:
+    def write_held(self) -> None:
+        """Write the statements that were sent ahead, if they have not been written together with others."""
         held, self._held = self._held, b""
         if held and not self._transport.is_closing():
             self._transport.write(held)
 
     def write_eof(self) -> None:
-        self._write_held()
+        self.write_held()
         self._transport.write_eof()
 
     def can_write_eof(self) -> bool:
         return self._transport.can_write_eof()
 
     def close(self) -> None:
-        self._write_held()
+        self.write_held()
         self._transport.close()
 
     def abort(self) -> None:
@@ -250,6 +252,48 @@ class SessionTransport(asyncio.Transport):
 
     def get_extra_info(self, name: str, default: Any = None) -> Any:
         return self._transport.get_extra_info(name, default)
+
+
+def query_message(sql: str) -> bytes:
+    """Return the message of a simple Query."""
+    body = sql.encode() + b"\0"
+    return _HEADER.pack(b"Q", 4 + len(body)) + body
+
+
+class _Flusher:
+    """Writes what the transports of one event loop hold two iterations later, all of an iteration together."""
+
+    __slots__ = ("_loop", "_transports")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = weakref.ref(loop)
+        self._transports: list[SessionTransport] = []
+
+    def add(self, transport: SessionTransport) -> None:
+        """Write what `transport` holds two iterations from now."""
+        if not self._transports:
+            loop = self._loop()
+            assert loop is not None
+            loop.call_soon(self._wait_once_more, loop)
+        self._transports.append(transport)
+
+    def _wait_once_more(self, loop: asyncio.AbstractEventLoop) -> None:
+        transports, self._transports = self._transports, []
+        loop.call_soon(self._flush, transports)
+
+    def _flush(self, transports: list[SessionTransport]) -> None:
+        for transport in transports:
+            transport.write_held()
+
+
+_flushers: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Flusher] = weakref.WeakKeyDictionary()
+
+
+def _flusher_of(loop: asyncio.AbstractEventLoop) -> _Flusher:
+    flusher = _flushers.get(loop)
+    if flusher is None:
+        flusher = _flushers[loop] = _Flusher(loop)
+    return flusher
 
 
 class _ReadBuffer(threading.local):
@@ -379,6 +423,8 @@ class Stream(asyncio.BufferedProtocol):
         self._ended = self._transport.is_closing()  # what the answer led to
 
     def _release(self) -> None:
+        if not self._waiters:
+            return
         waiters, self._waiters = self._waiters, []
         for waiter in waiters:
             if not waiter.done():

@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import ast
-import asyncio
 import importlib.metadata
 import importlib.resources
 import inspect
-import os
 import pkgutil
 import re
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
-from types import FunctionType
 from typing import Any
 
 import pytest
-import sqlalchemy
 
 import neon_async
 import neon_async.sqlalchemy
-from neon_async.testing import LocalPostgres
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -162,70 +157,3 @@ def test_the_tree_of_errors_in_the_readme_is_that_of_the_package() -> None:
     assert {name: other.rpartition(".")[2] for name, other in also} == {
         error.__name__: error.__bases__[1].__name__ for error in errors if len(error.__bases__) > 1
     }
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The code in the README, run against a real server
-
-
-def readme_code() -> list[Any]:
-    """Return the README's blocks of Python, each after as many empty lines as are above it, for line numbers."""
-    blocks = re.finditer(r"```python\n(.*?)```", README, re.DOTALL)
-    above = [(README.count("\n", 0, block.start(1)), block[1]) for block in blocks]
-    return [pytest.param("\n" * lines + code, id=f"line {lines + 1}") for lines, code in above]
-
-
-def run(code: str, names: dict[str, Any]) -> None:
-    """Run `code` with `names` as its globals. It may await at the top level, as in asyncio's REPL."""
-    compiled = compile(code, "README.md", "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
-    outcome = FunctionType(compiled, names)()
-    if inspect.iscoroutine(outcome):
-        asyncio.run(outcome)
-
-
-async def open_accounts(postgres: LocalPostgres) -> None:
-    connection = await neon_async.connect(postgres.dsn, trust_anchor=postgres.trust_anchor)
-    await connection.execute("DROP TABLE IF EXISTS accounts; CREATE TABLE accounts (id int, balance int)")
-    await connection.execute("INSERT INTO accounts VALUES (1, 100), (2, 0)")
-    await connection.close()
-
-
-@pytest.fixture
-def names(postgres: LocalPostgres, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """Return the names that the README's code uses. The only change is the trust anchor: the CA of the test server."""
-    asyncio.run(open_accounts(postgres))
-    for module, name in (
-        (neon_async, "connect"),
-        (neon_async, "create_pool"),
-        (neon_async, "patch_asyncpg"),
-        (neon_async.sqlalchemy, "create_async_engine"),
-    ):
-        genuine = getattr(module, name)
-
-        def trusting(*args: Any, genuine: Any = genuine, **keywords: Any) -> Any:
-            if not isinstance(next(iter(args), None), neon_async.Pool):  # which trusts it already
-                keywords.setdefault("trust_anchor", postgres.trust_anchor)
-            return genuine(*args, **keywords)
-
-        monkeypatch.setattr(module, name, trusting)
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "root.pem").write_bytes(postgres.trust_anchor)
-    monkeypatch.setenv("DATABASE_URL", postgres.dsn)
-    names = {"__name__": "__main__", "dsn": postgres.dsn, "neon_async": neon_async, "os": os}
-    # What an earlier block imports.
-    return names | {"create_async_engine": neon_async.sqlalchemy.create_async_engine, "sqlalchemy": sqlalchemy}
-
-
-@pytest.mark.parametrize("code", readme_code())
-def test_the_code_in_the_readme_runs(code: str, names: dict[str, Any]) -> None:
-    run(code, names)
-
-
-def test_the_first_example_accepts_the_string_of_the_console(
-    names: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("DATABASE_URL", names["dsn"] + "&sslmode=require&channel_binding=require")
-    run(readme_code()[0].values[0], names)
-    output = capsys.readouterr().out
-    assert "PostgreSQL " in output
-    assert "TLSv1.3" in output

@@ -1,0 +1,320 @@
+"""Every block of code in README.md, on the site and in docstrings does what its page says."""
+
+from __future__ import annotations
+
+import ast
+import asyncio
+import contextlib
+import importlib
+import inspect
+import logging
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+import textwrap
+import tomllib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FunctionType
+from typing import Annotated, Any
+
+import alembic.config
+import fastapi
+import pydantic
+import pytest
+import sqlalchemy
+from aiohttp import web
+from support.documents import ROOT, Block, blocks, blocks_in, docstring_blocks
+from support.probes import connected
+from support.services import served_by_aiohttp, served_by_uvicorn
+
+import neon_async
+import neon_async.aiohttp
+import neon_async.fastapi
+import neon_async.sqlalchemy
+from neon_async.testing import LocalPostgres
+
+# Each language, and what is done with its blocks. Text and diagrams are no code.
+TRIED = {"python", "diff", "sql", "sh"}
+NOT_CODE = {"text", "mermaid"}
+# The blocks of these need a PgBouncer.
+POOLERS = re.compile(r"\bLocalPooler\(")
+
+
+def cases(found: list[Block]) -> list[Any]:
+    return [pytest.param(block, id=block.where) for block in found]
+
+
+def test_every_block_is_in_a_language_that_is_tried() -> None:
+    site = [block for block in blocks() if block.page != "README.md"]
+    assert [block.where for block in site if block.language not in TRIED | NOT_CODE] == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Python
+
+
+def run(code: str, page: str, names: dict[str, Any]) -> None:
+    """Run `code` with `names` as its globals. It may await at the top level, as in asyncio's REPL."""
+    compiled = compile(code, page, "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True)
+    outcome = FunctionType(compiled, names)()
+    if inspect.iscoroutine(outcome):
+        asyncio.run(outcome)
+
+
+def trust(monkeypatch: pytest.MonkeyPatch, anchor: bytes) -> None:
+    """Let everything that connects trust the CA of the test server: what the DSN of a compute at Neon does not need."""
+    for module, name in (
+        (neon_async, "connect"),
+        (neon_async, "create_pool"),
+        (neon_async, "listen"),
+        (neon_async, "patch_asyncpg"),
+        (neon_async.aiohttp, "pool_context"),
+        (neon_async.fastapi, "lifespan"),
+        (neon_async.sqlalchemy, "create_async_engine"),
+    ):
+        genuine = getattr(module, name)
+
+        def trusting(*args: Any, genuine: Any = genuine, **keywords: Any) -> Any:
+            if not isinstance(next(iter(args), None), neon_async.Pool):  # which trusts it already
+                keywords.setdefault("trust_anchor", anchor)
+            return genuine(*args, **keywords)
+
+        monkeypatch.setattr(module, name, trusting)
+
+
+async def prepare(postgres: LocalPostgres, statements: list[str]) -> None:
+    async with connected(postgres) as connection:
+        await connection.execute("DROP TABLE IF EXISTS accounts, orders, notes; DROP ROLE IF EXISTS app_user")
+        await connection.execute("CREATE TABLE accounts (id int, balance int)")
+        await connection.execute("INSERT INTO accounts VALUES (1, 100), (2, 0)")
+        await connection.execute("CREATE TABLE orders (id int GENERATED ALWAYS AS IDENTITY, item text)")
+        for statement in statements:
+            await connection.execute(statement)
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """A folder that every user can enter, as PostgreSQL does where the tests run as root."""
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o755)
+        yield Path(name)
+
+
+@pytest.fixture
+def names(
+    request: pytest.FixtureRequest, postgres: LocalPostgres, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> dict[str, Any]:
+    """The names that the blocks use, and the database, the folder and the environment in which they are run."""
+    block: Block = request.getfixturevalue("block")
+    asyncio.run(prepare(postgres, [other.code for other in blocks_in("sql") if other.page == block.page]))
+    trust(monkeypatch, postgres.trust_anchor)
+    monkeypatch.chdir(folder)
+    (folder / "root.pem").write_bytes(postgres.trust_anchor)
+    # The string of the console, which code must harden; `dsn` is one that has been.
+    monkeypatch.setenv("DATABASE_URL", f"{postgres.dsn}&sslmode=require&channel_binding=require")
+    names = {"__name__": "__main__", "dsn": postgres.dsn, "neon_async": neon_async, "os": os}
+    # What an earlier block of the README imports.
+    return names | {"create_async_engine": neon_async.sqlalchemy.create_async_engine, "sqlalchemy": sqlalchemy}
+
+
+@pytest.mark.parametrize("block", cases(blocks_in("python")))
+def test_a_block_of_python_runs(block: Block, names: dict[str, Any], request: pytest.FixtureRequest) -> None:
+    if POOLERS.search(block.code):
+        request.getfixturevalue("pgbouncer_installed")
+    if "DATABASE_URL" in block.code and "verify-full" not in block.code:  # a page that shows what it does with it
+        os.environ["DATABASE_URL"] = names["dsn"]
+    run(block.code, block.page, names)
+    AFTERWARDS[block.title](names)
+
+
+def nothing(names: dict[str, Any]) -> None:
+    """The block has done everything itself."""
+
+
+def serve(names: dict[str, Any]) -> None:
+    """Start the application, ask each of its GET routes, and order something where it takes orders."""
+    asyncio.run(ask_everything(names["app"]))
+
+
+async def ask_everything(app: Any) -> None:
+    serving: Callable[[Any], Any] = served_by_aiohttp if isinstance(app, web.Application) else served_by_uvicorn
+    async with serving(app) as client:
+        paths = paths_of(app)
+        if "/orders/{item}" in paths:
+            assert (await client.post("/orders/tea")).status_code == 200
+            assert (await client.get("/orders")).json() == ["tea"]
+        for path in sorted(paths):
+            if "{" not in path:
+                assert (await client.get(path)).status_code == 200, path
+
+
+def paths_of(app: Any) -> set[str]:
+    if isinstance(app, web.Application):
+        return {str(resource.canonical) for resource in app.router.resources()}
+    return {route.path for route in app.routes if not isinstance(route, fastapi.routing.Mount)}
+
+
+def handle(names: dict[str, Any]) -> None:
+    """Call the handler twice, as a process that serves one request after the other."""
+    for _ in range(2):
+        assert names["handler"]({}, None) == 1
+    if "loop" in names:
+        names["loop"].run_until_complete(names["pool"].close())
+        names["loop"].close()
+
+
+def work(names: dict[str, Any]) -> None:
+    """Let the worker take what is there, and what is ordered later."""
+    asyncio.run(order_and_wait(names))
+
+
+async def order_and_wait(names: dict[str, Any]) -> None:
+    async with neon_async.create_pool(os.environ["DATABASE_URL"], sslmode="verify-full") as pool:
+        await pool.execute("INSERT INTO orders (item) VALUES ('tea')")
+        working = asyncio.ensure_future(names["main"]())
+        for item in ("coffee", "milk"):
+            await until_none_is_left(pool, working)
+            await pool.execute("INSERT INTO orders (item) VALUES ($1)", item)
+            await pool.execute("NOTIFY orders")
+        await until_none_is_left(pool, working)
+        working.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await working
+
+
+async def until_none_is_left(pool: neon_async.Pool, working: asyncio.Future[Any]) -> None:
+    async with asyncio.timeout(20):
+        while await pool.fetchval("SELECT count(*) FROM orders"):
+            assert not working.done()
+            await asyncio.sleep(0.02)
+
+
+AFTERWARDS: dict[str, Callable[[dict[str, Any]], None]] = {
+    "": nothing,
+    "database.py": nothing,
+    "handler.py": handle,
+    "main.py": serve,
+    "script.py": nothing,
+    "worker.py": work,
+}
+
+
+@pytest.fixture(autouse=True)
+def no_log_handler_is_left() -> Iterator[None]:
+    logger = logging.getLogger("neon_async")
+    before, level = list(logger.handlers), logger.level
+    yield
+    assert logger.handlers == before
+    logger.setLevel(level)
+
+
+def test_the_first_example_accepts_the_string_of_the_console(
+    postgres: LocalPostgres, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    [first] = [block for block in blocks_in("python") if block.page == "docs/index.md"]
+    trust(monkeypatch, postgres.trust_anchor)
+    monkeypatch.setenv("DATABASE_URL", f"{postgres.dsn}&sslmode=require&channel_binding=require")
+    run(first.code, first.page, {"__name__": "__main__"})
+    assert "PostgreSQL " in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What replaces the code of another library
+
+
+def side(block: Block, sign: str) -> str:
+    """Return what the code was (`-`) or becomes (`+`)."""
+    lines = [line for line in block.code.splitlines() if line[:1] in ("", " ", sign)]
+    return "\n".join(line[1:] for line in lines)
+
+
+@pytest.mark.parametrize("block", cases(blocks_in("diff")))
+def test_a_diff_leads_from_code_that_compiles_to_code_that_runs(block: Block, names: dict[str, Any]) -> None:
+    compile(side(block, "-"), block.page, "exec", dont_inherit=True)
+    run(side(block, "+"), block.page, names)
+    asyncio.run(names["main"]())
+
+
+@pytest.mark.parametrize("block", cases(blocks_in("diff")))
+def test_every_line_of_a_diff_has_a_sign(block: Block) -> None:
+    assert {line[:1] for line in block.code.splitlines() if line} <= {" ", "-", "+"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Shell
+
+
+@pytest.mark.parametrize("block", cases(blocks_in("sh")))
+def test_a_command_can_be_given(block: Block) -> None:
+    for line in block.code.strip().splitlines():
+        for command in line.split(" && "):
+            check_command(shlex.split(command))
+
+
+def check_command(words: list[str]) -> None:
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        extras = tomllib.load(file)["project"]["optional-dependencies"]
+    match words:
+        case ["pip", "install", *what] | ["python", "-m", "pip", "install", *what]:
+            asked = [extra for word in what for found in re.findall(r"\[(.*)\]", word) for extra in found.split(",")]
+            assert set(asked) <= set(extras)
+        case ["python", "-m", "pytest"]:
+            pass
+        case ["python", script, *_] if (ROOT / script).is_file():
+            pass
+        case ["neon-async", command, *_]:
+            found = subprocess.run(
+                [sys.executable, "-m", "neon_async", command, "--help"], capture_output=True, check=False
+            )
+            assert found.returncode == 0, found.stderr
+        case _:
+            pytest.fail(f"nobody has tried this command: {words}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Docstrings
+
+
+class Item(pydantic.BaseModel):
+    name: str
+
+
+class User(pydantic.BaseModel):
+    id: str = "7"
+
+
+class WorkIsDoneError(Exception):
+    pass
+
+
+async def work_off_the_queue() -> None:
+    raise WorkIsDoneError
+
+
+@pytest.mark.parametrize("block", cases(list(docstring_blocks())))
+def test_the_code_of_a_docstring_runs(block: Block, names: dict[str, Any], request: pytest.FixtureRequest) -> None:
+    if POOLERS.search(block.code):
+        request.getfixturevalue("pgbouncer_installed")
+    module = importlib.import_module(block.page.removeprefix("src/").removesuffix(".py").replace("/", "."))
+    if "def test_" in block.code:  # a test, which the tests of the plugin run
+        compile(block.code, block.page, "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True)
+        return
+    public = {name: getattr(module, name) for name in getattr(module, "__all__", ())}
+    names |= {name: getattr(neon_async, name) for name in neon_async.__all__} | public
+    testing = importlib.import_module("neon_async.testing")
+    names |= {name: getattr(testing, name) for name in testing.__all__}
+    names |= {
+        "Annotated": Annotated,
+        "CurrentUser": Annotated[User, fastapi.Depends(User)],
+        "FastAPI": fastapi.FastAPI,
+        "Item": Item,
+        "config": alembic.config.Config(),
+        "web": web,
+        "work_off_the_queue": work_off_the_queue,
+    }
+    with contextlib.suppress(WorkIsDoneError):
+        run(textwrap.dedent(block.code), block.page, names)

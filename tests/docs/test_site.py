@@ -1,0 +1,53 @@
+"""The site is built without a warning: every link and anchor leads somewhere, and machines get it as Markdown."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support.documents import DOCUMENTS, ROOT
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The site as it is published. `.ci/run` installs the extra `docs`; a developer's machine may not have it."""
+    if importlib.util.find_spec("mkdocs") is None:
+        complaint = "needs MkDocs: python -m pip install -e '.[docs]'"
+        pytest.fail(complaint) if os.environ.get("NEON_ASYNC_TEST_SITE") else pytest.skip(complaint)
+    folder = tmp_path_factory.mktemp("site")
+    finished = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", folder],
+        cwd=ROOT,
+        env=os.environ | {"NO_MKDOCS_2_WARNING": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stderr
+    return folder
+
+
+def test_every_page_is_built(site: Path) -> None:
+    pages = [path.relative_to(ROOT / "docs") for path in DOCUMENTS if path.is_relative_to(ROOT / "docs")]
+    assert len(pages) >= 18
+    built = [page.with_suffix("") for page in pages if page.name != "index.md"]
+    assert [page for page in built if not (site / page / "index.html").is_file()] == []
+
+
+def test_the_reference_shows_signatures_and_docstrings(site: Path) -> None:
+    reference = (site / "reference" / "index.html").read_text(encoding="utf-8")
+    for anchor in ("neon_async.create_pool", "neon_async.fastapi.lifespan", "neon_async.testing.LocalEndpoint"):
+        assert f'id="{anchor}"' in reference
+    assert "Opening the pool connects only where" in reference
+
+
+def test_machines_get_the_site_as_markdown(site: Path) -> None:
+    index, full = ((site / name).read_text(encoding="utf-8") for name in ("llms.txt", "llms-full.txt"))
+    assert index.startswith("# neon-async\n")
+    assert "settings/index.md" in index
+    for text in ("connect_timeout", "CommitUnknownError", "add_exception_handlers"):
+        assert text in full

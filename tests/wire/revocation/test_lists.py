@@ -6,6 +6,7 @@ import datetime
 import random
 import tracemalloc
 from collections.abc import Callable
+from hashlib import blake2b
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from support.crls import crl, long_crl, point, scope
 from neon_async import ISRG_ROOT_X1_SHA256
 from neon_async._wire.revocation.lists import (
     ListRefusedError,
+    RevocationList,
     Source,
     objection_to,
     read_certificate,
@@ -212,6 +214,14 @@ def test_a_list_answers_as_a_set_does(serials: set[int], other: int) -> None:
     found = read(crl(CA, *serials, also=HERE))
     assert all(serial in found for serial in serials)
     assert (other in found) == (other in serials)
+
+
+def test_a_digest_that_stands_across_two_entries_is_on_no_list() -> None:
+    digest = blake2b(bytes([5]), digest_size=8).digest()
+    across = RevocationList(1, NOW, NOW + DAY, bytes(3) + digest + bytes(5))
+    assert (across.entries, 5 in across) == (2, False)
+    behind = RevocationList(1, NOW, NOW + DAY, bytes(3) + digest + bytes(5) + digest)
+    assert (behind.entries, 5 in behind) == (3, True)
 
 
 def test_a_list_of_20000_entries_keeps_8_bytes_for_each() -> None:

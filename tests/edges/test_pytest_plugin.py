@@ -118,10 +118,10 @@ def test_another_endpoint(neon_endpoint):
 def test_a_pool_is_used_by_one_event_loop_after_the_other(tmp_path: Path) -> None:
     test = """
 import asyncio
-import threading
 import pytest
+import trio
 from anyio.from_thread import start_blocking_portal
-from neon_async import UnsupportedEventLoopError
+from neon_async import PoolClosedError, UnsupportedEventLoopError
 
 async def one(pool):
     return await pool.fetchval("SELECT 1")
@@ -150,12 +150,48 @@ def test_a_loop_that_is_blocked(neon_pool):
                 portal.call(one, neon_pool)
     asyncio.run(blocked())
 
+def test_to_and_fro(neon_pool):
+    with start_blocking_portal() as one_loop, start_blocking_portal() as other_loop:
+        for _ in range(5):
+            assert one_loop.call(one, neon_pool) == other_loop.call(one, neon_pool) == 1
+
+def test_a_pool_that_the_code_under_test_closes_stays_closed(neon_pool):
+    async def closed():
+        async with neon_pool:
+            await one(neon_pool)
+        with pytest.raises(PoolClosedError):
+            await one(neon_pool)
+        async with neon_pool:
+            await one(neon_pool)
+    asyncio.run(closed())
+    assert asyncio.run(one(neon_pool)) == 1
+
+def test_trio(neon_pool):
+    with pytest.raises(UnsupportedEventLoopError, match="trio"):
+        trio.run(one, neon_pool)
+
+def test_cancelled_when_it_opens(neon_pool):
+    async def cancelled():
+        for cycles in range(4):
+            task = asyncio.ensure_future(one(neon_pool))
+            for _ in range(cycles):
+                await asyncio.sleep(0)
+            task.cancel()
+            await asyncio.wait([task])
+        return await one(neon_pool)
+    assert asyncio.run(cancelled()) == 1
+
+def test_opened_only(neon_pool):
+    async def opened():
+        await neon_pool
+    asyncio.run(opened())
+
 def test_a_rollback_pool_stays_in_one_loop(neon_rollback):
     assert asyncio.run(one(neon_rollback)) == 1
     with pytest.raises(RuntimeError, match="with TestClient"):
         asyncio.run(one(neon_rollback))
 """
-    assert passed(run_pytest(tmp_path, test_loops=test)) == 5
+    assert passed(run_pytest(tmp_path, test_loops=test)) == 10
 
 
 def test_the_synchronous_client_of_fastapi(tmp_path: Path) -> None:

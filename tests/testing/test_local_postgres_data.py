@@ -91,6 +91,7 @@ def test_data_password_and_certificate_are_kept_in_the_folder(home: Path, tmp_pa
         assert ask(server, tmp_path, "SHOW fsync") == "on"
     marker = folder / "local-postgres.json"
     assert marker.stat().st_mode & 0o777 == 0o600
+    assert (folder / ".gitignore").read_text() == "*\n"
 
     with running(LocalPostgres(schema=schema, data_dir=folder)) as server:  # the schema is not run again
         assert (server.dsn.partition("@")[0], server.trust_anchor) == credentials

@@ -131,6 +131,14 @@ async def test_a_statement_that_fails_does_not_end_the_transaction_of_the_test(
     assert await rows(pool) == [1, 2]
 
 
+async def test_a_statement_that_a_migration_made_stale_runs_again(pool: RollbackPool) -> None:
+    query = "SELECT * FROM t WHERE n > $1"
+    await pool.execute("INSERT INTO t VALUES (1)")
+    assert len(await pool.fetch(query, 0)) == 1
+    await pool.execute("ALTER TABLE t ADD m int DEFAULT 7")
+    assert [tuple(row) for row in await pool.fetch(query, 0)] == [(1, 7)]
+
+
 async def test_a_statement_that_is_cancelled_does_not_end_the_transaction_of_the_test(pool: RollbackPool) -> None:
     await pool.execute("INSERT INTO t VALUES (1)")
     async with pool.acquire() as connection:

@@ -385,13 +385,9 @@ def _can_pass(error: BaseException) -> bool:
     return isinstance(error, _CAN_PASS)
 
 
-_CAN_PASS = (
-    asyncpg.SerializationError,
-    asyncpg.DeadlockDetectedError,
-    asyncpg.InvalidCachedStatementError,
-    asyncpg.OutdatedSchemaCacheError,
-    StaleStatementError,
-)
+# What says that a prepared statement was stale. The next use prepares it again.
+STALE_STATEMENT = (asyncpg.InvalidCachedStatementError, asyncpg.OutdatedSchemaCacheError, StaleStatementError)
+_CAN_PASS = (asyncpg.SerializationError, asyncpg.DeadlockDetectedError, *STALE_STATEMENT)
 
 
 def _pause(number: int) -> float:

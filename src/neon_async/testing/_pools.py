@@ -6,11 +6,13 @@ This module must not know pytest, and not how servers are started.
 # No `from __future__ import annotations`: see `_pool/options.py`.
 
 import asyncio
+import contextlib
 from collections.abc import AsyncGenerator, Mapping
 from typing import Any, cast
 
 from .._config.readers import LIMIT
-from .._errors import NeonAsyncError, UnsupportedEventLoopError
+from .._driver.connector import require_asyncio
+from .._errors import NeonAsyncError, PoolClosedError, UnsupportedEventLoopError
 from .._pool.pool import Pool, create_pool
 from ._rollback import RollbackConnection
 
@@ -34,30 +36,35 @@ class RollbackError(NeonAsyncError, RuntimeError):
 class SelfOpeningPool(Pool[Any]):
     """A pool that opens at its first use, and again where it is used in another event loop.
 
+    Where it is closed by the code under test, it stays closed in this event loop, as any pool does.
+
     It is closed before the event loop ends, by `loop.shutdown_asyncgens()`, which `asyncio.run()` and `asyncio.Runner`
     call. So every runner of tests can use it, and none leaves a connection open.
     """
 
     _opened_in: asyncio.AbstractEventLoop | None = None
+    _opening: tuple[asyncio.AbstractEventLoop, asyncio.Lock] | None = None
     _guard: AsyncGenerator[None, None] | None = None
-    _opening: asyncio.Lock | None = None
+    _life: object = None
 
     async def _lend(self, timeout: float | None) -> Any:
-        if self._opened_in is not asyncio.get_running_loop() or self.is_closing():
-            await self._open_here()
-        return await super()._lend(timeout)
-
-    async def _open_here(self) -> None:
+        require_asyncio()
         loop = asyncio.get_running_loop()
         if self._opened_in is not loop:
+            await self._open_in(loop)
+        return await super()._lend(timeout)
+
+    async def _open_in(self, loop: asyncio.AbstractEventLoop) -> None:
+        if self._opening is None or self._opening[0] is not loop:
+            self._opening = loop, asyncio.Lock()
+        async with self._opening[1]:
+            if self._opened_in is loop:
+                return  # by another task
             await self._leave_other_loop()
-            self._opened_in, self._opening = loop, asyncio.Lock()
-        assert self._opening is not None
-        async with self._opening:
-            if self._guard is None or self.is_closing():
-                await self
-                self._guard = self._close_with_loop()
-                await anext(self._guard)
+            await self
+            self._opened_in, self._life = loop, object()
+            self._guard = self._close_with_loop(self._life)
+            await anext(self._guard)
 
     async def _leave_other_loop(self) -> None:
         """Close the pool in the event loop that has it, unless that one still uses a connection.
@@ -65,7 +72,7 @@ class SelfOpeningPool(Pool[Any]):
         Raises:
             UnsupportedEventLoopError: The other event loop uses the pool.
         """
-        other, self._guard = self._opened_in, None
+        other = self._opened_in
         if other is None or self.is_closing():
             return
         if other.is_running() and self.stats().in_use:
@@ -83,17 +90,17 @@ class SelfOpeningPool(Pool[Any]):
             "coroutine; let the tests and the application run in one event loop."
         )
 
-    async def _close_with_loop(self) -> AsyncGenerator[None, None]:
+    async def _close_with_loop(self, life: object) -> AsyncGenerator[None, None]:
         try:
             yield
         finally:
-            if self._opened_in is asyncio.get_running_loop():
+            if self._life is life:  # else it has been opened elsewhere since
                 self.terminate()
                 await asyncio.sleep(0)  # the transports close
 
     def end(self) -> None:
         """Terminate the pool, where it was ever opened. No event loop is needed."""
-        if self._opened_in is not None:
+        with contextlib.suppress(PoolClosedError):
             self.terminate()
 
 

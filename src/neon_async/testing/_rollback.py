@@ -7,15 +7,18 @@ nothing else, as in production. This module must not know pools.
 # No `from __future__ import annotations`: see `_pool/options.py`.
 
 import contextlib
+import functools
 import re
-from collections.abc import AsyncIterator, Mapping
-from typing import Any
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from typing import Any, TypeVar
 
 from .._driver.connection import Connection
 from .._driver.holder import protocol_of, send
-from .._driver.transaction import Transaction, claims_of
+from .._driver.transaction import STALE_STATEMENT, Transaction, claims_of
 from .._errors import ConfigurationError, ConnectionLostError
 from .._neon.sql import quote
+
+_T = TypeVar("_T")
 
 # Statements that would end the transaction around the test. Any other place of them in a text is found afterwards.
 _TRANSACTION_CONTROL = re.compile(
@@ -94,58 +97,55 @@ class RollbackConnection(Connection[Any]):
                 f"{query.split()[0].upper()} would end the transaction that neon_rollback rolls back. "
                 "Use `async with connection.transaction():`, or neon_pool for a test of this statement."
             )
-        async with self._as_committed():
-            return await super().execute(query, *args, timeout=timeout)
+        return await self._as_committed(functools.partial(super().execute, query, *args, timeout=timeout))
 
     async def executemany(self, command: str, args: Any, *, timeout: float | None = None, **options: Any) -> Any:
-        async with self._as_committed():
-            return await super().executemany(command, args, timeout=timeout, **options)
+        return await self._as_committed(
+            functools.partial(super().executemany, command, args, timeout=timeout, **options)
+        )
 
     async def fetch(self, query: str, *args: Any, **options: Any) -> Any:
-        async with self._as_committed():
-            return await super().fetch(query, *args, **options)
+        return await self._as_committed(functools.partial(super().fetch, query, *args, **options))
 
     async def fetchval(self, query: str, *args: Any, **options: Any) -> Any:
-        async with self._as_committed():
-            return await super().fetchval(query, *args, **options)
+        return await self._as_committed(functools.partial(super().fetchval, query, *args, **options))
 
     async def fetchrow(self, query: str, *args: Any, **options: Any) -> Any:
-        async with self._as_committed():
-            return await super().fetchrow(query, *args, **options)
+        return await self._as_committed(functools.partial(super().fetchrow, query, *args, **options))
 
     async def fetchmany(self, query: str, args: Any, *, timeout: float | None = None, **options: Any) -> Any:
-        async with self._as_committed():
-            return await super().fetchmany(query, args, timeout=timeout, **options)
+        return await self._as_committed(functools.partial(super().fetchmany, query, args, timeout=timeout, **options))
 
     async def copy_from_query(self, query: str, *args: Any, **options: Any) -> Any:
-        async with self._as_committed():
-            return await super().copy_from_query(query, *args, **options)
+        return await self._as_committed(functools.partial(super().copy_from_query, query, *args, **options))
 
     async def copy_from_table(self, table_name: str, **options: Any) -> Any:
-        async with self._as_committed():
-            return await super().copy_from_table(table_name, **options)
+        return await self._as_committed(functools.partial(super().copy_from_table, table_name, **options))
 
     async def copy_to_table(self, table_name: str, **options: Any) -> Any:
-        async with self._as_committed():
-            return await super().copy_to_table(table_name, **options)
+        return await self._as_committed(functools.partial(super().copy_to_table, table_name, **options))
 
     async def copy_records_to_table(self, table_name: str, **options: Any) -> Any:
-        async with self._as_committed():
-            return await super().copy_records_to_table(table_name, **options)
+        return await self._as_committed(functools.partial(super().copy_records_to_table, table_name, **options))
 
-    @contextlib.asynccontextmanager
-    async def _as_committed(self) -> AsyncIterator[None]:
+    async def _as_committed(self, call: Callable[[], Awaitable[_T]]) -> _T:
         """Run one statement. Outside of a block it is committed or rolled back on its own.
 
         Raises:
             ConfigurationError: The statement has ended the transaction around the test.
         """
         if self._outer is None or self.block is not None:
-            yield
-        else:
-            async with self.transaction():
-                yield
-                self._require_outer()
+            return await call()
+        try:
+            return await self._in_block(call)
+        except STALE_STATEMENT:  # it has aborted the savepoint, and could not be healed in there
+            return await self._in_block(call)
+
+    async def _in_block(self, call: Callable[[], Awaitable[_T]]) -> _T:
+        async with self.transaction():
+            result = await call()
+            self._require_outer()
+        return result
 
     def _require_outer(self) -> None:
         if not self.is_closed() and not super().is_in_transaction():
@@ -234,7 +234,7 @@ class _Block(Transaction):
         await self._restore()
 
     @contextlib.contextmanager
-    def _ending(self) -> Any:
+    def _ending(self) -> Iterator[None]:
         try:
             yield
         finally:

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 import neon_async
-from neon_async._pool.health import HealthLog
+from neon_async._pool.health_log import HealthLog
 
 PUBLIC = [(name, getattr(neon_async, name)) for name in neon_async.__all__]
 CLASSES = [pytest.param(name, value, id=name) for name, value in PUBLIC if isinstance(value, type)]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib as _importlib
+import typing as _typing
+
 from ._config.dsn import harden_dsn
 from ._config.roots import ISRG_ROOT_X1_SHA256, LETS_ENCRYPT_ROOTS
 from ._driver.connect import connect
 from ._driver.connection import Connection
 from ._driver.connector import connection_tls_report
-from ._driver.listen import Gap, Listener, Notification, listen
 from ._errors import (
     AuthenticationError,
     CertificateError,
@@ -45,13 +47,15 @@ from ._errors import (
     is_unavailable,
 )
 from ._neon.endpoint import Endpoint
-from ._patch import AsyncpgPatch, patch_asyncpg
-from ._pool.health import PoolHealth
 from ._pool.pool import Pool, create_pool
-from ._pool.stats import PoolStats
-from ._wire.chain import ChainCertificate
-from ._wire.revocation.report import RevocationReport
-from ._wire.tls import TLSReport, create_ssl_context
+from ._wire.tls import create_ssl_context
+
+if _typing.TYPE_CHECKING:
+    from ._driver.listen import Gap, Listener, Notification, listen
+    from ._patch import AsyncpgPatch, patch_asyncpg
+    from ._pool.health import PoolHealth
+    from ._pool.stats import PoolStats
+    from ._wire.report import ChainCertificate, RevocationReport, TLSReport
 
 __version__ = "0.1.0"
 
@@ -114,6 +118,18 @@ __all__ = (
 )
 
 
+# What most services do not need at their start, by its module, which is imported when it is used first (PEP 562). The
+# names of the modules stand here without the underscore that they begin with.
+_LATER = {
+    "driver.listen": ("Gap", "Listener", "Notification", "listen"),
+    "patch": ("AsyncpgPatch", "patch_asyncpg"),
+    "pool.health": ("PoolHealth",),
+    "pool.stats": ("PoolStats",),
+    "wire.report": ("ChainCertificate", "RevocationReport", "TLSReport"),
+}
+_MODULE_OF = {name: module for module, names in _LATER.items() for name in names}
+
+
 def _publish(name: str) -> None:
     """Let a public class or function name this package as its module, in tracebacks, reprs and pickles."""
     # typing.get_type_hints() evaluates strings in the namespace of `__module__`, where they may mean nothing. So the
@@ -123,5 +139,22 @@ def _publish(name: str) -> None:
         public.__module__ = __name__
 
 
+if not _typing.TYPE_CHECKING:  # with it, type checkers would accept every name
+
+    def __getattr__(name: str) -> object:
+        """Import the module of a public name, and publish all that is public in it."""
+        if name not in _MODULE_OF:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        module = _importlib.import_module(f"._{_MODULE_OF[name]}", __name__)
+        for each in _LATER[_MODULE_OF[name]]:
+            globals()[each] = getattr(module, each)
+            _publish(each)
+        return globals()[name]
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})
+
+
 for _name in __all__:
-    _publish(_name)
+    if _name not in _MODULE_OF:
+        _publish(_name)

@@ -136,7 +136,7 @@ class Spy:
             host="a host",
             endpoint=None,
             healing=Healing(),
-            report=cast(Any, None),
+            handshake=cast(Any, None),
             handshake_time=0.0,
             cancel=cast(Any, None),
         )

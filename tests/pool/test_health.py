@@ -9,7 +9,7 @@ import pytest
 from support.probes import make_pool, until
 
 import neon_async
-from neon_async._pool.health import HealthLog
+from neon_async._pool.health_log import HealthLog
 from neon_async.testing import LocalEndpoint
 
 

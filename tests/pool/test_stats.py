@@ -15,7 +15,7 @@ import pytest
 from support.probes import HANG, assert_balanced, connected, make_pool, password_of, until, until_settled
 
 import neon_async
-from neon_async._pool.stats import SECONDS_OF, Tallies, Tally
+from neon_async._pool.tallies import SECONDS_OF, Tallies, Tally
 from neon_async.testing import LocalEndpoint, LocalPostgres
 
 NAME = "ep-cool-darkness-123456"

@@ -159,7 +159,7 @@ def test_a_report_shows_a_private_chain_without_a_warning() -> None:
     context = neon_async.create_ssl_context(trust_anchor=ROOT.pem)
     anchor = load_trust_anchor(ROOT.pem)
     ours, _ = handshake(context, serve())
-    report = check_handshake(ours, context, server_name=SERVER_NAME, negotiation="direct", anchor=anchor)
+    report = check_handshake(ours, context, server_name=SERVER_NAME, negotiation="direct", anchor=anchor).report()
     assert [each.subject for each in report.chain] == ["CN=leaf", "CN=root"]
     assert report.served == report.chain[:1]
     assert (report.path_ends, report.warnings) == (ROOT.certificate.not_valid_after_utc, ())

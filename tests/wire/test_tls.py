@@ -139,7 +139,7 @@ def test_the_check_after_the_handshake_refuses_a_session_of_another_context_or_n
     weak.load_verify_locations(cadata=ROOT.der)
     facts: dict[str, Any] = {"negotiation": "direct", "anchor": anchor}
     finished, _ = handshake(context, serve())
-    report = check_handshake(finished, context, server_name=SERVER_NAME, **facts)
+    report = check_handshake(finished, context, server_name=SERVER_NAME, **facts).report()
     assert (report.server_name, report.subject, report.issuer) == (SERVER_NAME, "CN=leaf", "CN=root")
     assert report.not_after == LEAF.certificate.not_valid_after_utc
     assert (report.anchor, report.anchor_sha256) == ("CN=root, from trust_anchor", anchor.sha256)

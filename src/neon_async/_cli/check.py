@@ -30,8 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from .._driver.connector import Connector
-    from .._wire.chain import ChainCertificate
-    from .._wire.tls import TLSReport
+    from .._wire.report import ChainCertificate, TLSReport
     from .._wire.trust import TrustAnchor
 
 __all__ = ("CheckResult", "Problem", "Step", "check")

@@ -19,9 +19,8 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from .._wire.chain import ChainCertificate
+    from .._wire.report import ChainCertificate, TLSReport
     from .._wire.revocation.report import RevocationReport
-    from .._wire.tls import TLSReport
     from .._wire.trust import Place
     from .check import CheckResult, Step
 

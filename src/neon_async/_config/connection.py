@@ -23,7 +23,7 @@ from .roots import KnownRoots
 from .startup import check_startup_size, startup_settings
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
+@dataclass(init=False, frozen=True, slots=True, eq=False, repr=False)
 class ConnectionParameters:
     """What one connection needs to know, checked.
 
@@ -64,6 +64,10 @@ class ConnectionParameters:
     statement_cache_size: int
     max_cached_statement_lifetime: float
     max_cacheable_statement_size: int
+
+    def __init__(self, values: Mapping[str, object]) -> None:  # one for each field would take long to define
+        for each in fields(self):
+            object.__setattr__(self, each.name, values[each.name])
 
     def __repr__(self) -> str:
         return f"<ConnectionParameters {self.redacted_dsn}>"
@@ -403,4 +407,4 @@ def _assemble(values: dict[str, object]) -> ConnectionParameters:
     check_startup_size(user, database, settings)
     values |= {"endpoint": endpoint, "pooled": pooled, "database": database, "startup_settings": settings}
     # Each reader returns what the field of its keyword declares.
-    return ConnectionParameters(**{each.name: values[each.name] for each in fields(ConnectionParameters)})  # type: ignore[arg-type]
+    return ConnectionParameters(values)

@@ -5,6 +5,7 @@ Tables and the look-up in them. No answer contains any part of what was pasted. 
 
 # No `from __future__ import annotations`: the classes take longer to define when their annotations are strings.
 
+import functools
 import re
 import unicodedata
 from collections.abc import Mapping
@@ -97,14 +98,16 @@ def _folded(name: str) -> str:
     return re.sub("[_-]", "", name.lower())
 
 
-_ANSWERS: Mapping[str, str] = {_folded(name): answer for names, answer in _NAMES for name in names.split()}
+@functools.cache  # not at import: only a refused parameter needs it
+def _answers() -> Mapping[str, str]:
+    return {_folded(name): answer for names, answer in _NAMES for name in names.split()}
 
 
 def answer_to_parameter(name: str) -> str:
     """Return what to write in place of a parameter of another library, as a sentence, or ''."""
     if name.startswith("amp;"):
         return "The DSN was copied from a web page: write '&' for '&amp;'."
-    answer = _ANSWERS.get(_folded(name), "")
+    answer = _answers().get(_folded(name), "")
     return answer[:1].upper() + answer[1:]
 
 

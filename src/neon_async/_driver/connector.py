@@ -24,19 +24,20 @@ from .._text import log
 from .._wire.dial import Dialer, context_for, ignore_step
 from .._wire.login import LoginCache, Secret
 from .._wire.race import StepCallback
-from .._wire.tls import TLSReport
 from .._wire.trust import TrustAnchor, find_isrg_root_x1, load_trust_anchor
 from .connection import Connection, combine
 from .holder import begin_session, end_lost, is_current, leave_jit_alone, session_of
 from .loop import LoopAdapter
 from .pooled import PooledConnection, is_pooled, tracked_settings
 from .protocol import SessionProtocol
-from .session import Healing, Session, with_revocation
+from .session import Healing, Session
 
 if TYPE_CHECKING:
     from asyncpg.pool import PoolConnectionProxy
 
+    from .._wire.report import TLSReport
     from .._wire.revocation.check import ChainCheck, Checker
+    from .._wire.tls import Handshake
 
 CONNECTION_CLASS = SubclassOf(asyncpg.Connection, "asyncpg.Connection")
 RECORD_CLASS = SubclassOf(asyncpg.Record, "asyncpg.Record")
@@ -140,7 +141,7 @@ class Connector:
         self.parameters = parameters
         self.anchor = anchor
         self.revocation: ChainCheck | None = None
-        self._tls_report: TLSReport | None = None
+        self._handshake: Handshake | None = None
         self._checker = checker
         self.healing = Healing(is_shared=parameters.pooled)
         self._logins = LoginCache()
@@ -153,7 +154,7 @@ class Connector:
     @property
     def tls_report(self) -> TLSReport | None:
         """The result of the latest TLS handshake, or None before the first; and the revocation as it is known now."""
-        return None if self._tls_report is None else with_revocation(self._tls_report, self.revocation)
+        return None if self._handshake is None else self._handshake.report(self.revocation)
 
     async def connect(
         self,
@@ -214,8 +215,8 @@ class Connector:
             adapter.abort()
             raise
         finally:
-            if adapter.report is not None:
-                self._tls_report, self.revocation = adapter.report, adapter.revocation
+            if adapter.handshake is not None:
+                self._handshake, self.revocation = adapter.handshake, adapter.revocation
         self._begin_session(connection, adapter)
         return connection
 
@@ -224,7 +225,7 @@ class Connector:
             host=self.parameters.host,
             endpoint=self.parameters.endpoint,
             healing=self.healing,
-            report=adapter.hand_over(),
+            handshake=adapter.hand_over(),
             handshake_time=adapter.handshake_time,
             revocation=adapter.revocation,
             cancel=adapter.cancel,

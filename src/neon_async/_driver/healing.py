@@ -22,7 +22,6 @@ from . import holder
 from .holder import RecordT, StatementHooks, own_session, timeout_of
 from .losses import is_server_error
 from .session import Session
-from .stale import Verdict, is_stale_when_prepared, judge
 
 # The OIDs of types by schema and name.
 _TYPES = """
@@ -53,6 +52,8 @@ class HealedStatements(StatementHooks[RecordT]):
         try:
             return await super().get_statement(text, timeout, **options)
         except (asyncpg.PostgresError, asyncpg.InternalClientError) as error:
+            from .stale import is_stale_when_prepared  # only a failure needs it
+
             if self.is_closed() or not is_stale_when_prepared(error):
                 raise
             self.note_stale(query, text)
@@ -119,6 +120,8 @@ class HealedStatements(StatementHooks[RecordT]):
         Raises:
             StaleStatementError: Rows were read that are not as they were described.
         """
+        from .stale import Verdict, judge
+
         state = holder.state_of(cursor)
         verdict = judge(error, lambda: holder.types_of(state) if state else ())
         sent = state.query if state else getattr(error, "query", None)
@@ -147,6 +150,8 @@ class HealedStatements(StatementHooks[RecordT]):
             state: asyncpg's state of the statement that was executed.
             is_old: Whether it was prepared before this call.
         """
+        from .stale import Verdict, judge
+
         verdict = Verdict.OTHER if self.is_closed() else judge(error, lambda: holder.types_of(state))
         if verdict is Verdict.OTHER:
             raise error
@@ -166,6 +171,8 @@ class HealedStatements(StatementHooks[RecordT]):
 
     def _refuse_third_run(self, error: Exception, query: str, state: Any) -> NoReturn:
         """Raise `error`, which the second run has raised."""
+        from .stale import Verdict, judge
+
         verdict = Verdict.OTHER if state is None or self.is_closed() else judge(error, lambda: holder.types_of(state))
         if verdict.is_certain:
             self.note_stale(query, state.query)

@@ -8,17 +8,16 @@ asyncpg's protocol, and must not know its classes, pools or deadlines.
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from .._wire.dial import Channel, Dialer, ignore_step, send_cancel_request
 from .._wire.login import EarlyLoginRefusedError, LoginCache, LoginProtocol, Secret, log_in
-from .._wire.tls import TLSReport
 from .._wire.transport import SessionTransport
 
 if TYPE_CHECKING:
     from .._wire.revocation.check import ChainCheck
+    from .._wire.tls import Handshake
 
 
 class LoopAdapter:
@@ -28,13 +27,13 @@ class LoopAdapter:
     identity from Python 3.14 on. The adapter stays for the connection's cancel requests.
 
     Attributes:
-        report: The result of the TLS handshake, or None before it.
+        handshake: The facts about the TLS handshake, or None before it.
         handshake_time: The seconds that it took.
         revocation: The check of the chain's revocation, or None where it was not asked for.
     """
 
     def __init__(self, dialer: Dialer, *, secret: Secret, cache: LoginCache) -> None:
-        self.report: TLSReport | None = None
+        self.handshake: Handshake | None = None
         self.handshake_time = 0.0
         self.revocation: ChainCheck | None = None
         self._loop = loop = asyncio.get_running_loop()
@@ -78,11 +77,11 @@ class LoopAdapter:
         assert self._transport is not None
         return self._transport, protocol
 
-    def hand_over(self) -> TLSReport:
-        """Return the report of the finished session, and keep only what a cancel request needs."""
+    def hand_over(self) -> Handshake:
+        """Return the facts about the handshake of the finished session, and keep only what a cancel request needs."""
         self._channel = self._transport = None
-        assert self.report is not None
-        return self.report
+        assert self.handshake is not None
+        return self.handshake
 
     def abort(self) -> None:
         """Close the connection at once, if there is one."""
@@ -99,7 +98,7 @@ class LoopAdapter:
         """Open a channel, log in, and return asyncpg's protocol, which owns the transport from then on."""
         parameters = self._dialer.parameters
         channel = self._channel = await self._dialer.open(lambda: LoginProtocol(parameters.host))
-        self.report, self.handshake_time = channel.report, channel.handshake_time
+        self.handshake, self.handshake_time = channel.handshake, channel.handshake_time
         self.revocation = channel.revocation
         self._dialer.on_step("authentication")
         channel.protocol.require_silence()
@@ -108,7 +107,7 @@ class LoopAdapter:
         protocol.connection_made(self._transport)  # asyncpg sends its StartupMessage
         mechanism = await log_in(
             channel.protocol,
-            certificate=channel.certificate,
+            certificate=channel.handshake.certificate,
             binding_required=parameters.channel_binding == "require",
             secret=secret,
             cache=self._cache,
@@ -116,6 +115,5 @@ class LoopAdapter:
         )
         await channel.protocol.hand_over(self._transport.in_front_of(protocol))
         channel.lift_limit()
-        self._cache.mechanism = mechanism
-        self.report = dataclasses.replace(channel.report, mechanism=mechanism)
+        self._cache.mechanism = channel.handshake.mechanism = mechanism
         return protocol

@@ -44,7 +44,7 @@ _T = TypeVar("_T")
 # asyncpg 0.31 waits without a limit for the end of a cancelled statement, before it begins the time of the next one.
 _WAITS_FOR_CANCELLATION = asyncpg.__version__.startswith("0.31.")
 
-_DOTTED_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_$]*(?:\.[A-Za-z_][A-Za-z0-9_$]*)+")
+_DOTTED_NAME = r"[A-Za-z_][A-Za-z0-9_$]*(?:\.[A-Za-z_][A-Za-z0-9_$]*)+"
 
 
 class SessionProtocol:
@@ -391,7 +391,7 @@ class SessionProtocol:
         if self.mentioned is not None:
             for text in texts:
                 if isinstance(text, str):
-                    self.mentioned.update(_DOTTED_NAME.findall(text))
+                    self.mentioned.update(re.findall(_DOTTED_NAME, text))
 
     def _name(self, error: Exception, executed: str | None) -> Exception:
         """Return the error that the caller gets.

@@ -5,18 +5,18 @@ Data only. Knows no connection and sends nothing.
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .._neon.endpoint import Endpoint, short_name
 from .._neon.sql import quote, quote_name
-from .._wire.tls import TLSReport
 from .losses import Loss
 
 if TYPE_CHECKING:
+    from .._wire.report import TLSReport
     from .._wire.revocation.check import ChainCheck, Watch
+    from .._wire.tls import Handshake
 
 
 class Healing:
@@ -198,11 +198,6 @@ def cancel_time_for(handshake_time: float) -> float:
     return min(_MIN_CANCEL_TIME + _CANCEL_HANDSHAKES * handshake_time, _MAX_CANCEL_TIME)
 
 
-def with_revocation(report: TLSReport, check: ChainCheck | None) -> TLSReport:
-    """Return `report` with what is known now about the revocation of the chain."""
-    return report if check is None else dataclasses.replace(report, revocation=check.report())
-
-
 class Session:
     """One session with the server, from its login to its end.
 
@@ -233,7 +228,7 @@ class Session:
     """
 
     __slots__ = (
-        "_report",
+        "_handshake",
         "calls",
         "cancel",
         "cancel_time",
@@ -263,7 +258,7 @@ class Session:
         host: str,
         endpoint: Endpoint | None,
         healing: Healing,
-        report: TLSReport,
+        handshake: Handshake,
         handshake_time: float,
         cancel: Callable[[int, int], Awaitable[None]],
         revocation: ChainCheck | None = None,
@@ -274,7 +269,7 @@ class Session:
         self.heals_seen = healing.heals
         self.composites: dict[int, object] = {}
         self.suspects_composites = False
-        self._report = report
+        self._handshake = handshake
         self.revocation = revocation
         self.watch: Watch[Any] | None = None
         self.cancel_time = cancel_time_for(handshake_time)
@@ -313,7 +308,7 @@ class Session:
 
     def tls_report(self) -> TLSReport:
         """Return what the TLS handshake settled on, and what is known now about the revocation of the chain."""
-        return with_revocation(self._report, self.revocation)
+        return self._handshake.report(self.revocation)
 
     def notify_closed(self) -> None:
         """Call `on_closed`, unless it has been called."""

@@ -9,7 +9,6 @@ import enum
 import logging
 import time
 from collections import Counter
-from dataclasses import dataclass
 
 from .._errors import NeonAsyncError
 from .._text import escape, log
@@ -37,7 +36,6 @@ class Mishap(enum.Enum):
     SILENT = "was idle, did not answer and was closed", "were idle, did not answer and were closed"
 
 
-@dataclass(slots=True)
 class _Outage:
     """An outage that the log has announced.
 
@@ -47,9 +45,15 @@ class _Outage:
         failures: Failed connects, or sessions that ended in vain.
     """
 
-    cause: Cause
-    began: float
-    failures: int = 1
+    __slots__ = ("began", "cause", "failures")
+
+    def __init__(self, cause: Cause, began: float) -> None:
+        self.cause = cause
+        self.began = began
+        self.failures = 1
+
+    def __repr__(self) -> str:
+        return f"<_Outage: {self.cause.name}, {self.failures} failures>"
 
 
 class PoolLog:

@@ -15,12 +15,12 @@ from .._config.connection import ConnectKeywords
 from .._config.readers import LIMIT, AsyncFunction, Function, Integer, Seconds
 from .._driver.connector import CONNECTION_CLASS, RECORD_CLASS
 from .._driver.holder import RecordT
-from .events import PoolEvent
 
 if TYPE_CHECKING:
     from asyncpg.pool import PoolConnectionProxy
 
     from .._driver.connection import Connection
+    from .events import PoolEvent
 
 _Callback: TypeAlias = Callable[[Any], Awaitable[None]]
 
@@ -87,7 +87,7 @@ class PoolOptions:
     setup: _Callback | None = field(default=None, metadata=_CALLBACK)
     init: _Callback | None = field(default=None, metadata=_CALLBACK)
     reset: _Callback | None = field(default=None, metadata=_CALLBACK)
-    on_event: Callable[[PoolEvent], object] | None = field(default=None, metadata={"reader": Function("an event")})
+    on_event: "Callable[[PoolEvent], object] | None" = field(default=None, metadata={"reader": Function("an event")})
     connection_class: type[Any] = field(default=asyncpg.Connection, metadata={"reader": CONNECTION_CLASS})
     record_class: type[Any] = field(default=asyncpg.Record, metadata={"reader": RECORD_CLASS})
 
@@ -136,7 +136,7 @@ class RowlessPoolKeywords(ConnectKeywords, Generic[RecordT], total=False):
     max_inactive_connection_lifetime: float
     check_after_idle: float
     leak_after: float | None
-    on_event: Callable[[PoolEvent], object] | None
+    on_event: "Callable[[PoolEvent], object] | None"
     setup: (
         "Callable[[PoolConnectionProxy[RecordT]], Awaitable[None]] | "
         "Callable[[Connection[RecordT]], Awaitable[None]] | None"

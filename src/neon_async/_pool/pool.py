@@ -34,21 +34,21 @@ from .._errors import (
     UnsupportedEventLoopError,
     forget_arguments,
 )
-from .._neon.endpoint import Endpoint
 from .._text import counted
-from .._wire.tls import TLSReport
 from .._wire.trust import AnchorSource
-from .events import PoolClosed, PoolOpened
-from .health import PoolHealth
 from .loan import Loan
 from .log import text_of
 from .options import PoolKeywords, PoolOptions, RowlessPoolKeywords, check_timeout
 from .slots import Slot, State
-from .stats import PoolStats
 from .supply import Supply
 from .waiters import WaitExpired
 
 if TYPE_CHECKING:
+    from .._neon.endpoint import Endpoint
+    from .._wire.report import TLSReport
+    from .health import PoolHealth
+    from .stats import PoolStats
+
     _AcquireContext: TypeAlias = PoolAcquireContext
 else:
     from .._driver.holder import Subscriptable
@@ -133,9 +133,9 @@ class Pool(PoolBase[RecordT]):
         self._phase = phase
         self._supply.health.entered(is_open=phase is _Phase.OPEN)
         if phase is _Phase.OPEN:
-            self._supply.report(PoolOpened(self))
+            self._supply.report("PoolOpened", self)
         elif phase is _Phase.CLOSED:
-            self._supply.report(PoolClosed(self))
+            self._supply.report("PoolClosed", self)
         self._set_state(
             initializing=phase is _Phase.OPENING,
             initialized=phase not in (_Phase.NEW, _Phase.OPENING),
@@ -184,6 +184,8 @@ class Pool(PoolBase[RecordT]):
         """Return what the pool is doing now, and what it has done since it was created."""
         supply = self._supply
         count, healing = supply.slots.count, self._connector.healing
+        from .stats import PoolStats
+
         return PoolStats(
             max_size=self._options.max_size,
             min_size=self._options.min_size,

@@ -27,15 +27,14 @@ from .._driver.snapshot import restore_codecs
 from .._errors import ConnectError, PoolTimeoutError
 from .._neon.endpoint import short_name
 from .._timing import Timer
-from .events import Connected, ConnectFailed, PoolEvent
-from .health import HealthLog
+from .health_log import HealthLog
 from .loan import Need
 from .log import Cause, Mishap, PoolLog
 from .opening import CallersError, Steps, failure_of, open_connection
 from .options import PoolOptions
 from .pace import Pace, may_pass
 from .slots import UNANSWERED, Slot, Slots, State
-from .stats import Tallies, report
+from .tallies import Tallies, report
 from .waiters import WaitQueue
 
 # A healthy server answers a ping in one round trip, and a caller waits for the answer.
@@ -96,10 +95,15 @@ class Supply:
     def __repr__(self) -> str:
         return f"<Supply {self.name}: {self.slots!r}, {len(self.waiters)} waiting>"
 
-    def report(self, event: PoolEvent) -> None:
-        """Report an event to the `on_event` of the pool, if there is one."""
+    def report(self, event: str, *facts: Any) -> None:
+        """Report an event to the `on_event` of the pool, if there is one.
+
+        Args:
+            event: The name of its class. Without `on_event` the classes are not imported.
+            facts: The arguments of the class.
+        """
         if self.options.on_event is not None:
-            report(self.options.on_event, event)
+            report(self.options.on_event, event, *facts)
 
     def slot_of(self, owned: Holder) -> Slot:
         """Return the slot that owns a holder."""
@@ -495,13 +499,13 @@ class Supply:
             self.tallies.dial_failures.since(began)
             failure = failure_of(error)
             cause = failure.error if isinstance(failure, CallersError) else failure
-            self.report(ConnectFailed(self.name, time.monotonic() - began, tuple(steps.taken), cause))
+            self.report("ConnectFailed", self.name, time.monotonic() - began, tuple(steps.taken), cause)
             if failure is None:
                 raise
             failure.with_traceback(None)  # its frames would live as long as the pool remembers the failure
         else:
             slot.generation = generation
-            self.report(Connected(self.name, time.monotonic() - began, tuple(steps.taken)))
+            self.report("Connected", self.name, time.monotonic() - began, tuple(steps.taken))
             self._adopt(slot, connection, began, steps.connects)
             return None
         finally:

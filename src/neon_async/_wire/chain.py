@@ -3,36 +3,21 @@
 This module describes certificates that OpenSSL has parsed, and verifies nothing. It must not know sockets or pools.
 """
 
-# No `from __future__ import annotations`: see `_publish()` of the facade.
+# No `from __future__ import annotations`: the classes take longer to define when their annotations are strings.
 
 import functools
 import re
 import ssl
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from .._config.roots import ISRG_ROOT_X1, LETS_ENCRYPT_ROOTS, KnownRoot
 from .trust import distinguished_name, fingerprint
 
-
-@dataclass(frozen=True, slots=True)
-class ChainCertificate:
-    """One certificate of a chain.
-
-    Attributes:
-        subject: The distinguished name of its holder.
-        issuer: The distinguished name of the CA that signed it.
-        not_after: When it expires, in UTC. None where it cannot be read.
-        sha256: The fingerprint, in hexadecimal digits.
-    """
-
-    subject: str
-    issuer: str
-    not_after: datetime | None
-    sha256: str
+if TYPE_CHECKING:
+    from .report import ChainCertificate
 
 
 class Chain(NamedTuple):
@@ -57,8 +42,8 @@ class ChainFacts(NamedTuple):
         advice: Why other clients refuse what the server sent, or "".
     """
 
-    served: tuple[ChainCertificate, ...]
-    verified: tuple[ChainCertificate, ...]
+    served: "tuple[ChainCertificate, ...]"
+    verified: "tuple[ChainCertificate, ...]"
     path_ends: datetime
     advice: str
 
@@ -107,6 +92,12 @@ def chain_of(tls: ssl.SSLObject) -> Chain:
     return Chain(served_chain(tls), _to_der(tls, "get_verified_chain"))
 
 
+@functools.lru_cache(maxsize=16)  # the chains of a few servers
+def kept(chain: Chain) -> Chain:
+    """Return the chain that all sessions with a server keep, so that each does not keep a copy."""
+    return chain
+
+
 @functools.lru_cache(maxsize=16)  # the chains of a few servers; parsing one takes a millisecond
 def read_chain(chain: Chain) -> ChainFacts:
     """Return the facts about a chain that was verified."""
@@ -120,7 +111,7 @@ def read_chain(chain: Chain) -> ChainFacts:
     )
 
 
-def describe_refused(error: BaseException) -> tuple[ChainCertificate, ...]:
+def describe_refused(error: BaseException) -> "tuple[ChainCertificate, ...]":
     """Return what a server sent whose chain failed verification with `error`; nothing for any other error."""
     refused = error if isinstance(error, ChainRefusedError) else error.__cause__
     return tuple(describe(der).shown for der in refused.served) if isinstance(refused, ChainRefusedError) else ()
@@ -166,7 +157,7 @@ class Described(NamedTuple):
         not_before: When it becomes valid, in UTC. None where it cannot be read.
     """
 
-    shown: ChainCertificate
+    shown: "ChainCertificate"
     subject: bytes
     issuer: bytes
     issuer_key: str
@@ -188,6 +179,8 @@ def _to_der(tls: ssl.SSLObject, method: str) -> tuple[bytes, ...]:
 def describe(der: bytes) -> Described:
     """Return a certificate as this module reads it."""
     from asn1crypto.x509 import Certificate  # takes long to import; scramp has imported it before the first dial
+
+    from .report import ChainCertificate
 
     sha256 = fingerprint(der)
     try:

@@ -27,7 +27,7 @@ from .tls import (
     ALPN,
     NOT_TLS_REASONS,
     ClientCertificate,
-    TLSReport,
+    Handshake,
     build_context,
     check_handshake,
     openssl_reason,
@@ -46,26 +46,23 @@ class Channel(Generic[_P]):
     Attributes:
         transport: The TLS transport.
         protocol: The transport's protocol.
-        certificate: The server's leaf certificate in DER.
-        report: The facts about the handshake.
+        handshake: The facts about the handshake.
         handshake_time: The seconds that the handshake took: a round trip at least, and two with an SSLRequest.
         revocation: The check of the chain's revocation, or None where it was not asked for.
     """
 
-    __slots__ = ("certificate", "handshake_time", "protocol", "report", "revocation", "transport")
+    __slots__ = ("handshake", "handshake_time", "protocol", "revocation", "transport")
 
     def __init__(
         self,
         transport: asyncio.Transport,
         protocol: _P,
-        certificate: bytes,
-        report: TLSReport,
+        handshake: Handshake,
         handshake_time: float,
     ) -> None:
         self.transport: Final = transport
         self.protocol: Final = protocol
-        self.certificate: Final = certificate
-        self.report: Final = report
+        self.handshake: Final = handshake
         self.handshake_time: Final = handshake_time
         self.revocation: ChainCheck | None = None
 
@@ -164,11 +161,11 @@ class Dialer:
         transport, protocol = await self._handshake(attempt, sock, context, protocol_factory)
         handshake_time = asyncio.get_running_loop().time() - began
         try:
-            certificate, report = self._check(transport, context, attempt.negotiation)
+            handshake = self._check(transport, context, attempt.negotiation)
         except BaseException:
             transport.abort()
             raise
-        return Channel(transport, protocol, certificate, report, handshake_time)
+        return Channel(transport, protocol, handshake, handshake_time)
 
     async def _resolve(self) -> list[tcp.Address]:
         if self.parameters.hostaddr is None:
@@ -208,20 +205,16 @@ class Dialer:
             attempt.end = None
         return transport, protocol
 
-    def _check(
-        self, transport: asyncio.Transport, context: ssl.SSLContext, negotiation: str
-    ) -> tuple[bytes, TLSReport]:
-        """Check the handshake, and return the server's certificate and the facts."""
+    def _check(self, transport: asyncio.Transport, context: ssl.SSLContext, negotiation: str) -> Handshake:
+        """Check the handshake, and return the facts."""
         host = self.parameters.host
         tls: ssl.SSLObject = transport.get_extra_info("ssl_object")
-        report = check_handshake(tls, context, server_name=host, negotiation=negotiation, anchor=self._anchor)
-        if report.alpn is None and negotiation == "direct":
+        handshake = check_handshake(tls, context, server_name=host, negotiation=negotiation, anchor=self._anchor)
+        if handshake.alpn is None and negotiation == "direct":
             raise _no_direct_tls(host)
-        if report.alpn not in (None, ALPN):
-            raise TLSError(f"{host} selected the protocol {report.alpn!r}, which was not offered. Check the server.")
-        certificate = tls.getpeercert(binary_form=True)
-        assert certificate is not None  # checked above
-        return certificate, report
+        if handshake.alpn not in (None, ALPN):
+            raise TLSError(f"{host} selected the protocol {handshake.alpn!r}, which was not offered. Check the server.")
+        return handshake
 
     async def _check_revocation(self, channel: Channel[Any]) -> None:
         """Check whether the chain that was verified has been revoked, where that was asked for.

@@ -3,29 +3,29 @@
 This module decides how a server is verified. It must not know sockets, DSNs or pools.
 """
 
-# No `from __future__ import annotations`: see `_publish()` of the facade.
+from __future__ import annotations
 
 import base64
 import functools
 import re
 import ssl
-from dataclasses import dataclass
+from collections.abc import Mapping
 from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, Final
 
 from .._config.roots import KnownRoot
 from .._errors import CertificateError, ConfigurationError, InsecureConfigurationError
 from .chain import (
-    ChainCertificate,
+    Chain,
     ChainRefusedError,
     RecordingSSLObject,
     chain_of,
+    kept,
     path_warning,
     read_chain,
     root_without_cross_sign,
 )
-from .culprits import find_culprit
 from .files import MAX_CERTIFICATES, MAX_REVOCATION_LISTS, read_file, require_file
-from .revocation.report import OFF, RevocationReport
 from .trust import (
     AnchorSource,
     TrustAnchor,
@@ -35,54 +35,12 @@ from .trust import (
     load_trust_anchor,
 )
 
+if TYPE_CHECKING:
+    from .report import TLSReport
+    from .revocation.check import ChainCheck
+
 # PostgreSQL 17 refuses direct TLS without this protocol name (libpq, ALPN; IANA registry).
 ALPN = "postgresql"
-
-
-@dataclass(frozen=True, slots=True)
-class TLSReport:
-    """The result of the TLS handshake of one connection, and of the login inside it.
-
-    Attributes:
-        version: The TLS version: `TLSv1.3`.
-        cipher: The cipher suite.
-        alpn: The protocol that the server selected, or None; PostgreSQL before 17 does not know ALPN.
-        negotiation: How TLS began, as in libpq's `sslnegotiation`: `direct`, or `postgres` for TLS after an SSLRequest.
-        server_name: The host name that was verified.
-        subject: The subject of the server's leaf certificate.
-        issuer: The issuer of the leaf certificate.
-        not_after: When the leaf certificate expires, in UTC.
-        sha256: The fingerprint of the leaf certificate, in hexadecimal digits.
-        anchor: The trust anchor, and where it was found.
-        anchor_sha256: The fingerprint of the trust anchor, in hexadecimal digits.
-        mechanism: The SASL mechanism of the login; `SCRAM-SHA-256-PLUS` is bound to this TLS channel. None before the
-            login has succeeded.
-        served: The certificates that the server sent, the leaf first.
-        chain: The certificates that were verified, from the leaf to the trust anchor.
-        path_ends: When the trust anchor or a cross-sign that leads to it stops being trusted, in UTC. Root programs
-            trust ISRG Root X1 until 2030-06-04, and the cross-signs below it end on 2032-09-02.
-        revocation: Whether the certificate has been revoked; as far as is known when the report is requested.
-        warnings: What will go wrong, or goes wrong for other clients: a path that ends within a year, and a served
-            chain without the cross-sign that leads to ISRG Root X1.
-    """
-
-    version: str
-    cipher: str
-    alpn: str | None
-    negotiation: str
-    server_name: str
-    subject: str
-    issuer: str
-    not_after: datetime
-    sha256: str
-    anchor: str
-    anchor_sha256: str
-    mechanism: str | None = None
-    served: tuple[ChainCertificate, ...] = ()
-    chain: tuple[ChainCertificate, ...] = ()
-    path_ends: datetime | None = None
-    warnings: tuple[str, ...] = ()
-    revocation: RevocationReport = OFF
 
 
 class ClientCertificate:
@@ -153,8 +111,8 @@ def build_context(
 
 def check_handshake(
     tls: ssl.SSLObject, context: ssl.SSLContext, *, server_name: str, negotiation: str, anchor: TrustAnchor
-) -> TLSReport:
-    """Check a finished handshake before any of our bytes is sent, and report on it.
+) -> Handshake:
+    """Check a finished handshake before any of our bytes is sent.
 
     Raises:
         CertificateError: The session has another context, version or name, or no verified certificate.
@@ -172,31 +130,99 @@ def check_handshake(
     root = anchor.root(fingerprint(chain.verified[-1])) if chain.verified and chain.verified[0] == der else None
     if root is None:
         raise CertificateError(f"The chain of {server_name} does not end at the trust anchor and is not used.")
-    read = read_chain(chain)
-    warnings = (path_warning(read.path_ends, root.sha256, datetime.now(UTC)), read.advice)
-    return TLSReport(
-        version="TLSv1.3",
+    return Handshake(
         cipher=cipher[0],
         alpn=tls.selected_alpn_protocol(),
         negotiation=negotiation,
         server_name=server_name,
-        subject=distinguished_name(facts["subject"]),
-        issuer=distinguished_name(facts["issuer"]),
-        not_after=_parse_time(str(facts["notAfter"])),
-        sha256=fingerprint(der),
-        anchor=str(root),
-        anchor_sha256=root.sha256,
-        served=read.served,
-        chain=read.verified,
-        path_ends=read.path_ends,
-        warnings=tuple(filter(None, warnings)),
+        certificate=facts,
+        chain=kept(chain),
+        root=root,
     )
+
+
+class Handshake:
+    """A handshake that has passed the checks. Its report is made on request: most connections are never asked for one.
+
+    Attributes:
+        alpn: The protocol that the server selected, or None.
+        chain: What the server sent, and what of it was verified.
+        mechanism: The SASL mechanism of the login that followed, or None before it has succeeded.
+    """
+
+    __slots__ = (
+        "_cipher",
+        "_names",
+        "_negotiation",
+        "_not_after",
+        "_root",
+        "_server_name",
+        "alpn",
+        "chain",
+        "mechanism",
+    )
+
+    def __init__(
+        self,
+        *,
+        cipher: str,
+        alpn: str | None,
+        negotiation: str,
+        server_name: str,
+        certificate: Mapping[str, Any],
+        chain: Chain,
+        root: TrustAnchor,
+    ) -> None:
+        self.alpn: Final = alpn
+        self.chain: Final = chain
+        self.mechanism: str | None = None
+        self._cipher = cipher
+        self._negotiation = negotiation
+        self._server_name = server_name
+        self._names = distinguished_name(certificate["subject"]), distinguished_name(certificate["issuer"])
+        self._not_after = str(certificate["notAfter"])
+        self._root = root
+
+    @property
+    def certificate(self) -> bytes:
+        """The server's leaf certificate in DER."""
+        return self.chain.verified[0]
+
+    def report(self, check: ChainCheck | None = None) -> TLSReport:
+        """Return the report, with what `check` knows now about the revocation of the chain."""
+        from .report import TLSReport
+        from .revocation.report import OFF
+
+        read, root = read_chain(self.chain), self._root
+        subject, issuer = self._names
+        warnings = (path_warning(read.path_ends, root.sha256, datetime.now(UTC)), read.advice)
+        return TLSReport(
+            version="TLSv1.3",
+            cipher=self._cipher,
+            alpn=self.alpn,
+            negotiation=self._negotiation,
+            server_name=self._server_name,
+            subject=subject,
+            issuer=issuer,
+            not_after=_parse_time(self._not_after),
+            sha256=fingerprint(self.certificate),
+            anchor=str(root),
+            anchor_sha256=root.sha256,
+            mechanism=self.mechanism,
+            served=read.served,
+            chain=read.verified,
+            path_ends=read.path_ends,
+            warnings=tuple(filter(None, warnings)),
+            revocation=OFF if check is None else check.report(),
+        )
 
 
 def certificate_error(
     error: ssl.SSLCertVerificationError, *, server_name: str, anchor: TrustAnchor
 ) -> CertificateError:
     """Return the `CertificateError` for a failed verification: the check, the name, the anchor, and the next step."""
+    from .culprits import find_culprit  # only a failure needs it
+
     code = getattr(error, "verify_code", 0)
     detail = getattr(error, "verify_message", "") or "verification failed"
     reason, advice = _VERIFY_CODES.get(code, (detail, _ODD_CERTIFICATE))

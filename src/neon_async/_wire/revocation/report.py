@@ -23,6 +23,8 @@ class RevocationReport:
         issuers: The same about the intermediate certificates that name a list.
     """
 
+    __module__ = "neon_async"
+
     status: str = "off"
     subject: str = ""
     list_url: str | None = None

@@ -28,6 +28,7 @@ import pytest
 import sqlalchemy
 from aiohttp import web
 from support.documents import ROOT, Block, blocks, blocks_in, docstring_blocks
+from support.inner_pytest import passed, run_pytest
 from support.probes import connected
 from support.services import served_by_aiohttp, served_by_uvicorn
 
@@ -38,7 +39,7 @@ import neon_async.sqlalchemy
 from neon_async.testing import LocalPostgres
 
 # Each language, and what is done with its blocks. Text and diagrams are no code.
-TRIED = {"python", "diff", "sql", "sh"}
+TRIED = {"python", "diff", "sql", "sh", "console"}
 NOT_CODE = {"text", "mermaid"}
 # The blocks of these need a PgBouncer.
 POOLERS = re.compile(r"\bLocalPooler\(")
@@ -122,13 +123,37 @@ def names(
 
 
 @pytest.mark.parametrize("block", cases(blocks_in("python")))
-def test_a_block_of_python_runs(block: Block, names: dict[str, Any], request: pytest.FixtureRequest) -> None:
+def test_a_block_of_python_runs(
+    block: Block, names: dict[str, Any], folder: Path, request: pytest.FixtureRequest
+) -> None:
     if POOLERS.search(block.code):
         request.getfixturevalue("pgbouncer_installed")
+    if block.title.startswith("test_"):
+        finished = run_pytest(folder, **files_of_a_test(block))
+        assert passed(finished) == block.code.count("def test_")
+        return
     if "DATABASE_URL" in block.code and "verify-full" not in block.code:  # a page that shows what it does with it
         os.environ["DATABASE_URL"] = names["dsn"]
     run(block.code, block.page, names)
     AFTERWARDS[block.title](names)
+
+
+def files_of_a_test(block: Block) -> dict[str, Any]:
+    """Return the files of a project with this test and the application of the quick start."""
+    [application] = [
+        other.code
+        for other in blocks_in("python")
+        if other.title == "main.py" and "/orders" in other.code
+        if "FastAPI" in other.code
+    ]
+    # Only the tests import the application, whose pool they replace.
+    conftest = (
+        'import os\nos.environ["DATABASE_URL"] = "postgresql://alex:secret@ep-a-b-123456.us-east-2.aws.neon.tech/x"\n'
+    )
+    table = "CREATE TABLE orders (id int GENERATED ALWAYS AS IDENTITY, item text)"
+    Path("schema.sql").write_text(table)
+    Path("pytest.ini").write_text("[pytest]\nneon_schema = schema.sql\npythonpath = tests\n")
+    return {"conftest": conftest, "main": application, block.title.removesuffix(".py"): block.code}
 
 
 def nothing(names: dict[str, Any]) -> None:
@@ -255,6 +280,14 @@ def test_a_command_can_be_given(block: Block) -> None:
             check_command(shlex.split(command))
 
 
+@pytest.mark.parametrize("block", cases(blocks_in("console")))
+def test_the_commands_of_a_session_can_be_given(block: Block) -> None:
+    commands = [line[2:] for line in block.code.splitlines() if line.startswith("$ ")]
+    assert commands
+    for command in commands:
+        check_command(shlex.split(command))
+
+
 def check_command(words: list[str]) -> None:
     with (ROOT / "pyproject.toml").open("rb") as file:
         extras = tomllib.load(file)["project"]["optional-dependencies"]
@@ -266,11 +299,11 @@ def check_command(words: list[str]) -> None:
             pass
         case ["python", script, *_] if (ROOT / script).is_file():
             pass
-        case ["neon-async", command, *_]:
-            found = subprocess.run(
-                [sys.executable, "-m", "neon_async", command, "--help"], capture_output=True, check=False
-            )
+        case ["neon-async", command, *arguments]:
+            asked_for_help = [sys.executable, "-m", "neon_async", command, "--help"]
+            found = subprocess.run(asked_for_help, capture_output=True, text=True, check=False)
             assert found.returncode == 0, found.stderr
+            assert [word for word in arguments if word.startswith("-") and word not in found.stdout] == []
         case _:
             pytest.fail(f"nobody has tried this command: {words}")
 

@@ -109,8 +109,13 @@ async def test_a_cancelled_start_leaves_nothing(
     far: bool, pgbouncer_installed: None, scene: Scene, postgres: LocalPostgres
 ) -> None:
     pooler = LocalPooler(postgres)
+
+    async def use() -> None:
+        async with pooler:
+            await anyio.sleep_forever()  # where it is ready before the cancellation
+
     async with anyio.create_task_group() as group:
-        group.start_soon(pooler.__aenter__)
+        group.start_soon(use)
         while far and not repr(pooler).startswith("<LocalPooler on"):
             await anyio.sleep(0.001)
         group.cancel_scope.cancel()

@@ -12,6 +12,7 @@ import asyncpg
 import pytest
 from support.probes import connected
 
+import neon_async
 from neon_async import ConfigurationError, PoolTimeoutError, TransactionAbortedError
 from neon_async.testing import LocalPostgres
 from neon_async.testing._pools import RollbackError, RollbackPool, rollback_pool
@@ -269,6 +270,21 @@ async def test_an_init_of_the_tests_own_runs_first(postgres: LocalPostgres) -> N
     for _ in range(2):
         assert await pool.fetchval("SELECT '[1, 2]'::json") == 6
     pool.end()
+
+
+async def test_a_reset_of_the_tests_own_does_not_end_the_transaction(postgres: LocalPostgres) -> None:
+    async def reset(connection: Any) -> None:
+        pytest.fail("it was called")
+
+    pool = rollback_pool(postgres.dsn, postgres.trust_anchor, {"reset": reset})
+    await pool.execute("CREATE TABLE t (n int)")
+    assert await rows(pool) == []
+    pool.end()
+
+
+def test_a_connection_class_is_refused(postgres: LocalPostgres) -> None:
+    with pytest.raises(ConfigurationError, match="Leave connection_class out of neon_pool_options"):
+        rollback_pool(postgres.dsn, postgres.trust_anchor, {"connection_class": neon_async.Connection})
 
 
 async def test_callers_are_served_one_after_the_other(pool: RollbackPool) -> None:

@@ -11,6 +11,7 @@ import re
 import shutil
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Mapping
@@ -230,11 +231,13 @@ class LocalPooler:
     # The functions below block and run in a thread.
 
     def _set_up(self, secret: str) -> None:
-        # This socket is bound and does not listen: it reserves the port while PgBouncer is stopped, and PgBouncer can
-        # still listen on it.
+        # On Linux this socket, which is bound and does not listen, reserves the port while PgBouncer is stopped, and
+        # PgBouncer can still listen on it. On other systems it could not.
         self._port_holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self._port_holder.bind((_ADDRESS, 0))
         self._port = self._port_holder.getsockname()[1]
+        if sys.platform != "linux":
+            self._port_holder.close()
         self._folder = Path(tempfile.mkdtemp(prefix="neon-async-pgbouncer-"))
         self._folder.chmod(0o711)
         command = ["pgbouncer", *(["-u", "nobody"] if os.geteuid() == 0 else []), "pgbouncer.ini"]

@@ -12,7 +12,7 @@ from typing import Any, cast
 
 from .._config.readers import LIMIT
 from .._driver.connector import require_asyncio
-from .._errors import NeonAsyncError, PoolClosedError, UnsupportedEventLoopError
+from .._errors import ConfigurationError, NeonAsyncError, PoolClosedError, UnsupportedEventLoopError
 from .._pool.pool import Pool, create_pool
 from ._rollback import RollbackConnection
 
@@ -27,6 +27,7 @@ _ONE_CONNECTION = {
     "max_inactive_connection_lifetime": 0,
     "connection_class": RollbackConnection,
 }
+_WITHOUT_EFFECT = frozenset({"min_size", "init_size", "reset"})
 
 
 class RollbackError(NeonAsyncError, RuntimeError):
@@ -142,8 +143,17 @@ def rollback_pool(dsn: str, trust_anchor: bytes, options: Mapping[str, object]) 
     Args:
         dsn: As for `create_pool()`.
         trust_anchor: As for `create_pool()`.
-        options: Other parameters of `create_pool()`. Those that concern several connections have no effect.
+        options: Other parameters of `create_pool()`. Those that concern several connections have no effect, nor has
+            `reset`, before which a pool rolls back.
+
+    Raises:
+        ConfigurationError: `options` has a `connection_class`.
     """
+    if "connection_class" in options:
+        raise ConfigurationError(
+            "neon_rollback has a connection_class of its own. Leave connection_class out of neon_pool_options, or use "
+            "neon_pool."
+        )
     callers_init = cast(Any, options.get("init"))
     pool: RollbackPool
 
@@ -152,7 +162,7 @@ def rollback_pool(dsn: str, trust_anchor: bytes, options: Mapping[str, object]) 
             await callers_init(connection)
         await pool.begin(connection)
 
-    kept: dict[str, Any] = {name: value for name, value in options.items() if name not in ("min_size", "init_size")}
+    kept: dict[str, Any] = {name: value for name, value in options.items() if name not in _WITHOUT_EFFECT}
     kept |= {**_ONE_CONNECTION, "init": init}
     pool = create_pool(dsn, trust_anchor=trust_anchor, pool_class=RollbackPool, **kept)
     return pool

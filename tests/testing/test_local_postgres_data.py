@@ -31,7 +31,7 @@ def home() -> Iterator[Path]:
 # A schema file
 
 
-def test_a_schema_file_is_run_when_the_database_is_created(tmp_path: Path) -> None:
+def test_a_schema_file_is_run_when_the_database_is_created(postgres_bin_dir: str | None, tmp_path: Path) -> None:
     schema = tmp_path / "schema.sql"
     schema.write_text(
         "\ufeff\\restrict abcDEF\n\nCREATE TABLE orders (id bigint GENERATED ALWAYS AS IDENTITY, item text);\n\n"
@@ -39,7 +39,7 @@ def test_a_schema_file_is_run_when_the_database_is_created(tmp_path: Path) -> No
         "INSERT INTO orders (item) VALUES ('ä;b');\n\n\\unrestrict abcDEF\n",
         encoding="utf-8",
     )
-    with running(LocalPostgres(schema=schema)) as server:
+    with running(LocalPostgres(postgres_bin_dir, schema=schema)) as server:
         assert ask(server, tmp_path, "SELECT item || twice(21) FROM orders") == "ä;b42"
 
 
@@ -80,11 +80,13 @@ def test_a_schema_that_does_not_exist_is_refused(tmp_path: Path) -> None:
 # A folder for the data
 
 
-def test_data_password_and_certificate_are_kept_in_the_folder(home: Path, tmp_path: Path) -> None:
+def test_data_password_and_certificate_are_kept_in_the_folder(
+    postgres_bin_dir: str | None, home: Path, tmp_path: Path
+) -> None:
     schema = tmp_path / "schema.sql"
     schema.write_text("CREATE TABLE kept (n int)")
     folder = home / "new" / "data dir"
-    with running(LocalPostgres(schema=schema, data_dir=folder)) as server:
+    with running(LocalPostgres(postgres_bin_dir, schema=schema, data_dir=folder)) as server:
         credentials = server.dsn.partition("@")[0], server.trust_anchor
         with connect(server, tmp_path) as connection:
             connection.execute("INSERT INTO kept VALUES (42)")
@@ -93,7 +95,9 @@ def test_data_password_and_certificate_are_kept_in_the_folder(home: Path, tmp_pa
     assert marker.stat().st_mode & 0o777 == 0o600
     assert (folder / ".gitignore").read_text() == "*\n"
 
-    with running(LocalPostgres(schema=schema, data_dir=folder)) as server:  # the schema is not run again
+    with running(
+        LocalPostgres(postgres_bin_dir, schema=schema, data_dir=folder)
+    ) as server:  # the schema is not run again
         assert (server.dsn.partition("@")[0], server.trust_anchor) == credentials
         assert ask(server, tmp_path, "SELECT n FROM kept") == 42
 

@@ -28,10 +28,12 @@ from ._pool.options import PoolKeywords
 from ._pool.pool import Pool, create_pool
 from ._wire.trust import AnchorSource
 
-__all__ = ("POOL", "pool_context", "readiness", "transaction", "unavailable_middleware")
+__all__ = ("POOL", "pool_context", "readiness", "transaction", "unavailable_middleware", "use_pool")
 
 POOL = web.AppKey("neon_async.pool", Pool)
 """The key of the pool: `request.app[POOL]`."""
+
+_SUBSTITUTES = web.AppKey("neon_async.substitutes", dict[web.AppKey[Pool], Pool])
 
 
 def pool_context(
@@ -57,11 +59,39 @@ def pool_context(
     async def run(app: web.Application) -> AsyncIterator[None]:
         if key in app:
             raise ConfigurationError(f"The application has a pool at {key} already. Give this one another key=.")
+        substitute = _substitutes_of(app).get(key)
+        if substitute is not None:
+            app[key] = substitute
+            yield
+            return
         async with create_pool(dsn, trust_anchor=trust_anchor, **options) as pool:
             app[key] = pool
             yield
 
     return run
+
+
+def use_pool(app: web.Application, pool: Pool, *, key: web.AppKey[Pool] = POOL) -> None:
+    """Let `pool_context()` use a pool that exists, in place of its own. Call it before the application starts.
+
+    It is for tests. The pool is neither opened nor closed by the application:
+
+        async def test_order(aiohttp_client, neon_rollback: neon_async.Pool) -> None:
+            app = make_app()
+            use_pool(app, neon_rollback)
+            client = await aiohttp_client(app)
+
+    Args:
+        app: The application.
+        pool: The pool.
+        key: Where the application keeps the pool that it replaces.
+    """
+    app[_SUBSTITUTES] = {**_substitutes_of(app), key: pool}
+
+
+def _substitutes_of(app: web.Application) -> dict[web.AppKey[Pool], Pool]:
+    nothing: dict[web.AppKey[Pool], Pool] = {}
+    return app.get(_SUBSTITUTES, nothing)
 
 
 def transaction(

@@ -12,8 +12,9 @@ from support.probes import connected, until
 from support.services import served_by_aiohttp
 
 import neon_async
-from neon_async.aiohttp import POOL, pool_context, readiness, transaction, unavailable_middleware
+from neon_async.aiohttp import POOL, pool_context, readiness, transaction, unavailable_middleware, use_pool
 from neon_async.testing import LocalEndpoint, LocalPostgres
+from neon_async.testing._pools import rollback_pool
 
 pytestmark = pytest.mark.anyio
 
@@ -81,6 +82,21 @@ async def test_a_transaction_is_committed_before_the_answer(endpoint: LocalEndpo
         assert answers[0].json() == "7"
         async with connected(postgres) as admin:
             assert await admin.fetchval(f"SELECT count(*) FROM {TABLE}") == 1
+
+
+async def test_a_test_puts_a_pool_of_its_own_in_place_of_the_applications(
+    endpoint: LocalEndpoint, postgres: LocalPostgres
+) -> None:
+    app, pool = service(endpoint), rollback_pool(postgres.dsn, postgres.trust_anchor, {})
+    use_pool(app, pool)
+    async with served_by_aiohttp(app) as client:
+        answers = [await client.post("/orders/1") for _ in range(2)]
+        assert [answer.status_code for answer in answers] == [200, 500]
+    assert endpoint.connects == 0
+    assert await pool.fetchval(f"SELECT count(*) FROM {TABLE}") == 1  # the application has not closed it
+    pool.end()
+    async with connected(postgres) as admin:
+        assert await admin.fetchval(f"SELECT count(*) FROM {TABLE}") == 0
 
 
 async def test_an_outage_is_answered_with_503(endpoint: LocalEndpoint) -> None:

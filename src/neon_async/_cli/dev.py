@@ -24,7 +24,7 @@ from ..testing import LocalEndpoint, LocalPooler, LocalPostgres
 __all__ = ("dev",)
 
 _ADDRESS = "127.0.0.1"
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 _STATES = {
     "awake": "awake",
     "suspended": "asleep: its connections are closed, and the next connect wakes it",

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from support.documents import ROOT
+from support.documents import DOCUMENTS, ROOT
 
 import neon_async
 from neon_async._config.keywords import KEYWORDS
@@ -45,7 +45,7 @@ def entry(text: str, name: str) -> str:
 
 
 def test_no_placeholder_is_left() -> None:
-    pages = [page(str(path.relative_to(ROOT / "docs"))) for path in (ROOT / "docs").rglob("*.md")]
+    pages = [page(str(path.relative_to(ROOT / "docs"))) for path in DOCUMENTS if path.name != "README.md"]
     assert [found for text in pages for found in re.findall(r"\{\{.*?\}\}", text)] == []
 
 
@@ -153,3 +153,8 @@ def test_the_events_of_the_log_on_the_site_are_those_of_a_pool() -> None:
 def test_every_benchmark_on_the_site_exists() -> None:
     scripts = set(re.findall(r"`(\w+\.py)`", page("benchmarks.md")))
     assert scripts <= {path.name for path in (ROOT / "benchmarks").glob("*.py")}
+
+
+def test_every_example_is_on_the_site() -> None:
+    named = set(re.findall(r"^\| `(\w+)` \|", page("examples.md"), re.MULTILINE))
+    assert named == {path.name for path in (ROOT / "docs" / "examples").iterdir() if path.is_dir()}

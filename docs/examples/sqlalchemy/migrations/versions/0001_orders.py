@@ -1,0 +1,21 @@
+"""orders"""
+
+import sqlalchemy as sa
+from alembic import op
+
+revision = "0001"
+down_revision = None
+branch_labels = None
+depends_on = None
+
+
+def upgrade() -> None:
+    op.create_table(
+        "orders",
+        sa.Column("id", sa.Integer, primary_key=True),
+        sa.Column("item", sa.String, nullable=False),
+    )
+
+
+def downgrade() -> None:
+    op.drop_table("orders")

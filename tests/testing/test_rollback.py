@@ -262,6 +262,21 @@ async def test_a_connection_that_ended_is_reported_and_not_replaced(pool: Rollba
             await pool.execute("SELECT 1")
 
 
+async def test_a_prepared_statement_that_fails_outside_of_a_block_ends_the_transaction_loudly(
+    pool: RollbackPool,
+) -> None:
+    async with pool.acquire() as connection:
+        statement = await connection.prepare("SELECT 1 / $1::int")
+        assert await statement.fetchval(1) == 1
+        async with connection.transaction():
+            with pytest.raises(asyncpg.DivisionByZeroError):
+                await statement.fetchval(0)
+        with pytest.raises(asyncpg.DivisionByZeroError):
+            await statement.fetchval(0)
+    with pytest.raises(RollbackError, match="a prepared statement"):
+        await pool.execute("SELECT 1")
+
+
 async def test_an_init_of_the_tests_own_runs_first(postgres: LocalPostgres) -> None:
     async def init(connection: Any) -> None:
         await connection.set_type_codec("json", encoder=str, decoder=len, schema="pg_catalog")

@@ -233,6 +233,25 @@ def public_names(module: str) -> tuple[str, ...]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Examples
+
+
+def fastapi_service() -> str:
+    """Return the program of the example for FastAPI."""
+    return _file("fastapi/main.py", "python")
+
+
+def fastapi_schema() -> str:
+    """Return the schema of the example for FastAPI."""
+    return _file("fastapi/schema.sql", "sql")
+
+
+def _file(name: str, language: str) -> str:
+    text = (Path(__file__).parent / "examples" / name).read_text(encoding="utf-8")
+    return f'```{language} title="{name}"\n{text}```'
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Markdown
 
 
@@ -250,5 +269,15 @@ def _sentence(text: str) -> str:
 
 
 PARTS: dict[str, Callable[[], str]] = {
-    part.__name__: part for part in (connection_settings, refused_settings, pool_settings, variables, errors, reference)
+    part.__name__: part
+    for part in (
+        connection_settings,
+        refused_settings,
+        pool_settings,
+        variables,
+        errors,
+        reference,
+        fastapi_service,
+        fastapi_schema,
+    )
 }

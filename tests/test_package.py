@@ -128,21 +128,22 @@ def test_the_layers_in_contributing_are_those_of_the_contract() -> None:
 
 
 def refusals() -> list[Any]:
-    """Return every `key=value` in the first column of the README's table of refused values."""
-    table = README.split("| written | why |")[1].split("\n\n")[0]
+    """Return every `key=value` in the first column of the site's table of refused values."""
+    page = (ROOT / "docs" / "guides" / "trust.md").read_text()
+    table = page.split("| written | why |")[1].split("\n\n")[0]
     written = re.findall(r"`([^`]+)`", " ".join(row.split("|")[1] for row in table.splitlines()[2:]))
     return [pytest.param(*item.split("=", 1), id=item) for item in written]
 
 
 @pytest.mark.parametrize(("key", "value"), refusals())
-def test_every_value_that_the_readme_lists_as_refused_is_refused(key: str, value: str) -> None:
+def test_every_value_that_the_site_lists_as_refused_is_refused(key: str, value: str) -> None:
     written: dict[str, Any] = {key: value}
     with pytest.raises(neon_async.ConfigurationError, match=key):
         neon_async.create_pool(DSN, **written)
 
 
-def test_the_tree_of_errors_in_the_readme_is_that_of_the_package() -> None:
-    block = README.split("```text\n")[1].split("```")[0]
+def test_the_tree_of_errors_on_the_site_is_that_of_the_package() -> None:
+    block = (ROOT / "docs" / "errors.md").read_text().split("```text\n")[1].split("```")[0]
     documented: list[tuple[str, str]] = []
     path: list[str] = []
     for prefix, name in re.findall(r"^([│├└─ ]*)(\w+Error)\b", block, re.MULTILINE):

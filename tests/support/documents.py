@@ -40,8 +40,7 @@ def blocks() -> Iterator[Block]:
         for found in re.finditer(r"^```(\w*)(.*)\n((?:.*\n)*?)```$", text, re.MULTILINE):
             above = text.count("\n", 0, found.start(3))
             title = re.search(r'title="(.*?)"', found[2])
-            if not found[3].startswith("--8<--"):  # a file of an example, which has tests of its own
-                yield Block(f"{page}:{above + 1}", page, found[1], title[1] if title else "", "\n" * above + found[3])
+            yield Block(f"{page}:{above + 1}", page, found[1], title[1] if title else "", "\n" * above + found[3])
 
 
 def blocks_in(language: str) -> list[Block]:

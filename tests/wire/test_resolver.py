@@ -15,7 +15,7 @@ from support.negotiations import connected
 from support.probes import HANG, resolve_to, slow_resolver, until
 
 import neon_async
-from neon_async._wire import resolver
+from neon_async._wire import resolver, threads
 from neon_async.testing import LocalPostgres
 
 pytestmark = pytest.mark.anyio
@@ -68,6 +68,7 @@ async def test_each_host_has_a_look_up_of_its_own(monkeypatch: pytest.MonkeyPatc
     with slow_resolver(monkeypatch) as asked:
         await asyncio.gather(*(give_up(DSN.replace("db.", f"db{number % 3}.")) for number in range(9)))
         assert sorted(asked) == ["db0.example.com", "db1.example.com", "db2.example.com"]
+    await until(lambda: not resolver._running)
 
 
 async def test_a_waiter_that_is_cancelled_leaves_the_look_up_to_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,6 +127,7 @@ async def test_a_process_without_a_thread_to_spare_gets_a_connect_error(monkeypa
         raise RuntimeError("can't start new thread")
 
     with monkeypatch.context() as patch:
+        patch.setattr(threads, "_idle", [])
         patch.setattr(threading.Thread, "start", refuse)
         with pytest.raises(neon_async.ConnectError, match="can start no thread"):
             await neon_async.connect(DSN)

@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import os
+import sys
 import threading
 import weakref
+from asyncio.subprocess import PIPE
 
 import pytest
 from support.probes import HANG, until
@@ -58,3 +61,39 @@ async def test_an_exception_is_freed_without_the_garbage_collector() -> None:
         await until(lambda: freed[0]() is None)
     finally:
         gc.enable()
+
+
+async def test_a_thread_that_has_finished_is_used_again() -> None:
+    first = await threads.run(threading.current_thread)
+    await until(lambda: first in threads._idle)
+    assert await threads.run(threading.current_thread) is first
+
+
+async def test_functions_that_run_at_once_have_a_thread_each() -> None:
+    barrier = threading.Barrier(3)
+
+    def meet() -> threading.Thread:
+        barrier.wait(HANG)
+        return threading.current_thread()
+
+    assert len(set(await asyncio.gather(*(threads.run(meet) for _ in range(3))))) == 3
+
+
+async def test_a_thread_ends_when_there_is_nothing_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threads, "_IDLE", 0.01)
+    monkeypatch.setattr(threads, "_idle", [])
+    thread = await threads.run(threading.current_thread)
+    await until(lambda: not thread.is_alive())
+    assert threads._idle == []
+    assert await threads.run(threading.current_thread) is not thread
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork on this system")
+async def test_a_forked_process_starts_threads_of_its_own() -> None:
+    code = (
+        "import asyncio, os; from neon_async._wire import threads; asyncio.run(threads.run(int)); child = os.fork()\n"
+        "if not child: print(asyncio.run(asyncio.wait_for(threads.run(int, '7'), 20)), flush=True); os._exit(0)\n"
+        "os.waitpid(child, 0)"
+    )
+    process = await asyncio.create_subprocess_exec(sys.executable, "-W", "ignore", "-c", code, stdout=PIPE)
+    assert (await process.communicate())[0] == b"7\n"

@@ -1,7 +1,8 @@
-"""Run a function that blocks in a thread of its own.
+"""Run a function that blocks in a thread that it has for itself.
 
 The threads are daemons: neither a look-up of the resolver that takes half a minute nor a disk that does not answer
 keeps the service from ending, and none occupies the event loop's default executor, whose few threads are the service's.
+A thread that has finished waits a few seconds for the next function: to start one takes longer than a look-up.
 This module must not know what the functions do.
 """
 
@@ -9,13 +10,21 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import os
+import queue
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeAlias, TypeVar
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
+
+# What a thread is to call, and the argument.
+_Job: TypeAlias = tuple[Callable[[Any], None], Any]
+
+# Seconds for which a thread without work is kept.
+_IDLE = 5.0
 
 
 async def run(function: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
@@ -29,7 +38,7 @@ async def run(function: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -
 
 
 def start(function: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> Future[_T]:
-    """Call `function` in a new thread, and return the future of its result, which cannot be cancelled.
+    """Call `function` in a thread, and return the future of its result, which cannot be cancelled.
 
     Raises:
         OSError: This process can start no more threads.
@@ -47,7 +56,49 @@ def start(function: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> Fu
         del future  # the traceback of an error leads to this frame: a cycle that only the garbage collector would free
 
     try:
-        threading.Thread(target=work, args=(future,), name="neon-async", daemon=True).start()
+        _idle.pop().jobs.put((work, future))
+    except IndexError:
+        _start_thread((work, future))
+    return future
+
+
+def _start_thread(job: _Job) -> None:
+    thread = _Thread()
+    thread.jobs.put(job)
+    try:
+        thread.start()
     except RuntimeError as error:
         raise OSError(errno.EAGAIN, f"this process can start no thread: {error}") from None
-    return future
+
+
+class _Thread(threading.Thread):
+    """A daemon that calls the functions in `jobs`, until there has been none for a while."""
+
+    def __init__(self) -> None:
+        super().__init__(name=_BUSY, daemon=True)
+        self.jobs: queue.SimpleQueue[_Job] = queue.SimpleQueue()
+
+    def run(self) -> None:
+        timeout: float | None = None
+        while True:
+            try:
+                work, future = self.jobs.get(timeout=timeout)
+            except queue.Empty:
+                try:
+                    _idle.remove(self)
+                except ValueError:  # it has just been taken from there, and its next job is coming
+                    timeout = None
+                    continue
+                return
+            self.name = _BUSY
+            work(future)
+            del work, future  # what it refers to must not live as long as this thread
+            self.name, timeout = f"{_BUSY}, idle", _IDLE
+            _idle.append(self)
+
+
+_BUSY = "neon-async"
+_idle: list[_Thread] = []
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_idle.clear)  # a fork has none of its parent's threads

@@ -47,6 +47,7 @@ def right(signature: bytes) -> bytes:
 
 CERTIFICATE = signed(p256(), hashes.SHA256())
 BINDING = hashlib.sha256(CERTIFICATE.der).digest()
+STARTUP = b"\0\0\0\x0d\0\3\0\0user\0"
 Cut = Callable[[bytes], list[bytes]]
 
 
@@ -177,6 +178,41 @@ async def test_a_login_succeeds_wherever_its_messages_are_cut(early: str | None)
         assert recorder.received == OK + SESSION_START
         assert recorder.lost
         assert [data[:1] for data in transport.sent] == [b"p", b"p"]
+
+
+class TransportBeforeStartup(InMemoryTransport):
+    """The transport of a session whose StartupMessage has not been sent. The server ignores it."""
+
+    writes: list[bytes]
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        self.writes.append(bytes(data))
+        if rest := bytes(data).removeprefix(STARTUP):
+            super().write(rest)
+
+
+@pytest.mark.parametrize(
+    ("early", "first"),
+    [
+        pytest.param(PLUS, [STARTUP + b"p"], id="together with the message of an early login"),
+        pytest.param(None, [STARTUP, b"p"], id="alone before the server has made its offer"),
+    ],
+)
+async def test_the_startup_message_is_sent(early: str | None, first: list[bytes]) -> None:
+    transport = TransportBeforeStartup(HonestServer(PASSWORD, binding=BINDING), whole)
+    transport.writes = []
+    transport.deliver(sasl(*BOTH))
+    async with asyncio.timeout(HANG):
+        await log_in(
+            transport.login,
+            startup=STARTUP,
+            certificate=CERTIFICATE.der,
+            binding_required=True,
+            secret=secret,
+            cache=LoginCache(),
+            early=early,
+        )
+    assert [data[: len(start)] for data, start in zip(transport.writes, [*first, b"p"], strict=True)] == [*first, b"p"]
 
 
 async def test_notices_before_a_message_in_the_same_read_are_skipped() -> None:

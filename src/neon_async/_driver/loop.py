@@ -104,9 +104,10 @@ class LoopAdapter:
         channel.protocol.require_silence()
         protocol = protocol_factory()
         self._transport = SessionTransport(channel.transport)
-        protocol.connection_made(self._transport)  # asyncpg sends its StartupMessage
+        startup = self._transport.startup_of(protocol)
         mechanism = await log_in(
             channel.protocol,
+            startup=startup,
             certificate=channel.handshake.certificate,
             binding_required=parameters.channel_binding == "require",
             secret=secret,

@@ -43,6 +43,7 @@ class EarlyLoginRefusedError(Exception):
 async def log_in(
     protocol: LoginProtocol,
     *,
+    startup: bytes = b"",
     certificate: bytes,
     binding_required: bool,
     secret: Secret,
@@ -52,7 +53,8 @@ async def log_in(
     """Run one SCRAM exchange, up to the point where AuthenticationOk must follow, and return its mechanism.
 
     Args:
-        protocol: The protocol of the channel; the StartupMessage has been sent.
+        protocol: The protocol of the channel, on which nothing has been sent.
+        startup: The StartupMessage; empty where it has been sent.
         certificate: The server's leaf certificate in DER.
         binding_required: Whether a login without channel binding is refused.
         secret: Returns the password.
@@ -70,7 +72,11 @@ async def log_in(
     binding = binding_data(certificate)
     if early == PLUS and binding is None:  # the server has a new certificate
         early = None
-    exchange = _begin(protocol, Exchange(early, binding=binding, host=protocol.host)) if early else None
+    exchange = None
+    if early:
+        exchange = _begin(protocol, Exchange(early, binding=binding, host=protocol.host), startup)
+    elif startup:
+        protocol.transport.write(startup)
     offer: bytes | None = None
     try:
         offer = await protocol.request(_SASL)
@@ -95,9 +101,9 @@ async def log_in(
     return exchange.mechanism
 
 
-def _begin(protocol: LoginProtocol, exchange: Exchange) -> Exchange:
+def _begin(protocol: LoginProtocol, exchange: Exchange, startup: bytes = b"") -> Exchange:
     first = exchange.first()
-    protocol.send(exchange.mechanism.encode() + struct.pack("!xi", len(first)) + first)
+    protocol.send(exchange.mechanism.encode() + struct.pack("!xi", len(first)) + first, startup)
     return exchange
 
 
@@ -183,9 +189,9 @@ class LoginProtocol(asyncio.Protocol):
         """Accept as much as the start of a session may contain, which comes together with the end of the exchange."""
         self._limit = _MAX_SESSION_START
 
-    def send(self, payload: bytes) -> None:
-        """Send a SASLInitialResponse or SASLResponse."""
-        self.transport.write(struct.pack("!ci", b"p", 4 + len(payload)) + payload)
+    def send(self, payload: bytes, startup: bytes = b"") -> None:
+        """Send a SASLInitialResponse or SASLResponse, in one packet with the StartupMessage where that is before it."""
+        self.transport.write(startup + struct.pack("!ci", b"p", 4 + len(payload)) + payload)
 
     async def request(self, code: int) -> bytes:
         """Wait for the authentication request with `code`, remove it from the buffer, and return its data.

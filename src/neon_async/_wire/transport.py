@@ -15,7 +15,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 # What is called with the answer to a statement that was sent ahead: the transaction status of its ReadyForQuery (b"I",
 # b"T" or b"E"), and the body of its ErrorResponse, if there was one.
@@ -66,6 +66,19 @@ class SessionTransport(asyncio.Transport):
 
     def __repr__(self) -> str:
         return f"<SessionTransport {self.writes} writes over {self._transport!r}>"
+
+    def startup_of(self, protocol: asyncio.Protocol) -> bytes:
+        """Give this transport to the session's protocol, and return what it writes at once: its StartupMessage.
+
+        The login sends that, together with its own first message where it may: one system call and one packet.
+        """
+        transport, startup = self._transport, _Startup(self._transport)
+        self._transport = cast(asyncio.Transport, startup)
+        try:
+            protocol.connection_made(self)
+        finally:
+            self._transport = transport
+        return bytes(startup.written)
 
     def in_front_of(self, protocol: asyncio.Protocol) -> Stream:
         """Return the protocol for the TLS transport: it keeps the answers to statements sent ahead from `protocol`."""
@@ -304,6 +317,20 @@ class _ReadBuffer(threading.local):
 
 
 _read_buffer = _ReadBuffer()
+
+
+class _Startup:
+    """A transport that keeps what is written."""
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self.written = bytearray()
+        self._transport = transport
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        self.written += data
 
 
 class Stream(asyncio.BufferedProtocol):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx2
 import pytest
 from aiohttp import web
-from support.probes import connected, until
+from support.probes import HANG, connected, until
 from support.services import served_by_aiohttp
 
 import neon_async
@@ -97,6 +98,35 @@ async def test_a_test_puts_a_pool_of_its_own_in_place_of_the_applications(
     pool.end()
     async with connected(postgres) as admin:
         assert await admin.fetchval(f"SELECT count(*) FROM {TABLE}") == 0
+
+
+@pytest.mark.parametrize("cancels", [False, True], ids=["its handler goes on", "its handler is cancelled"])
+async def test_a_client_that_disconnects_leaves_nothing_behind(
+    cancels: bool, endpoint: LocalEndpoint, postgres: LocalPostgres
+) -> None:
+    entered = []
+
+    async def slow(request: web.Request) -> web.Response:
+        async with transaction(request) as connection:
+            entered.append(await connection.fetchval("SELECT pg_backend_pid()"))
+            number = len(entered)
+            await connection.execute("SELECT pg_sleep($1)", HANG if cancels else 0.1)
+            await connection.execute(f"INSERT INTO {TABLE} VALUES ($1)", number)
+        return web.json_response(None)
+
+    app = service(endpoint, max_size=2)
+    app.router.add_get("/slow", slow)
+    async with served_by_aiohttp(app, handler_cancellation=cancels) as client, connected(postgres) as admin:
+        for number in range(3):
+            asking = asyncio.ensure_future(client.get("/slow"))
+            await until(lambda: len(entered) > number)  # noqa: B023
+            asking.cancel()
+        await until(lambda: app[POOL].stats().in_use == 0)
+        assert (await client.get("/one")).json() == 1
+        assert await admin.fetchval(f"SELECT count(*) FROM {TABLE}") == (0 if cancels else 3)
+        assert not await admin.fetchval(
+            "SELECT count(*) FROM pg_stat_activity WHERE xact_start IS NOT NULL AND pid = ANY($1::int[])", entered
+        )
 
 
 async def test_an_outage_is_answered_with_503(endpoint: LocalEndpoint) -> None:

@@ -32,9 +32,16 @@ async def served_by_uvicorn(app: Any) -> AsyncIterator[httpx2.AsyncClient]:
 
 
 @contextlib.asynccontextmanager
-async def served_by_aiohttp(app: web.Application) -> AsyncIterator[httpx2.AsyncClient]:
-    """Yield a client of an aiohttp application on a port of its own."""
-    runner = web.AppRunner(app)
+async def served_by_aiohttp(
+    app: web.Application, *, handler_cancellation: bool = False
+) -> AsyncIterator[httpx2.AsyncClient]:
+    """Yield a client of an aiohttp application on a port of its own.
+
+    Args:
+        app: The application.
+        handler_cancellation: Whether a client that disconnects cancels the handler of its request.
+    """
+    runner = web.AppRunner(app, handler_cancellation=handler_cancellation)
     await runner.setup()
     try:
         await web.TCPSite(runner, "127.0.0.1", 0).start()

@@ -9,10 +9,7 @@ from pathlib import Path
 
 import pytest
 
-import neon_async
-
 HERE = Path(__file__).parent
-PACKAGE = Path(neon_async.__file__).parent
 
 
 @pytest.mark.parametrize("path", sorted((HERE / "typing").glob("*.py")), ids=lambda path: path.stem)
@@ -21,7 +18,7 @@ def test_mypy_strict_judges_what_callers_write_as_it_is_marked(path: Path, tmp_p
     arguments = ["--strict", "--config-file=", f"--cache-dir={tmp_path}", "--follow-imports=silent"]
     judged = subprocess.run(
         [sys.executable, "-m", "mypy", *arguments, str(path)],
-        env={**os.environ, "MYPYPATH": str(PACKAGE.parent)},
+        env={**os.environ, "MYPYPATH": str(HERE.parent / "src")},
         cwd=tmp_path,
         capture_output=True,
         text=True,

@@ -94,7 +94,7 @@ class AsyncpgPatch:
     def undo(self) -> None:
         """Give asyncpg its own functions back. A second call changes nothing."""
         for (module, name), ours, genuine in zip(_PLACES, self._installed, self._genuine, strict=False):
-            if getattr(module, name) is ours:  # else another patch came later, and goes on with ours
+            if getattr(module, name) is ours:  # else a later patch has replaced it, and calls ours
                 setattr(module, name, genuine)
         if self._installed:
             asyncpg.pool.Pool.__init__ = self._pool_init  # type: ignore[method-assign]

@@ -19,7 +19,7 @@ CONCURRENCY = 4  # jobs at a time, each on a connection of its own
 # Docker and 30 for Kubernetes.
 DRAIN = float(os.environ.get("WORKER_DRAIN", "8"))
 ATTEMPTS = 5  # after so many failures a job stays in the table, with its last error
-# Seconds between two looks while jobs are unfinished: a worker that is killed announces to nobody that it leaves some.
+# Seconds between two looks while jobs are unfinished: a worker that is killed leaves some and announces nothing.
 LOOK_AGAIN = 1.0
 
 log = logging.getLogger("worker")

@@ -181,7 +181,7 @@ def check_keywords(keywords: Mapping[str, object]) -> None:
 
 
 def keywords_of_url(pairs: Iterable[tuple[str, object]]) -> dict[str, object]:
-    """Return the parts of a URL that somebody else has taken apart, as keywords by their canonical names.
+    """Return the parts of a URL that other code has parsed, as keywords by their canonical names.
 
     The values are not judged: `parse()` does that, together with the other sources.
 

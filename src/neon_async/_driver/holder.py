@@ -857,7 +857,7 @@ class Proxy(_Proxy):
         @contextlib.contextmanager
         @functools.wraps(PoolConnectionProxy.query_logger)
         def query_logger(self, callback):
-            # asyncpg's registers it on the connection when the block is entered, whoever has the connection by then.
+            # asyncpg's registers it on the connection when the block is entered. Another caller may have it by then.
             self.add_query_logger(callback)
             try:
                 yield

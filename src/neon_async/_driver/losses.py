@@ -18,7 +18,7 @@ class Loss(NamedTuple):
     """Why a connection was lost. A connection that its owner closed or terminated was not.
 
     Attributes:
-        why: A clause that goes on from "was lost: ".
+        why: A clause that continues "was lost: ".
         words: The error with which the server ended the session, if it sent one.
     """
 

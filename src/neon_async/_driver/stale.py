@@ -97,6 +97,6 @@ def is_stale_when_prepared(error: Exception) -> bool:
 
 
 def _vanished_type(error: Exception) -> int | None:
-    """Return the OID of the type that the server has looked up in vain, or None."""
+    """Return the OID of the type that the server has not found, or None."""
     match = _VANISHED_TYPE.search(str(error))
     return int(match[1] or match[2]) if match else None

@@ -221,8 +221,8 @@ _VERDICTS = (
     ServerVerdict(
         EndpointError,
         "Check user, dbname, options and server_settings.",
-        # What stays as it is until somebody changes something: a feature that is not supported, a value, a schema or a
-        # name that is wrong, and what a login trigger of the database raises.
+        # What stays until code or configuration changes: a feature that is not supported, a value, a schema or a name
+        # that is wrong, and what a login trigger of the database raises.
         sqlstates=("0A", "22", "3F", "42", "P0"),
     ),
     # The last row is also the meaning of whatever no row names.

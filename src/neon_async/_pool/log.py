@@ -42,7 +42,7 @@ class _Outage:
     Attributes:
         cause: Its latest cause.
         began: When the first connect of it began; a time of the monotonic clock.
-        failures: Failed connects, or sessions that ended in vain.
+        failures: Failed connects, or sessions that ended before they did any work.
     """
 
     __slots__ = ("began", "cause", "failures")
@@ -81,7 +81,7 @@ class PoolLog:
     # Outages
 
     def failed(self, cause: Cause, error: Exception, *, began: float) -> None:
-        """Note that a connect has failed, or that a session has ended in vain, at the time `began`."""
+        """Note that a connect has failed, or that a session has ended before it did any work, at the time `began`."""
         outage = self._outage
         if outage is not None:
             outage.failures += 1
@@ -101,7 +101,7 @@ class PoolLog:
         )
 
     def connected(self, seconds: float, *, woke: bool) -> None:
-        """Note that a connect took so many seconds. That ends an outage, unless sessions ended in vain before."""
+        """Note that a connect took so many seconds. That ends an outage, unless sessions ended without any work."""
         if self._outage is not None:
             if self._outage.cause is not Cause.IN_VAIN:
                 self._end(self._outage)

@@ -96,7 +96,7 @@ def failure_of(error: BaseException) -> Exception | None:
         return error
     task = asyncio.current_task()
     if isinstance(error, asyncio.CancelledError) and not (task and task.cancelling()):
-        # Something that the caller's code awaited was cancelled, but nobody has cancelled the dial.
+        # Something that the caller's code awaited was cancelled, but the dial itself was not cancelled.
         failure = ConnectError("init or the password function raised CancelledError. Catch it there.")
         failure.__cause__ = error
         return CallersError(failure)

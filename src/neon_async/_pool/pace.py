@@ -165,7 +165,7 @@ class Pace:
         them after a quiet minute.
 
         Args:
-            error: What to tell callers that wait in vain.
+            error: The error of callers that get no connection.
             opened_at: When the session began. Those that were open together and end together count once.
             now: When it ended.
         """
@@ -182,7 +182,7 @@ class Pace:
         Args:
             began: When the dial began.
             connects: How many connects it took: none before the password is known.
-            told: Whether a caller gets the error. Otherwise nobody would slow down a dial that always fails.
+            told: Whether a caller gets the error. Otherwise nothing would slow down a dial that always fails.
         """
         self._not_before = max(self._not_before, began + connects * _SPACING)
         self.in_vain += not told

@@ -550,7 +550,7 @@ class Pool(PoolBase[RecordT]):
         self._supply.log.info("the pool is closed", event="pool_closed")
 
     def _leave_to_parent(self) -> None:
-        """Start empty in a forked process. The connections stay those of the parent, which goes on with them."""
+        """Start empty in a forked process. The connections stay those of the parent, which keeps using them."""
         self._supply.leave_to_parent()
         _of_parent.append(self._supply)
         self._begin_life(None)

@@ -9,8 +9,8 @@
     every state with a connection ──close──▶ CLOSING
     every state but VACANT ──the connection has ended, or was never made──▶ VACANT
 
-    CHECKING ───────────no answer for a while──▶ SILENT, from which it goes on as from CHECKING
-    RESETTING, CLOSING ─no answer for a while──▶ STUCK, from which it goes on as from these
+    CHECKING ───────────no answer for a while──▶ SILENT, which is left in the same ways as CHECKING
+    RESETTING, CLOSING ─no answer for a while──▶ STUCK, which is left in the same ways as these
 
 Knows nothing of asyncpg, of waiters or of time: a slot owns a holder and never looks into it.
 """

@@ -1,4 +1,4 @@
-"""The tallies that a pool keeps, and who is told of them. `Pool.stats()` shows them as a `PoolStats`.
+"""The tallies that a pool keeps, and their events. `Pool.stats()` shows them as a `PoolStats`.
 
 Knows names and numbers only. Without `on_event` it does without the events, which take a millisecond to import.
 """

@@ -76,7 +76,7 @@ class DataDir:
             self.folder.mkdir(parents=True)
             self.folder.chmod(0o711)  # under root, PostgreSQL runs as another user, who has to enter it
         self._marker.touch(mode=0o600)
-        (self.folder / ".gitignore").write_text("*\n")  # nobody wants to commit a database, or its password
+        (self.folder / ".gitignore").write_text("*\n")  # a database and its password do not belong in a repository
 
     def complete(self, password: str, certificates: Certificates) -> None:
         """Note that the database is complete."""

@@ -246,7 +246,7 @@ class _Block(Transaction):
             await send(self._home, _CHECK_CONSTRAINTS)
 
     async def _restore(self) -> None:
-        """Set what was local to the block back, because the transaction around it goes on."""
+        """Set what was local to the block back, because the transaction around it continues."""
         if self._before:
             values = zip(self._names, self._before, strict=True)
             calls = [f"set_config({quote(name)}, {quote(value or '')}, true)" for name, value in values]

@@ -63,7 +63,10 @@ def answer_to(error: BaseException, method: str, path: str) -> Answer | None:
         )
     else:
         return None
-    _log.warning(
+    # The pool itself warns once when an outage begins, and a lost COMMIT is no outage.
+    level = logging.WARNING if isinstance(error, CommitUnknownError) else logging.INFO
+    _log.log(
+        level,
         "%s %s: answered 503, %s: %s",
         *(escape(method), escape(path), type(error).__name__, " ".join(escape(str(error)).split())),
     )

@@ -199,7 +199,7 @@ async def test_a_connection_is_released_before_the_response_is_sent(endpoint: Lo
 async def test_an_outage_is_answered_with_503_and_its_end_with_200(
     endpoint: LocalEndpoint, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.WARNING, "neon_async")
+    caplog.set_level(logging.INFO, "neon_async")
     async with served_by_uvicorn(service(endpoint, acquire_timeout=0.3)) as client:
         endpoint.refuse()
         answer = await client.get("/one")

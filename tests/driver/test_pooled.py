@@ -17,7 +17,7 @@ from support.probes import HANG
 
 import neon_async
 from neon_async._driver.connector import prepare
-from neon_async._driver.holder import session_of
+from neon_async._driver.holder import search_path, session_of
 from neon_async._driver.transaction import Transaction
 from neon_async.testing import LocalPostgres
 
@@ -107,7 +107,10 @@ class TestHealing:
                 for connection in (first, second):
                     assert len(await connection.fetch(query)) == 3
             assert (one.healing.heals, two.healing.heals) == (3, 3)
-            texts = {connector.healing.text_of(query, None) for connector in (one, two)}
+            texts = {
+                connector.healing.text_of(query, search_path(connection))
+                for connector, connection in ((one, first), (two, second))
+            }
             assert len(texts) == 2
             for _ in range(3):
                 with pytest.raises(asyncpg.InvalidCachedStatementError):
@@ -137,8 +140,10 @@ class TestHealing:
             await change(direct)
             for connection in connections:
                 assert len(await connection.fetch(query)) == 3
-            sessions = [session_of(connection) for connection in connections]
-            assert all(session and session.healing.text_of(query, None) != query for session in sessions)
+            for connection in connections:
+                session = session_of(connection)
+                assert session is not None
+                assert session.healing.text_of(query, search_path(connection)) != query
 
     @pytest.mark.usefixtures("pgbouncer_installed")
     async def test_rows_that_do_not_match_their_description_are_an_error_once(

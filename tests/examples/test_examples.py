@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx2
 import pytest
@@ -185,8 +186,13 @@ async def test_the_script_reports_and_says_when_to_try_again(
 
 
 async def test_sqlalchemy_orders_after_alembic_has_migrated(
-    endpoint: LocalEndpoint, environment: dict[str, str]
+    postgres: LocalPostgres, environment: dict[str, str]
 ) -> None:
+    async with connected(postgres) as admin:  # a database of its own: alembic compares all tables with the models
+        await admin.execute("DROP DATABASE IF EXISTS alembic_of_examples")
+        await admin.execute("CREATE DATABASE alembic_of_examples")
+    url = urlsplit(environment["DATABASE_URL"])
+    environment = environment | {"DATABASE_URL": url._replace(path="/alembic_of_examples").geturl()}
     status, _, errors = await run("sqlalchemy", environment, "-m", "alembic", "upgrade", "head")
     assert status == 0, errors
     assert await run("sqlalchemy", environment, "app.py", "tea") == (0, "1 tea\n", "")

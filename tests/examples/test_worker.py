@@ -193,7 +193,7 @@ async def test_a_job_that_outlasts_the_deadline_of_the_drain_is_left_to_another_
     if fault is not None:
         fault(queue.endpoint)
     log = await queue.stop(worker)
-    assert "not finished within 0.2 s: 1 jobs" in log
+    assert "not finished within 0.2 s: " in log
     queue.endpoint.thaw()
     queue.endpoint.accept()
     await queue.until("SELECT true FROM jobs WHERE finished_at IS NULL FOR UPDATE SKIP LOCKED")

@@ -38,7 +38,7 @@ async def test_tls_report_describes_the_latest_handshake(postgres: LocalPostgres
         assert report is not None
         assert (report.version, report.negotiation) == ("TLSv1.3", "direct")
         assert report.server_name == postgres.host
-    assert pool.tls_report() is report
+    assert pool.tls_report() == report
 
 
 # ---------------------------------------------------------------------------------------------------------------------

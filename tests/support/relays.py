@@ -120,8 +120,9 @@ class Interceptor:
         try:
             await self._forward(reader, writer, from_server, to_server, messages)
         finally:
-            transport.abort()
-            to_server.transport.abort()
+            for one in (transport, to_server.transport):
+                with contextlib.suppress(AttributeError):  # asyncio's abort() fails on a closed one in Python 3.11.2
+                    one.abort()
 
     async def _forward(
         self,

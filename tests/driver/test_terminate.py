@@ -65,7 +65,7 @@ async def open_connection(postgres: LocalPostgres) -> neon_async.Connection:
 def from_a_thread(loop: asyncio.AbstractEventLoop, connection: neon_async.Connection) -> None:
     async def run() -> None:
         await asyncio.to_thread(connection.terminate)
-        assert connection.is_closed()
+        await until(connection.is_closed)
 
     loop.run_until_complete(run())
 
@@ -76,7 +76,7 @@ def from_the_event_loop_of_a_thread(loop: asyncio.AbstractEventLoop, connection:
 
     async def run() -> None:
         await asyncio.to_thread(asyncio.run, end())
-        assert connection.is_closed()
+        await until(connection.is_closed)
 
     loop.run_until_complete(run())
 

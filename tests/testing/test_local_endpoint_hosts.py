@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 from collections.abc import Callable
 from urllib.parse import urlsplit
@@ -56,8 +57,8 @@ async def test_it_listens_on_the_port_that_was_asked_for(postgres: LocalPostgres
 
 
 async def test_the_pooled_host_has_the_next_port(postgres: LocalPostgres, pgbouncer: LocalPgBouncer) -> None:
-    async with LocalEndpoint(postgres) as endpoint:
-        port = endpoint.port - 1
+    port = 10_000 + os.getpid() % 10_000  # below those that systems choose from
+    async with LocalEndpoint(postgres, port=port + 1):
         other = LocalEndpoint(postgres, pooler=pgbouncer, port=port)
         with pytest.raises(LocalEndpointError, match=f"Port {port + 1} of"):
             await other.__aenter__()

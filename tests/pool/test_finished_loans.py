@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import inspect
 import io
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
@@ -178,7 +179,7 @@ async def test_methods_of_the_callers_class_work_during_the_loan(pool: neon_asyn
         assert await connection.count() == 1
         assert [number async for number in connection.numbers()] == [0, 1, 2]
         assert connection.count.__name__ == "count"
-        assert asyncio.iscoroutinefunction(connection.count)
+        assert inspect.iscoroutinefunction(connection.count)
     await assert_whole(pool)
 
 

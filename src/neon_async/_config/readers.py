@@ -343,19 +343,17 @@ class Function(Reader[Callable[..., object]]):
         return given.value
 
 
-class AsyncFunction(Reader[Callable[..., object]]):
+class AsyncFunction(Function):
     """A function that is called with a connection. Whether it is async shows only when it is called."""
 
     __slots__ = ()
 
+    def __init__(self) -> None:
+        super().__init__("a connection")
+
     @property
     def expected(self) -> str:
-        return "an async function that takes a connection"
-
-    def read(self, given: Given) -> Callable[..., object]:
-        if not callable(given.value):
-            given.must_be(self.expected)
-        return given.value
+        return f"an async function that takes {self.argument}"
 
 
 class SubclassOf(Reader[type[_T]]):

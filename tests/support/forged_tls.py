@@ -25,6 +25,7 @@ RSA_PSS, ECDSA_P256, ECDSA_P384 = 0x0804, 0x0403, 0x0503  # signature schemes, R
 _X25519 = 0x001D
 _AES_128_GCM_SHA256 = b"\x13\x01"
 _HANDSHAKE, _APPLICATION_DATA = 22, 23
+_KEY_UPDATE = b"\x18"  # the type of the handshake message, section 4
 _SERVER_CONTEXT = b" " * 64 + b"TLS 1.3, server CertificateVerify\0"  # section 4.4.3
 
 
@@ -87,7 +88,9 @@ class ForgedServer:
         if record[0] != _APPLICATION_DATA:
             return record[0], record[5:]
         kind, content = self._readers[0].open(record)
-        if kind == _HANDSHAKE:  # its Finished: from here on it uses the next key
+        if kind == _HANDSHAKE and content.startswith(_KEY_UPDATE):
+            self._readers[0].use_next_key()
+        elif kind == _HANDSHAKE:  # its Finished: from here on it uses the key for application data
             self._readers.pop(0)
         return kind, content
 
@@ -140,9 +143,13 @@ class Traffic:
 
     def update_key(self, *, requested: bool = False) -> bytes:
         """Return a record with a KeyUpdate, and use the next key from then on (sections 4.6.3 and 7.2)."""
-        record = self.seal(_HANDSHAKE, b"\x18\0\0\x01" + bytes([requested]))
-        self._set_secret(_expand(self._secret, b"traffic upd"))
+        record = self.seal(_HANDSHAKE, _KEY_UPDATE + b"\0\0\x01" + bytes([requested]))
+        self.use_next_key()
         return record
+
+    def use_next_key(self) -> None:
+        """Use the key that follows a KeyUpdate."""
+        self._set_secret(_expand(self._secret, b"traffic upd"))
 
     def issue_tickets(self, count: int) -> bytes:
         """Return one record with this many NewSessionTickets (section 4.6.1)."""

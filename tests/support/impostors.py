@@ -156,11 +156,11 @@ async def check_refusal(
 
 
 def outside_tls(conversation: Conversation) -> bytes:
-    """Return what the client sent that is not part of a TLS record."""
+    """Return what the client sent that is not part of a TLS record. An abort may have cut the last record off."""
     found, rest = b"", bytes(conversation.wire)
     while rest:
         size = 5 + int.from_bytes(rest[3:5])
-        if 20 <= rest[0] <= 23 and rest[1:2] == b"\x03" and size <= len(rest):
+        if 20 <= rest[0] <= 23 and b"\x03".startswith(rest[1:2]):
             rest = rest[size:]
         else:
             found, rest = found + rest[:1], rest[1:]

@@ -109,6 +109,117 @@ class TestCommit:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Answered with ROLLBACK
+
+
+async def by_block(bench: Bench, connection: Any, work: Any) -> None:
+    async with connection.transaction():
+        await work(connection)
+
+
+async def by_method(bench: Bench, connection: Any, work: Any) -> None:
+    transaction = connection.transaction()
+    await transaction.start()
+    await work(connection)
+    await transaction.commit()
+
+
+async def by_run_transaction(bench: Bench, connection: Any, work: Any) -> None:
+    await bench.run(work, acquire=lambda: contextlib.nullcontext(connection))
+
+
+async def suppressed_error(bench: Bench, connection: Any) -> None:
+    with contextlib.suppress(asyncpg.DivisionByZeroError):
+        await connection.execute("SELECT 1/0")
+
+
+async def suppressed_error_of_a_prepared_statement(bench: Bench, connection: Any) -> None:
+    with contextlib.suppress(asyncpg.DivisionByZeroError):
+        await connection.fetchval("SELECT 1/$1::int", 0)
+
+
+async def suppressed_timeout(bench: Bench, connection: Any) -> None:
+    """The server learns of it later than the caller: the transaction has not failed yet when the work returns."""
+    with contextlib.suppress(TimeoutError):
+        await connection.execute("SELECT pg_sleep(60)", timeout=0.05)
+
+
+async def suppressed_cancellation(bench: Bench, connection: Any) -> None:
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(0.05):
+            await connection.fetchval("SELECT pg_sleep($1)", 60)
+
+
+async def suppressed_error_of_a_savepoint(bench: Bench, connection: Any) -> None:
+    with contextlib.suppress(asyncpg.PostgresError):
+        async with connection.transaction():
+            await suppressed_error(bench, connection)
+
+
+class TestAnsweredWithRollback:
+    @pytest.mark.parametrize("commit", [by_block, by_method, by_run_transaction])
+    @pytest.mark.parametrize(
+        "failure",
+        [
+            suppressed_error,
+            suppressed_error_of_a_prepared_statement,
+            suppressed_timeout,
+            suppressed_cancellation,
+            suppressed_error_of_a_savepoint,
+        ],
+    )
+    async def test_a_commit_that_kept_nothing_is_an_error(self, bench: Bench, commit: Any, failure: Any) -> None:
+        async def work(connection: Any) -> None:
+            await bench.add(connection)
+            await failure(bench, connection)
+
+        async with bench.acquire() as connection:
+            with pytest.raises(neon_async.TransactionAbortedError, match="nothing of the transaction was committed"):
+                await commit(bench, connection, work)
+            assert not connection.is_in_transaction()
+            await by_block(bench, connection, lambda connection: bench.add(connection, 2))
+        assert await bench.kept() == [2]
+        assert bench.retries == []
+
+    async def test_it_is_not_repeated_where_it_is_read_only(self, bench: Bench) -> None:
+        async def work(connection: Any) -> None:
+            await suppressed_error(bench, connection)
+
+        with pytest.raises(neon_async.TransactionAbortedError):
+            await bench.run(work, readonly=True)
+        assert bench.retries == []
+
+    async def test_what_failed_in_a_block_of_its_own_fails_nothing_else(self, bench: Bench) -> None:
+        async with bench.acquire() as connection, connection.transaction():
+            await bench.add(connection)
+            with contextlib.suppress(asyncpg.DivisionByZeroError):
+                async with connection.transaction():
+                    await connection.execute("SELECT 1/0")
+        assert await bench.kept() == [1]
+
+    async def test_through_the_pool(self, bench: Bench, pool: neon_async.Pool) -> None:
+        async def call() -> None:
+            async with pool.transaction() as connection:
+                await bench.add(connection)
+                await suppressed_error(bench, connection)
+
+        with pytest.raises(neon_async.TransactionAbortedError):
+            await call()
+        assert await pool.fetchval(f"SELECT count(*) FROM {bench.name}") == 0
+
+    async def test_a_class_whose_execute_sends_no_commit_has_committed_nothing(self, bench: Bench) -> None:
+        class Forgetful(asyncpg.Connection):
+            async def execute(self, query: str, *args: Any, **options: Any) -> str:
+                return "COMMIT" if query == "COMMIT;" else await super().execute(query, *args, **options)
+
+        async with bench.acquire(connection_class=Forgetful) as connection:
+            with pytest.raises(neon_async.TransactionAbortedError, match="did not send COMMIT"):
+                await by_block(bench, connection, bench.add)
+            assert connection.is_closed()
+        assert await bench.kept() == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Cancelled
 
 

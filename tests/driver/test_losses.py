@@ -376,18 +376,18 @@ class TestCommit:
         self, bench: Bench, end: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """So it runs again. No trigger can hold its COMMIT: the connection is lost as it is sent."""
-        send, ends = SessionProtocol.keeping_nothing, [getattr(bench.endpoint, end)]
+        send, ends = SessionProtocol.committing, [getattr(bench.endpoint, end)]
 
-        def lose_and_send(protocol: SessionProtocol) -> Any:
+        def lose_and_send(protocol: SessionProtocol, **options: Any) -> Any:
             if ends:
                 ends.pop()()
                 asyncio.get_running_loop().call_later(0.5, bench.endpoint.thaw)
-            return send(protocol)
+            return send(protocol, **options)
 
         async def work(connection: Any) -> int:
             return await connection.fetchval("SELECT 1")  # type: ignore[no-any-return]
 
-        monkeypatch.setattr(SessionProtocol, "keeping_nothing", lose_and_send)
+        monkeypatch.setattr(SessionProtocol, "committing", lose_and_send)
         assert await bench.run(work, readonly=True, acquire=lambda: bench.acquire(command_timeout=0.2)) == 1
         assert len(bench.connections) == 2
 

@@ -93,8 +93,15 @@ async def test_a_work_that_went_on_after_a_failed_statement_keeps_nothing(pool: 
 
     with pytest.raises(TransactionAbortedError):
         await pool.run_transaction(work)
-    async with pool.transaction() as connection:  # as with asyncpg, COMMIT rolls back and raises nothing
+    with pytest.raises(TransactionAbortedError):
+        async with pool.transaction() as connection:
+            await work(connection)
+    async with pool.acquire() as connection:
+        transaction = connection.transaction()
+        await transaction.start()
         await work(connection)
+        with pytest.raises(TransactionAbortedError):
+            await transaction.commit()
     assert await rows(pool) == []
 
 
@@ -186,8 +193,8 @@ async def test_a_role_that_does_not_exist_leaves_no_block_open(pool: RollbackPoo
 
 
 async def test_a_read_only_block_cannot_write_and_the_next_one_can(pool: RollbackPool) -> None:
-    async with pool.transaction(readonly=True) as connection:
-        with pytest.raises(asyncpg.ReadOnlySQLTransactionError):
+    with pytest.raises(asyncpg.ReadOnlySQLTransactionError):
+        async with pool.transaction(readonly=True) as connection:
             await connection.execute("INSERT INTO t VALUES (1)")
     async with pool.transaction(readonly=True):
         pass
@@ -268,8 +275,8 @@ async def test_a_prepared_statement_that_fails_outside_of_a_block_ends_the_trans
     async with pool.acquire() as connection:
         statement = await connection.prepare("SELECT 1 / $1::int")
         assert await statement.fetchval(1) == 1
-        async with connection.transaction():
-            with pytest.raises(asyncpg.DivisionByZeroError):
+        with pytest.raises(asyncpg.DivisionByZeroError):
+            async with connection.transaction():
                 await statement.fetchval(0)
         with pytest.raises(asyncpg.DivisionByZeroError):
             await statement.fetchval(0)

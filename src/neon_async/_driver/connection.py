@@ -48,6 +48,9 @@ class Connection(HealedStatements[RecordT]):
         BEGIN or SAVEPOINT, the role and the settings travel with the first statement and cost no round trip. What the
         server refuses of them is raised by that statement, which has not run then.
 
+        Leaving the block commits. Where a statement had failed and its error was suppressed, the server rolls back and
+        `TransactionAbortedError` is raised: put a statement that may fail into a block of its own.
+
         Args:
             isolation: `read_uncommitted`, `read_committed`, `repeatable_read` or `serializable`. Default: the server's.
             readonly: Whether the transaction is READ ONLY.

@@ -10,7 +10,14 @@ from typing import NamedTuple, TypeGuard
 
 import asyncpg
 
-from .._errors import CommitUnknownError, ConnectionLostError, QueryTimeoutError, ServerError, ends_session
+from .._errors import (
+    CommitUnknownError,
+    ConnectionLostError,
+    QueryTimeoutError,
+    ServerError,
+    TransactionAbortedError,
+    ends_session,
+)
 from .._text import escape
 
 
@@ -95,6 +102,23 @@ def commit_error(host: str, why: BaseException) -> CommitUnknownError:
     )
     failure.__cause__ = why
     return failure
+
+
+def aborted_error() -> TransactionAbortedError:
+    """Return the error of a COMMIT that the server has answered with ROLLBACK, because a statement had failed."""
+    return TransactionAbortedError(
+        "A statement had failed and the work went on, so COMMIT rolled everything back: nothing of the transaction was "
+        "committed. Let the error leave the work, or put the statement into a savepoint: `async with "
+        "connection.transaction()`."
+    )
+
+
+def unsent_error() -> TransactionAbortedError:
+    """Return the error of a COMMIT after which the transaction is still open."""
+    return TransactionAbortedError(
+        "connection_class has an execute() that did not send COMMIT to the server, so nothing was committed. Call "
+        "super().execute() in it."
+    )
 
 
 def timed_out(

@@ -47,6 +47,21 @@ _WAITS_FOR_CANCELLATION = asyncpg.__version__.startswith("0.31.")
 _DOTTED_NAME = r"[A-Za-z_][A-Za-z0-9_$]*(?:\.[A-Za-z_][A-Za-z0-9_$]*)+"
 
 
+class Commit:
+    """The COMMIT of a transaction block.
+
+    Attributes:
+        readonly: Whether the transaction is read-only.
+        was_refused: Whether the server has answered it with ROLLBACK.
+    """
+
+    __slots__ = ("readonly", "was_refused")
+
+    def __init__(self, readonly: bool) -> None:
+        self.readonly = readonly
+        self.was_refused = False
+
+
 class SessionProtocol:
     """asyncpg's protocol object of one connection, with what travels ahead of its statements.
 
@@ -60,10 +75,10 @@ class SessionProtocol:
         "_ahead",
         "_asyncpg",
         "_begun",
+        "_commit",
         "_effects",
         "_failure",
         "_host",
-        "_keeps_nothing",
         "_reset_failure",
         "_running",
         "_session",
@@ -98,7 +113,7 @@ class SessionProtocol:
         self.prepares = 0  # how often a statement was prepared
         self.transaction_search_path: str | None = None  # of the settings of the open transaction
         self.is_recalled = False  # the loan has ended, and calls of it are still under way: they send nothing more
-        self._keeps_nothing = False  # a COMMIT that is sent now ends a transaction that is read-only
+        self._commit: Commit | None = None  # under way
         # Dotted names in texts and arguments, where someone collects them: what may be custom settings.
         self.mentioned: set[str] | None = None
         self.is_connected = protocol.is_connected
@@ -188,13 +203,17 @@ class SessionProtocol:
             self._ahead = None
 
     @contextlib.contextmanager
-    def keeping_nothing(self) -> Iterator[None]:
-        """Have a COMMIT reported that was lost as any lost statement, because its transaction is read-only."""
-        self._keeps_nothing = True
+    def committing(self, *, readonly: bool) -> Iterator[Commit]:
+        """Follow the COMMIT of a transaction block, and yield what is known of it.
+
+        Args:
+            readonly: Whether the transaction is read-only, so that a COMMIT that is lost is as any lost statement.
+        """
+        self._commit = Commit(readonly)
         try:
-            yield
+            yield self._commit
         finally:
-            self._keeps_nothing = False
+            self._commit = None
 
     def _take_reset_answer(
         self, on_success: Callable[[], None], on_failure: Callable[[], None], status: bytes, error: bytes | None
@@ -236,7 +255,10 @@ class SessionProtocol:
                 raise holder.refusal_of(self._session, self.is_in_transaction(), "connection is closed")
         result = self._asyncpg.query(query, timeout)
         call = self._run(result, query, timeout, rolls_back=is_text and query.startswith("ROLLBACK"))
-        return await (self._tracked(call, effects) if effects else call)
+        answer = await (self._tracked(call, effects) if effects else call)
+        if self._commit is not None and answer == "ROLLBACK" and commits(query):
+            self._commit.was_refused = True
+        return answer
 
     async def prepare(self, name: str, query: str, timeout: Any, **options: Any) -> Any:
         """Prepare a statement. No ReadyForQuery follows, so asyncpg's transaction status stays as it is."""
@@ -413,10 +435,11 @@ class SessionProtocol:
             return self._take_failure()
         is_lost, in_transaction = self._was_lost(error), self.is_in_transaction()
         loss = self._session.loss or CLOSED_HERE
-        if executed is not None and not self._keeps_nothing and commits(executed) and leaves_commit_open(error):
+        keeps_nothing = self._commit is not None and self._commit.readonly
+        if executed is not None and not keeps_nothing and commits(executed) and leaves_commit_open(error):
             self._session.commit_unknown = True
             return commit_error(self._host, (is_lost and loss.words) or error)
-        if is_lost and self._keeps_nothing:
+        if is_lost and keeps_nothing:
             return lost_error(self._host, loss, Outcome.READ_ONLY, error)
         if is_lost:
             return lost_error(self._host, loss, outcome_of(executed, in_transaction=in_transaction), error)

@@ -31,7 +31,7 @@ from .._errors import (
 from .._neon.sql import quote, quote_name
 from .._timing import backoff
 from .holder import ResourceHooks, end_lost, has_open_transaction, lent, own_session, protocol_of, use_of
-from .losses import is_server_error, leaves_commit_open
+from .losses import aborted_error, is_server_error, leaves_commit_open, unsent_error
 
 if TYPE_CHECKING:
     from .connection import Connection
@@ -69,7 +69,9 @@ class Transaction(ResourceHooks, AsyncpgTransaction):
     or fails, the connection is terminated and the server rolls back. Either way the exception that ended the block is
     raised, unless the task is cancelled meanwhile. COMMIT has no bound but the connection's `command_timeout`, because
     a COMMIT that was given up leaves it open whether the transaction was committed: `CommitUnknownError`. Where the
-    connection was lost before COMMIT was sent, the error is a `ConnectionLostError` that says so.
+    connection was lost before COMMIT was sent, the error is a `ConnectionLostError` that says so. Where a statement had
+    failed and the block was left without its error, COMMIT rolls back, and `TransactionAbortedError` is raised; with
+    asyncpg that looks like a commit.
 
     Args:
         connection: The connection to begin it on.
@@ -155,8 +157,8 @@ class Transaction(ResourceHooks, AsyncpgTransaction):
 class _Observed:
     """A connection as asyncpg's `Transaction` sees it: the same, except for what begins the block and what ends it.
 
-    BEGIN and SAVEPOINT are sent ahead of the first statement. A COMMIT that can have kept nothing is known to be one.
-    The rest of the bookkeeping is asyncpg's.
+    BEGIN and SAVEPOINT are sent ahead of the first statement. A COMMIT that the server has answered with ROLLBACK is an
+    error. The rest of the bookkeeping is asyncpg's.
     """
 
     __slots__ = ("claims", "connection", "readonly", "search_path")
@@ -179,15 +181,28 @@ class _Observed:
         setattr(self.connection, name, value)
 
     async def execute(self, query: str) -> None:
+        if query.startswith("COMMIT"):
+            await self._commit(query)
+            return
         protocol, beginning = protocol_of(self.connection), _beginning(query, self.claims)
         with contextlib.ExitStack() as stack:
             if protocol is not None and beginning is not None:
                 if query.startswith("BEGIN"):
                     protocol.transaction_search_path = self.search_path
                 stack.enter_context(protocol.replacing(query, beginning))
-            elif protocol is not None and self.readonly:
-                stack.enter_context(protocol.keeping_nothing())
             await self.connection.execute(query)
+
+    async def _commit(self, query: str) -> None:
+        protocol = protocol_of(self.connection)
+        assert protocol is not None
+        # Not by what execute() returns, which a caller's class may have overridden.
+        with protocol.committing(readonly=self.readonly) as commit:
+            await self.connection.execute(query)
+        if commit.was_refused:
+            raise aborted_error()
+        if not self.connection.is_closed() and protocol.is_in_transaction():
+            end_lost(self.connection, "COMMIT did not reach the server")
+            raise unsent_error()
 
 
 def _beginning(query: str, claims: Sequence[str]) -> str | None:
@@ -319,25 +334,13 @@ class _Run:
             await self._transaction.__aexit__(type(error), error, error.__traceback__)
 
     async def _commit(self) -> None:
-        protocol = protocol_of(self._session)
-        # Not by what execute() returns, which a caller's class may have overridden.
-        has_failed = protocol is not None and protocol.is_in_failed_transaction
         try:
             await self._transaction.__aexit__(None, None, None)
+        except TransactionAbortedError:
+            raise
         except Exception as error:
             self.repeatable = _can_pass(error) or self._was_lost(error) or self._kept_nothing(error)
             raise
-        if has_failed:
-            raise TransactionAbortedError(
-                "A statement failed and the work went on, so COMMIT rolled everything back. Let the error leave the "
-                "work, or put the statement into `async with connection.transaction()`."
-            )
-        if self._is_open():
-            self._transaction.end_connection("COMMIT did not reach the server")
-            raise TransactionAbortedError(
-                "connection_class has an execute() that did not send COMMIT to the server, so nothing was committed. "
-                "Call super().execute() in it."
-            )
 
     def _require_open(self) -> None:
         if not self._session.is_closed() and not self._is_open():

@@ -580,6 +580,9 @@ class Pool(PoolBase[RecordT]):
         BEGIN, the role and the settings travel with the first statement and cost no round trip. Leaving the block
         commits; an exception rolls back. The connection is released either way.
 
+        Put a statement that may fail into `async with connection.transaction()`, which makes a savepoint: without one,
+        its failure rolls back everything, also where its error is suppressed.
+
         Args:
             isolation: `read_uncommitted`, `read_committed`, `repeatable_read` or `serializable`. Default: the server's.
             readonly: Whether the transaction is READ ONLY.
@@ -592,6 +595,8 @@ class Pool(PoolBase[RecordT]):
 
         Raises:
             ConfigurationError: An argument is not valid.
+            TransactionAbortedError: A statement had failed and its error was suppressed, so COMMIT rolled back.
+            CommitUnknownError: No answer to COMMIT came. The transaction may have been committed, or not.
             Exception: What `acquire()` raises, and what the server says of the role or of a setting; no statement of
                 the block has run then.
         """

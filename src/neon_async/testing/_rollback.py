@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from .._driver.connection import Connection
 from .._driver.holder import protocol_of, send
+from .._driver.losses import aborted_error
 from .._driver.transaction import STALE_STATEMENT, Transaction, claims_of
 from .._errors import ConfigurationError, ConnectionLostError
 from .._neon.sql import quote
@@ -196,7 +197,7 @@ class _Block(Transaction):
         """Keep what the block has written, until the test ends. After a failed statement, roll back as COMMIT does."""
         if self._home.has_failed:
             await self.rollback()
-            return
+            raise aborted_error()
         try:
             await self._check_constraints()
         except BaseException:
@@ -223,7 +224,7 @@ class _Block(Transaction):
             return
         if self._home.has_failed:
             await self._give_up()
-            return
+            raise aborted_error()
         try:
             await self._check_constraints()
         except BaseException:

@@ -72,6 +72,8 @@ _PING_TIMEOUT = 2.0
 _ROLLBACK_TIMEOUT = 5.0
 _CLOSE_TIMEOUT = 2.0
 
+_EXAMPLE_OF_ALEMBIC = "driver://user:pass@localhost/dbname"  # what `alembic init` writes to alembic.ini
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Engines
@@ -223,12 +225,13 @@ def use_direct_host(config: AlembicConfig, dsn: str | URL | None = None) -> None
     Args:
         config: The configuration of Alembic. Its option `sqlalchemy.url` is set.
         dsn: The connection string of the direct or of the pooled host; any scheme that `create_pool()` accepts.
-            Default: the option `sqlalchemy.url` of the ini file, or else the environment variable DATABASE_URL.
+            Default: the option `sqlalchemy.url` of the ini file, or else the environment variable DATABASE_URL. The
+            example that `alembic init` writes to the ini file counts as none.
 
     Raises:
         ConfigurationError: There is no connection string, or it is not valid.
     """
-    given = dsn if dsn is not None else config.get_main_option("sqlalchemy.url") or os.environ.get("DATABASE_URL")
+    given = dsn if dsn is not None else _url_of_ini(config) or os.environ.get("DATABASE_URL")
     if given is None:
         raise ConfigurationError(
             "There is no connection string. Write it to sqlalchemy.url in alembic.ini, set DATABASE_URL, or pass dsn."
@@ -239,6 +242,11 @@ def use_direct_host(config: AlembicConfig, dsn: str | URL | None = None) -> None
         url = url.set(host=endpoint.direct_host)
     # '%' begins an interpolation in an ini file.
     config.set_main_option("sqlalchemy.url", url.render_as_string(hide_password=False).replace("%", "%%"))
+
+
+def _url_of_ini(config: AlembicConfig) -> str | None:
+    url = config.get_main_option("sqlalchemy.url")
+    return None if url == _EXAMPLE_OF_ALEMBIC else url
 
 
 # ---------------------------------------------------------------------------------------------------------------------

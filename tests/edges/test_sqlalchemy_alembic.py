@@ -75,7 +75,8 @@ def test_the_string_comes_from_the_argument_or_the_ini_file_or_the_environment(
     ("url", "complaint"),
     [
         pytest.param(None, "no connection string", id="none"),
-        pytest.param("driver://user:pass@localhost/dbname", "begins with 'driver://'", id="the template's own"),
+        pytest.param("driver://user:pass@localhost/dbname", "no connection string", id="the template's own"),
+        pytest.param("mysql://alex:secret@db.example.com/app", "begins with 'mysql://'", id="another database"),
     ],
 )
 def test_what_is_no_connection_string_is_refused(url: str | None, complaint: str) -> None:
@@ -145,7 +146,7 @@ def alembic(folder: Path, *arguments: str) -> str:
     return finished.stdout
 
 
-@pytest.mark.parametrize("source", ["ini", "environment"])
+@pytest.mark.parametrize("source", ["ini", "environment", "environment beside the example of the template"])
 def test_alembic_migrates_over_the_direct_host(
     project: Path, postgres: LocalPostgres, source: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -156,9 +157,9 @@ def test_alembic_migrates_over_the_direct_host(
     ini = project / "alembic.ini"
     theirs = "sqlalchemy.url = driver://user:pass@localhost/dbname"
     assert theirs in ini.read_text()
-    if source == "environment":
+    if source != "ini":
         monkeypatch.setenv("DATABASE_URL", dsn)
-    ours = f"sqlalchemy.url = {dsn.replace('%', '%%')}" if source == "ini" else ""
+    ours = {"ini": f"sqlalchemy.url = {dsn.replace('%', '%%')}", "environment": ""}.get(source, theirs)
     ini.write_text(ini.read_text().replace(theirs, ours))
     alembic(project, "upgrade", "head")
     assert asyncio.run(migrated(postgres))

@@ -37,7 +37,7 @@ def run_pytest(
     tests.mkdir()
     for name, text in {"conftest": "", **files}.items():
         (tests / f"{name}.py").write_text(text, encoding="utf-8")
-    if not (folder / "pytest.ini").exists():
+    if not any((folder / name).exists() for name in ("pytest.ini", "pyproject.toml")):
         setting = "asyncio_default_fixture_loop_scope = function\n" if pytest_asyncio else ""
         (folder / "pytest.ini").write_text(f"[pytest]\n{setting}")
     plugins = ["-p", "no:cacheprovider", *([] if pytest_asyncio else ["-p", "no:asyncio"])]

@@ -20,6 +20,8 @@ from neon_async._config.readers import Choice, Refused
 from neon_async._pool.options import PoolOptions
 
 PACKAGE = Path(inspect.getfile(neon_async)).parent
+EXAMPLES = Path(__file__).parent / "examples"
+LANGUAGES = {".py": "python", ".sql": "sql", ".ini": "ini", ".mako": "mako"}  # of the files of an example
 # The modules with public names besides the package itself, in the order of the reference.
 MODULES = ("fastapi", "aiohttp", "sqlalchemy", "events", "opentelemetry", "prometheus", "testing", "pytest_plugin")
 
@@ -236,19 +238,24 @@ def public_names(module: str) -> tuple[str, ...]:
 # Examples
 
 
-def fastapi_service() -> str:
-    """Return the program of the example for FastAPI."""
-    return _file("fastapi/main.py", "python")
+def examples() -> str:
+    """Return a section for each example: its README, and its files."""
+    return "\n\n".join(_example(folder) for folder in sorted(EXAMPLES.iterdir()) if folder.is_dir())
 
 
-def fastapi_schema() -> str:
-    """Return the schema of the example for FastAPI."""
-    return _file("fastapi/schema.sql", "sql")
+def programs() -> str:
+    """Return the examples that are one file each."""
+    return "\n\n".join(_file(path, EXAMPLES) for path in sorted(EXAMPLES.glob("*.py")))
 
 
-def _file(name: str, language: str) -> str:
-    text = (Path(__file__).parent / "examples" / name).read_text(encoding="utf-8")
-    return f'```{language} title="{name}"\n{text}```'
+def _example(folder: Path) -> str:
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    files = [path for path in sorted(folder.rglob("*")) if path.suffix in LANGUAGES]
+    return "\n\n".join([f"#{text.rstrip()}", *(_file(path, folder) for path in files)])
+
+
+def _file(path: Path, folder: Path) -> str:
+    return f'```{LANGUAGES[path.suffix]} title="{path.relative_to(folder)}"\n{path.read_text(encoding="utf-8")}```'
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -277,7 +284,7 @@ PARTS: dict[str, Callable[[], str]] = {
         variables,
         errors,
         reference,
-        fastapi_service,
-        fastapi_schema,
+        examples,
+        programs,
     )
 }

@@ -140,7 +140,7 @@ def test_a_block_of_python_runs(
     AFTERWARDS[block.title](names)
 
 
-def files_of_a_test(block: Block) -> dict[str, str]:
+def files_of_a_test(block: Block) -> dict[str, Any]:
     """Return the files of a project with this test, under the names that its page and the quick start give them."""
     known = {
         other.title.removesuffix(".py"): other.code

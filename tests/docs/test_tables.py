@@ -162,5 +162,9 @@ def test_every_benchmark_on_the_site_exists() -> None:
 
 
 def test_every_example_is_on_the_site() -> None:
-    named = set(re.findall(r"^\| `(\w+)` \|", page("examples.md"), re.MULTILINE))
-    assert named == {path.name for path in (ROOT / "docs" / "examples").iterdir() if path.is_dir()}
+    text, folder = page("examples.md"), ROOT / "docs" / "examples"
+    named = set(re.findall(r"^\| \[`(\w+)`\]", text, re.MULTILINE))
+    assert named == {path.name for path in folder.iterdir() if path.is_dir()}
+    files = [path for path in folder.rglob("*") if path.is_file() and path.suffix not in (".pyc", ".md")]
+    assert len(files) >= 14
+    assert [path for path in files if f"\n{path.read_text(encoding='utf-8')}```" not in text] == []

@@ -20,19 +20,6 @@ pytestmark = pytest.mark.anyio
 
 EXAMPLE = Path(__file__).parents[2] / "docs" / "examples" / "worker"
 
-# What a local server needs besides, which the string of the console cannot say.
-RUN = """
-import runpy, sys
-import neon_async
-
-def on_a_local_server(call):
-    return lambda *args, **options: call(*args, hostaddr="127.0.0.1", trust_anchor=sys.argv[2], **options)
-
-neon_async.create_pool = on_a_local_server(neon_async.create_pool)
-neon_async.listen = on_a_local_server(neon_async.listen)
-runpy.run_path(sys.argv[1], run_name="__main__")
-"""
-
 
 class Queue:
     """The queue of the example in a database, and the workers that were started for it."""
@@ -46,11 +33,12 @@ class Queue:
 
     async def start(self, *, drain: float = HANG) -> asyncio.subprocess.Process:
         """Start a worker and wait until it listens."""
-        dsn = f"{self.endpoint.dsn.partition('?')[0]}?sslmode=require&channel_binding=require&application_name=worker"
+        dsn = f"{self.endpoint.dsn}&sslmode=require&channel_binding=require&application_name=worker"
+        variables = {"DATABASE_URL": dsn, "DATABASE_TRUST_ANCHOR": str(self._anchor), "WORKER_DRAIN": str(drain)}
         listening = await self._listening()
         worker = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-W", "error", "-c", RUN, EXAMPLE / "worker.py", self._anchor),
-            env=os.environ | {"DATABASE_URL": dsn, "WORKER_DRAIN": str(drain)},
+            *(sys.executable, "-W", "error", EXAMPLE / "worker.py"),
+            env=os.environ | variables,
             stderr=asyncio.subprocess.PIPE,
         )
         self._workers.append(worker)

@@ -14,6 +14,7 @@ import signal
 import neon_async
 
 DATABASE = os.environ["DATABASE_URL"]
+TRUST_ANCHOR = os.environ.get("DATABASE_TRUST_ANCHOR")  # of `neon-async dev`; not set in production
 CONCURRENCY = 4  # jobs at a time, each on a connection of its own
 # Seconds for the jobs that are running when SIGTERM comes; less than the grace period of the platform, which is 10 for
 # Docker and 30 for Kubernetes.
@@ -75,7 +76,7 @@ class Changes:
 
 async def follow(changes: Changes) -> None:
     """Announce each notification, and each gap, in which notifications may have been missed."""
-    async with neon_async.listen(DATABASE, "jobs", sslmode="verify-full") as events:
+    async with neon_async.listen(DATABASE, "jobs", sslmode="verify-full", trust_anchor=TRUST_ANCHOR) as events:
         async for _ in events:
             changes.announce()
 
@@ -108,7 +109,9 @@ async def main() -> None:
     stopping, changes = asyncio.Event(), Changes()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
-    async with neon_async.create_pool(DATABASE, sslmode="verify-full", max_size=CONCURRENCY) as pool:
+    async with neon_async.create_pool(
+        DATABASE, sslmode="verify-full", trust_anchor=TRUST_ANCHOR, max_size=CONCURRENCY
+    ) as pool:
         tasks = [asyncio.create_task(consume(pool, changes, stopping)) for _ in range(CONCURRENCY)]
         stop, listener = asyncio.create_task(stopping.wait()), asyncio.create_task(follow(changes))
         # None of them ends by itself but by an error that does not pass, such as a wrong password.

@@ -42,7 +42,8 @@ from neon_async._wire.revocation import disk, shard
 from neon_async._wire.revocation.lists import Source
 from neon_async._wire.revocation.shard import Shard, shard_of
 
-MODES = OFF, ADVISE, REQUIRE = "off", "advise", "require"
+MODES: tuple[neon_async.RevocationMode, ...] = ("off", "advise", "require")
+OFF, ADVISE, REQUIRE = MODES
 CONNECT = "connect"
 LIST, NOTHING = "the list", "nothing"
 TIME, STALL, PEAK, KEPT = "time", "longest stall", "memory at its peak", "memory afterwards"
@@ -84,7 +85,7 @@ async def measure_connects(connections: int, rounds: int) -> Table:
         server.present_chain(pki.leaf(), pki.issuer)
         spent = dict.fromkeys(MODES, 0.0)
         turns = take_turns({mode: mode for mode in MODES}, rounds * connections, warm_up=True)
-        for number, (counts, mode, _) in enumerate(turns):
+        for number, (counts, _, mode) in enumerate(turns):
             seconds = await connect(server, pki, mode)
             if counts:
                 spent[mode] += seconds
@@ -95,7 +96,7 @@ async def measure_connects(connections: int, rounds: int) -> Table:
     return table
 
 
-async def connect(server: PresentingServer, pki: RevocablePKI, mode: str) -> float:
+async def connect(server: PresentingServer, pki: RevocablePKI, mode: neon_async.RevocationMode) -> float:
     """Return the seconds of one connect."""
     connector = neon_async.connect(server.dsn, trust_anchor=pki.root.pem, revocation=mode)
     began = time.perf_counter()

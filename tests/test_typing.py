@@ -1,27 +1,53 @@
-"""What callers write passes mypy --strict, and what asyncpg-stubs refuses is refused."""
+"""What users write passes mypy and pyright in their strict modes as it is marked: with asyncpg-stubs and without."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from support.checkers import completeness, make_environment, mypy, pyright
 
-HERE = Path(__file__).parent
+TYPING = Path(__file__).parent / "typing"
+WITHOUT_STUBS = sorted((TYPING / "without_stubs").glob("*.py"))  # with them, too
+WITH_STUBS = [*sorted(TYPING.glob("*.py")), *WITHOUT_STUBS]
+STUBS = "asyncpg-stubs"
 
 
-@pytest.mark.parametrize("path", sorted((HERE / "typing").glob("*.py")), ids=lambda path: path.stem)
-def test_mypy_strict_judges_what_callers_write_as_it_is_marked(path: Path, tmp_path: Path) -> None:
-    """In a mypy that knows nothing of this project's own configuration, as a caller's does."""
-    arguments = ["--strict", "--config-file=", f"--cache-dir={tmp_path}", "--follow-imports=silent"]
-    judged = subprocess.run(
-        [sys.executable, "-m", "mypy", *arguments, str(path)],
-        env={**os.environ, "MYPYPATH": str(HERE.parent / "src")},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert judged.stdout == "Success: no issues found in 1 source file\n", judged.stdout + judged.stderr
+def test_mypy_judges_what_users_write_as_it_is_marked(tmp_path: Path) -> None:
+    assert mypy(make_environment(tmp_path / "user"), WITH_STUBS, tmp_path) == ""
+
+
+def test_pyright_judges_what_users_write_as_it_is_marked(tmp_path: Path) -> None:
+    assert pyright(make_environment(tmp_path / "user"), WITH_STUBS, tmp_path) == ""
+
+
+@pytest.mark.parametrize("options", [[], ["--follow-untyped-imports"]], ids=["asyncpg-unknown", "asyncpg-as-it-is"])
+def test_mypy_judges_what_users_without_stubs_write_as_it_is_marked(tmp_path: Path, options: list[str]) -> None:
+    assert mypy(make_environment(tmp_path / "user", without=STUBS), WITHOUT_STUBS, tmp_path, *options) == ""
+
+
+def test_pyright_judges_what_users_without_stubs_write_as_it_is_marked(tmp_path: Path) -> None:
+    assert pyright(make_environment(tmp_path / "user", without=STUBS), WITHOUT_STUBS, tmp_path) == ""
+
+
+@pytest.mark.parametrize("without", ["nothing", STUBS])
+def test_the_type_of_every_public_name_is_known(tmp_path: Path, without: str) -> None:
+    said = completeness(make_environment(tmp_path / "user", without=without), tmp_path)
+    assert "Type completeness score: 100%" in said, said
+
+
+WRONG = """
+import neon_async
+
+neon_async.create_pool("", revocation="on")
+neon_async.create_pool("", revocation="off")  # type: ignore[call-overload]
+"""
+
+
+@pytest.mark.parametrize("check", [mypy, pyright])
+def test_what_is_wrong_and_a_mark_that_is_not_needed_are_found(tmp_path: Path, check: Callable[..., str]) -> None:
+    path = tmp_path / "wrong.py"
+    path.write_text(WRONG)
+    said = check(make_environment(tmp_path / "user"), [path], tmp_path)
+    assert all(f"{path.name}:{line}:" in said for line in (4, 5)), said

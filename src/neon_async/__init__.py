@@ -5,11 +5,16 @@ from __future__ import annotations
 import importlib as _importlib
 import typing as _typing
 
+from ._config.connection import ConnectKeywords
 from ._config.dsn import harden_dsn
+from ._config.literals import IsolationLevel, PoolState, RevocationMode, RevocationStatus, SSLNegotiation
+from ._config.password import PasswordSource
 from ._config.roots import ISRG_ROOT_X1_SHA256, LETS_ENCRYPT_ROOTS
 from ._driver.connect import connect
 from ._driver.connection import Connection
 from ._driver.connector import connection_tls_report
+from ._driver.holder import Record
+from ._driver.transaction import Transaction
 from ._errors import (
     AuthenticationError,
     CertificateError,
@@ -47,8 +52,10 @@ from ._errors import (
     is_unavailable,
 )
 from ._neon.endpoint import Endpoint
+from ._pool.options import PoolKeywords
 from ._pool.pool import Pool, create_pool
 from ._wire.tls import create_ssl_context
+from ._wire.trust import AnchorSource
 
 if _typing.TYPE_CHECKING:
     from ._driver.listen import Gap, Listener, Notification, listen
@@ -62,6 +69,7 @@ __version__ = "0.1.0"
 __all__ = (
     "ISRG_ROOT_X1_SHA256",
     "LETS_ENCRYPT_ROOTS",
+    "AnchorSource",
     "AsyncpgPatch",
     "AuthenticationError",
     "CertificateError",
@@ -72,6 +80,7 @@ __all__ = (
     "ComputeUnavailableError",
     "ConfigurationError",
     "ConnectError",
+    "ConnectKeywords",
     "ConnectTimeoutError",
     "Connection",
     "ConnectionLostError",
@@ -84,25 +93,34 @@ __all__ = (
     "IPNotAllowedError",
     "InsecureConfigurationError",
     "InvalidPasswordError",
+    "IsolationLevel",
     "Listener",
     "NeonAsyncError",
     "Notification",
+    "PasswordSource",
     "Pool",
     "PoolBusyError",
     "PoolClosedError",
     "PoolHealth",
+    "PoolKeywords",
+    "PoolState",
     "PoolStats",
     "PoolTimeoutError",
     "PooledHostError",
     "ProtocolError",
     "QueryTimeoutError",
     "QuotaExceededError",
+    "Record",
+    "RevocationMode",
     "RevocationReport",
+    "RevocationStatus",
     "RevocationUnknownError",
+    "SSLNegotiation",
     "StaleStatementError",
     "TLSError",
     "TLSReport",
     "TooManyConnectionsError",
+    "Transaction",
     "TransactionAbortedError",
     "UnsupportedEventLoopError",
     "WrongMethodError",

@@ -222,8 +222,8 @@ class ConnectionLostError(NeonAsyncError, asyncpg.ConnectionDoesNotExistError, C
         self, message: str = "", *, nothing_executed: bool = False, nothing_committed: bool | None = None
     ) -> None:
         super().__init__(message)
-        self.nothing_executed = nothing_executed
-        self.nothing_committed = nothing_executed if nothing_committed is None else nothing_committed
+        self.nothing_executed: bool = nothing_executed
+        self.nothing_committed: bool = nothing_executed if nothing_committed is None else nothing_committed
 
 
 class QueryTimeoutError(NeonAsyncError, TimeoutError):

@@ -17,11 +17,12 @@ Install it with `pip install neon-async[aiohttp]`.
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
-from typing import Literal, Unpack
+from typing import Unpack
 
 from aiohttp import web
 
 from . import _http
+from ._config.literals import IsolationLevel
 from ._driver.connection import Connection
 from ._errors import ConfigurationError
 from ._pool.options import PoolKeywords
@@ -98,7 +99,7 @@ def transaction(
     request: web.Request,
     *,
     key: web.AppKey[Pool] = POOL,
-    isolation: Literal["read_uncommitted", "read_committed", "repeatable_read", "serializable"] | None = None,
+    isolation: IsolationLevel | None = None,
     readonly: bool = False,
     deferrable: bool = False,
     role: str | None = None,

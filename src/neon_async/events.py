@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ._config.literals import ConnectStep
 from ._pool.events import (
     Acquired,
     Connected,
@@ -22,6 +23,7 @@ from ._pool.events import (
 __all__ = (
     "Acquired",
     "ConnectFailed",
+    "ConnectStep",
     "Connected",
     "ConnectionClosed",
     "PoolClosed",

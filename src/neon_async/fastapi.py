@@ -18,7 +18,7 @@ Install it with `pip install neon-async[fastapi]`.
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Annotated, Literal, TypeAlias, Unpack, cast
+from typing import Annotated, TypeAlias, Unpack, cast
 
 from fastapi import Depends, params
 from starlette.applications import Starlette
@@ -27,6 +27,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from . import _http
+from ._config.literals import IsolationLevel
 from ._driver.connection import Connection as _Connection
 from ._errors import ConfigurationError
 from ._pool.options import PoolKeywords
@@ -181,7 +182,7 @@ def transaction(
     claims: Callable[..., Claims | Awaitable[Claims]] = _no_claims,
     *,
     pool: str = "default",
-    isolation: Literal["read_uncommitted", "read_committed", "repeatable_read", "serializable"] | None = None,
+    isolation: IsolationLevel | None = None,
     readonly: bool = False,
     deferrable: bool = False,
 ) -> params.Depends:

@@ -357,7 +357,7 @@ class NeonDBAPI(AsyncAdapt_asyncpg_dbapi):
 
     def __init__(self, driver: object) -> None:
         super().__init__(driver)
-        self.caches_cleared_at = time.time()
+        self.caches_cleared_at: float = time.time()
         self._known: tuple[dict[str, Any], Connector] | None = None
 
     def remember(self, keywords: dict[str, Any], connector: Connector) -> None:
@@ -426,7 +426,7 @@ class NeonConnection(AsyncAdapt_asyncpg_connection):
 
     def __init__(self, dbapi: NeonDBAPI, connection: Any, **adapter: Any) -> None:
         super().__init__(dbapi, connection, **adapter)
-        self.idle_since = time.monotonic()
+        self.idle_since: float = time.monotonic()
 
     @property
     def has_ended(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import typing
 from collections import Counter
 from dataclasses import fields
 
@@ -64,6 +65,24 @@ def test_connect_and_its_type_hints_name_exactly_the_honoured_keywords() -> None
     assert own == {"trust_anchor", "loop"}
     own -= {"loop"}  # refused, unless it is the running event loop
     assert sorted([*ConnectKeywords.__annotations__, *own]) == sorted(honoured)
+
+
+@pytest.mark.parametrize("name", ConnectKeywords.__annotations__)
+def test_a_type_hint_has_exactly_the_words_that_its_reader_accepts(name: str) -> None:
+    keyword, hint = BY_NAME[name], typing.get_type_hints(ConnectKeywords)[name]
+    words = {value for value in literals_in(hint) if isinstance(value, str)}
+    if isinstance(keyword.reader, Choice | Level):
+        accepts_case = isinstance(keyword.reader, Choice) and keyword.reader.ignore_case
+        assert {word.upper() if accepts_case else word for word in words - {""}} == set(keyword.reader.words)
+    assert ("" in words) == (keyword.can_be_off and str not in typing.get_args(hint))
+    for value in literals_in(hint) - {""}:
+        keyword.reader.read(Given(name, value))
+
+
+def literals_in(hint: object) -> set[object]:
+    if typing.get_origin(hint) is typing.Literal:
+        return set(typing.get_args(hint))
+    return {value for part in typing.get_args(hint) for value in literals_in(part)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

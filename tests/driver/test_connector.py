@@ -154,7 +154,7 @@ async def test_the_report_describes_the_handshake(postgres: LocalPostgres) -> No
         assert report.cipher == cipher
         assert report.anchor.endswith("from trust_anchor")
         with pytest.raises(AttributeError):
-            report.version = "TLSv1.2"  # type: ignore[misc]
+            report.version = "TLSv1.3"  # type: ignore[misc]
 
 
 async def test_a_connection_of_a_pool_has_a_report_until_it_is_released(postgres: LocalPostgres) -> None:

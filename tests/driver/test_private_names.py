@@ -51,7 +51,6 @@ IMPORTS = {
     "_driver.resources": {"asyncpg.connresource.guarded", "asyncpg.cursor", "asyncpg.prepared_stmt"},
     "_driver.transaction": {
         "asyncpg.connresource.guarded",
-        "asyncpg.transaction.ISOLATION_LEVELS",
         "asyncpg.transaction.Transaction",
     },
     "_pool.options": {"asyncpg.pool.PoolConnectionProxy"},  # for type checkers

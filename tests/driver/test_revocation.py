@@ -58,7 +58,7 @@ def soon(seconds: float) -> datetime.datetime:
 
 @contextlib.asynccontextmanager
 async def opened(
-    server: PresentingServer, pki: RevocablePKI, mode: str, **keywords: Any
+    server: PresentingServer, pki: RevocablePKI, mode: neon_async.RevocationMode, **keywords: Any
 ) -> AsyncIterator[neon_async.Pool]:
     async with neon_async.create_pool(server.dsn, trust_anchor=pki.root.pem, revocation=mode, **keywords) as pool:
         yield pool
@@ -73,7 +73,7 @@ def revocation_of(pool: neon_async.Pool) -> neon_async.RevocationReport:
 @MODES
 @pytest.mark.anyio
 async def test_a_pool_works_and_reports_the_check(
-    server: PresentingServer, pki: RevocablePKI, leaf: Entity, mode: str
+    server: PresentingServer, pki: RevocablePKI, leaf: Entity, mode: neon_async.RevocationMode
 ) -> None:
     async with opened(server, pki, mode) as pool:
         assert await pool.fetchval("SELECT 1") == 1
@@ -86,7 +86,11 @@ async def test_a_pool_works_and_reports_the_check(
 @MODES
 @pytest.mark.anyio
 async def test_a_certificate_that_is_revoked_later_ends_every_connection_within_the_renewal(
-    server: PresentingServer, pki: RevocablePKI, leaf: Entity, mode: str, caplog: pytest.LogCaptureFixture
+    server: PresentingServer,
+    pki: RevocablePKI,
+    leaf: Entity,
+    mode: neon_async.RevocationMode,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     pki.publish("/1.crl", **SHORT, next_update=soon(60))
     single = await neon_async.connect(server.dsn, trust_anchor=pki.root.pem, revocation=mode)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import Any, get_args
 
 import asyncpg
+import asyncpg.transaction
 import pytest
 from support.probes import HANG
 from support.transactions import (
@@ -204,3 +205,7 @@ class TestThroughThePool:
             bench.endpoint.thaw()
             assert await pool.fetchval("SELECT 1") == 1
         assert await bench.kept() == []
+
+
+def test_the_isolation_levels_are_those_of_asyncpg() -> None:
+    assert set(get_args(neon_async.IsolationLevel)) == asyncpg.transaction.ISOLATION_LEVELS

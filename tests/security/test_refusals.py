@@ -460,7 +460,7 @@ def test_a_keyword_wins_over_a_weak_dsn_and_a_weak_environment(monkeypatch: pyte
 def test_a_weak_keyword_is_refused_although_dsn_and_environment_are_strict(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PGSSLMODE", "verify-full")
     with pytest.raises(InsecureConfigurationError, match="keyword argument"):
-        create_pool(url(query="sslmode=verify-full"), sslmode="require")
+        create_pool(url(query="sslmode=verify-full"), sslmode="require")  # type: ignore[call-overload]
 
 
 def test_an_environment_variable_that_is_not_utf_8_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ import struct
 from base64 import b64encode
 from collections.abc import Sequence
 from functools import cache
-from typing import Any
+from typing import Any, Final
 
 import pytest
 from scramp import ScramMechanism
@@ -33,7 +33,8 @@ __all__ = (
     "verifier",
 )
 
-PLAIN, PLUS = "SCRAM-SHA-256", "SCRAM-SHA-256-PLUS"
+PLAIN: Final = "SCRAM-SHA-256"
+PLUS: Final = "SCRAM-SHA-256-PLUS"
 BOTH = [PLUS, PLAIN]  # PostgreSQL's offer
 
 OK = authentication_request(0)

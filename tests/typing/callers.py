@@ -73,7 +73,9 @@ def create_pools(dsn: str, options: dict[str, Any]) -> None:
     neon_async.create_pool(dsn, reset=not_async)  # type: ignore[arg-type]
     neon_async.create_pool(dsn, connection_class=int)  # type: ignore[arg-type]
     neon_async.create_pool(dsn, record_class=dict)  # type: ignore[type-var]
-    neon_async.create_pool(dsn, record_class=Row, init=init)  # type: ignore[arg-type]
+    rows: neon_async.Pool[Row]
+    rows = neon_async.create_pool(dsn, record_class=Row, init=init)  # type: ignore[arg-type]
+    rows.terminate()
     neon_async.create_pool(dsn, pool_class=asyncpg.Pool)  # type: ignore[type-var]
     neon_async.create_pool(dsn, max_sise=3)  # type: ignore[call-overload]
 

@@ -154,7 +154,7 @@ def certified_postgres(postgres_bin_dir: str | None) -> Iterator[LocalPostgres]:
 @pytest.mark.anyio
 @pytest.mark.parametrize("negotiation", ["direct", "postgres"])
 async def test_a_real_server_that_requires_a_client_certificate_accepts_ours(
-    certified_postgres: LocalPostgres, client_files: dict[str, str], negotiation: str
+    certified_postgres: LocalPostgres, client_files: dict[str, str], negotiation: neon_async.SSLNegotiation
 ) -> None:
     connection = await neon_async.connect(
         certified_postgres.dsn,

@@ -20,6 +20,7 @@ from support.logins import BOTH, OK, PLAIN, PLUS, READY, SESSION_START, HonestSe
 from support.probes import HANG, until
 from support.signatures import signed
 
+from neon_async._config.literals import SASLMechanism
 from neon_async._errors import ChannelBindingError, ConnectError, NeonAsyncError
 from neon_async._wire.login import EarlyLoginRefusedError, LoginCache, LoginProtocol, log_in
 from neon_async._wire.scram import KeyCache, Keys
@@ -134,7 +135,7 @@ async def log_in_on(
     transport: InMemoryTransport,
     *,
     cache: LoginCache,
-    early: str | None = None,
+    early: SASLMechanism | None = None,
     binding_required: bool = False,
     certificate: bytes = CERTIFICATE.der,
     offer: list[str] = BOTH,
@@ -168,7 +169,7 @@ def cut_at(position: int) -> Cut:
 
 
 @pytest.mark.parametrize("early", [None, PLUS], ids=["first-dial", "later-dial"])
-async def test_a_login_succeeds_wherever_its_messages_are_cut(early: str | None) -> None:
+async def test_a_login_succeeds_wherever_its_messages_are_cut(early: SASLMechanism | None) -> None:
     cache = LoginCache()
     longest = len(OK + SESSION_START) + 60
     for cut in (whole, byte_by_byte, *(cut_at(position) for position in range(1, longest))):
@@ -198,7 +199,7 @@ class TransportBeforeStartup(InMemoryTransport):
         pytest.param(None, [STARTUP, b"p"], id="alone before the server has made its offer"),
     ],
 )
-async def test_the_startup_message_is_sent(early: str | None, first: list[bytes]) -> None:
+async def test_the_startup_message_is_sent(early: SASLMechanism | None, first: list[bytes]) -> None:
     transport = TransportBeforeStartup(HonestServer(PASSWORD, binding=BINDING), whole)
     transport.writes = []
     transport.deliver(sasl(*BOTH))
@@ -324,7 +325,9 @@ KNOWN.keys = KeyCache()
 KNOWN.keys.put(secret, HonestServer.salt, 4096, Keys(secret, HonestServer.salt, 4096))
 
 
-async def outcome(transport: InMemoryTransport, *, early: str | None, binding_required: bool) -> Recorder | None:
+async def outcome(
+    transport: InMemoryTransport, *, early: SASLMechanism | None, binding_required: bool
+) -> Recorder | None:
     """Return the protocol that the login was handed over to, or None where it was refused with one of our errors."""
     server = asyncio.ensure_future(transport.hang_up_when_idle())
     try:
@@ -348,7 +351,7 @@ def signature_in(data: bytes) -> bytes:
 
 @given(damage=DAMAGE, cut=CUTS, early=EARLY, binding_required=REQUIRED)
 async def test_a_damaged_login_succeeds_only_with_the_right_signature(
-    damage: Damage, cut: Cut, early: str | None, binding_required: bool
+    damage: Damage, cut: Cut, early: SASLMechanism | None, binding_required: bool
 ) -> None:
     server = HonestServer(PASSWORD, binding=BINDING)
     transport = InMemoryTransport(server, cut, mutate=damage)
@@ -386,7 +389,7 @@ ANSWERS = st.lists(REQUESTS | CHALLENGES | ANY_MESSAGE | st.binary(max_size=30),
 
 @given(replies=st.tuples(ANSWERS | CHALLENGES, ANSWERS), cut=CUTS, early=EARLY, binding_required=REQUIRED)
 async def test_a_server_that_does_not_know_the_password_is_never_accepted(
-    replies: tuple[bytes, bytes], cut: Cut, early: str | None, binding_required: bool
+    replies: tuple[bytes, bytes], cut: Cut, early: SASLMechanism | None, binding_required: bool
 ) -> None:
     transport = InMemoryTransport(Stranger(*replies), cut)
     assert await outcome(transport, early=early, binding_required=binding_required) is None
@@ -394,7 +397,7 @@ async def test_a_server_that_does_not_know_the_password_is_never_accepted(
 
 @given(answer=ANSWERS, cut=CUTS, early=EARLY, binding_required=REQUIRED)
 async def test_a_server_with_any_first_answer_is_never_accepted(
-    answer: bytes, cut: Cut, early: str | None, binding_required: bool
+    answer: bytes, cut: Cut, early: SASLMechanism | None, binding_required: bool
 ) -> None:
     transport = InMemoryTransport(Stranger(b"", b""), cut, mutate=lambda which, data: answer if which == 0 else data)
     assert await outcome(transport, early=early, binding_required=binding_required) is None

@@ -22,6 +22,7 @@ from support.certificates import REFUSED
 from support.logins import BOTH, PASSWORDS, PLAIN, PLUS, HonestServer
 from support.signatures import rsa_key, signed
 
+from neon_async._config.literals import SASLMechanism
 from neon_async._errors import AuthenticationError, ChannelBindingError
 from neon_async._wire import scram
 from neon_async._wire.login import LoginCache
@@ -148,7 +149,9 @@ def test_the_strongest_mechanism_is_chosen_or_the_offer_is_refused(
         pytest.param(PLAIN, None, b"n,,", id="cannot-bind"),
     ],
 )
-def test_the_gs2_header_states_whether_we_can_bind(mechanism: str, binding: bytes | None, header: bytes) -> None:
+def test_the_gs2_header_states_whether_we_can_bind(
+    mechanism: SASLMechanism, binding: bytes | None, header: bytes
+) -> None:
     first = Exchange(mechanism, binding=binding, host=HOST).first()
     assert first.startswith(header + b"n=*,r=")
     nonce = first.rpartition(b"r=")[2]
@@ -164,7 +167,7 @@ def secret() -> str:
     return PASSWORD
 
 
-def started(mechanism: str = PLAIN, binding: bytes | None = None) -> tuple[Exchange, str]:
+def started(mechanism: SASLMechanism = PLAIN, binding: bytes | None = None) -> tuple[Exchange, str]:
     """Return an exchange after its first message, and its nonce."""
     exchange = Exchange(mechanism, binding=binding, host=HOST)
     return exchange, exchange.first().rpartition(b"r=")[2].decode()
@@ -183,7 +186,7 @@ def challenged() -> tuple[Exchange, HonestServer]:
     return exchange, server
 
 
-def initial_response(mechanism: str, first: bytes) -> bytes:
+def initial_response(mechanism: SASLMechanism, first: bytes) -> bytes:
     return mechanism.encode() + struct.pack("!xi", len(first)) + first
 
 
@@ -210,7 +213,9 @@ def test_the_example_of_rfc_7677_is_reproduced() -> None:
         pytest.param(PLUS, b"our hash", b"our hash", id="plus"),
     ],
 )
-def test_an_honest_server_is_accepted(mechanism: str, binding: bytes | None, servers_binding: bytes | None) -> None:
+def test_an_honest_server_is_accepted(
+    mechanism: SASLMechanism, binding: bytes | None, servers_binding: bytes | None
+) -> None:
     exchange = Exchange(mechanism, binding=binding, host=HOST)
     server = HonestServer(PASSWORD, binding=servers_binding)
     challenge = body_of(server.challenge(initial_response(mechanism, exchange.first())))[4:]

@@ -17,6 +17,7 @@ from .._neon.endpoint import Endpoint, parse_host
 from .dsn import VERIFIED_SCHEME, decode, harden_dsn, redact, split
 from .hints import answer_to_parameter, invisible_in, is_masked, is_password_placeholder, is_placeholder
 from .keywords import BY_DSN_NAME, BY_NAME, KEYWORDS, Keyword
+from .literals import ChannelBinding, ProtocolVersion, RevocationMode, SSLNegotiation, TLSVersion
 from .password import Password, PasswordSource
 from .readers import Given, Host, Level, Reader
 from .roots import KnownRoots
@@ -50,15 +51,15 @@ class ConnectionParameters:
     keepalives_interval: int
     keepalives_count: int
     tcp_user_timeout: int
-    sslnegotiation: str | None
+    sslnegotiation: SSLNegotiation | None
     sslrootcert: str | None
     sslcrl: str | None
-    revocation: str
+    revocation: RevocationMode
     sslcert: str | None
     sslkey: str | None
     sslpassword: str | None
     trust_anchor: str | bytes | os.PathLike[str] | KnownRoots | None
-    channel_binding: str
+    channel_binding: ChannelBinding
     startup_settings: Mapping[str, str]
     command_timeout: float | None
     statement_cache_size: int
@@ -96,37 +97,37 @@ class ConnectKeywords(TypedDict, total=False):
     options: str | None
     application_name: str | None
     fallback_application_name: str | None
-    client_encoding: str | None
+    client_encoding: Literal["UTF8", "UTF-8", "utf8", "utf-8"] | None
     connect_timeout: float | str | None
     timeout: float | None
-    keepalives: bool | int | str | None
+    keepalives: bool | Literal[0, 1, "0", "1"] | None
     keepalives_idle: int | str | None
     keepalives_interval: int | str | None
     keepalives_count: int | str | None
     tcp_user_timeout: int | str | None
-    sslmode: str | None
-    ssl: bool | str | None
-    sslnegotiation: str | None
+    sslmode: Literal["verify-full", True] | None
+    ssl: Literal["verify-full", True] | None
+    sslnegotiation: SSLNegotiation | Literal[""] | None
     sslrootcert: str | os.PathLike[str] | None
     sslcrl: str | os.PathLike[str] | None
     crl: str | os.PathLike[str] | None
-    revocation: str | None
+    revocation: RevocationMode | None
     sslcert: str | os.PathLike[str] | None
     sslkey: str | os.PathLike[str] | None
     sslpassword: str | None
-    sslcertmode: str | None
-    sslsni: bool | int | str | None
-    sslcompression: bool | int | str | None
-    ssl_min_protocol_version: str | None
-    ssl_max_protocol_version: str | None
-    min_protocol_version: str | None
-    max_protocol_version: str | None
-    channel_binding: str | None
-    require_auth: str | None
-    target_session_attrs: str | None
-    load_balance_hosts: str | None
-    gssencmode: str | None
-    gssdelegation: bool | int | str | None
+    sslcertmode: Literal["allow"] | None
+    sslsni: Literal["1", 1, True] | None
+    sslcompression: Literal["0", 0, False] | None
+    ssl_min_protocol_version: TLSVersion | None
+    ssl_max_protocol_version: Literal["TLSv1.3"] | None
+    min_protocol_version: Literal["3.0"] | None
+    max_protocol_version: ProtocolVersion | None
+    channel_binding: ChannelBinding | None
+    require_auth: Literal["scram-sha-256"] | None
+    target_session_attrs: Literal["any"] | None
+    load_balance_hosts: Literal["disable"] | None
+    gssencmode: Literal["disable", "prefer"] | None
+    gssdelegation: Literal["0", 0, False] | None
     pooled: bool | None
     command_timeout: float | None
     statement_cache_size: int

@@ -7,8 +7,9 @@ from these rows. This module is data: it must not know how sources are merged, n
 # No `from __future__ import annotations`: the classes take longer to define when their annotations are strings.
 
 from collections.abc import Callable, Container, Mapping
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
+from .literals import ChannelBinding, ProtocolVersion, RevocationMode, SSLNegotiation, TLSVersion
 from .password import PasswordReader
 from .readers import (
     INT32_MAX,
@@ -203,7 +204,7 @@ KEYWORDS: tuple[Keyword, ...] = (
         name="sslnegotiation",
         variable="PGSSLNEGOTIATION",
         can_be_off=True,
-        reader=Choice("direct", "postgres"),
+        reader=Choice(*get_args(SSLNegotiation)),
         note="How TLS begins. Default: direct, and postgres for a server that does not support direct.",
     ),
     Keyword(
@@ -231,7 +232,7 @@ KEYWORDS: tuple[Keyword, ...] = (
     Keyword(
         name="revocation",
         variable="NEON_ASYNC_REVOCATION",
-        reader=Level("off", "advise", "require"),
+        reader=Level(*get_args(RevocationMode)),
         default="off",
         note="Whether the revocation list that the server's certificate names is fetched and checked: never, after the "
         "connect, or before it. Code, DSN and environment can each raise it, and none lowers it.",
@@ -281,7 +282,7 @@ KEYWORDS: tuple[Keyword, ...] = (
         name="ssl_min_protocol_version",
         variable="PGSSLMINPROTOCOLVERSION",
         reader=Choice(
-            *("TLSv1", "TLSv1.1", "TLSv1.2", "TLSv1.3"),
+            *get_args(TLSVersion),
             advice="TLS 1.3 is the only version that is used. Leave it out.",
         ),
         default="TLSv1.3",
@@ -304,7 +305,7 @@ KEYWORDS: tuple[Keyword, ...] = (
     Keyword(
         name="max_protocol_version",
         variable="PGMAXPROTOCOLVERSION",
-        reader=Choice("3.0", "3.2", "latest", advice=_PROTOCOL),
+        reader=Choice(*get_args(ProtocolVersion), advice=_PROTOCOL),
         default="3.0",
         note="The highest version of the PostgreSQL protocol. 3.0 is used, whatever is written here.",
     ),
@@ -322,8 +323,7 @@ KEYWORDS: tuple[Keyword, ...] = (
         name="channel_binding",
         variable="PGCHANNELBINDING",
         reader=Choice(
-            "prefer",
-            "require",
+            *get_args(ChannelBinding),
             advice="Write prefer or require, or leave it out.",
             weakness="leaves the login open to a relay between client and server",
         ),

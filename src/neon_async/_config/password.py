@@ -13,6 +13,7 @@ from .._errors import ConfigurationError
 from .readers import Given, Reader
 
 PasswordSource: TypeAlias = str | Callable[[], str] | Callable[[], Awaitable[str]]
+"""What `password=` accepts: the password, or a function, plain or async, that is called for each new connection."""
 
 
 class Password:

@@ -14,6 +14,7 @@ from typing import Any, TypeVar, cast
 
 import asyncpg
 
+from .._config.literals import IsolationLevel
 from .healing import HealedStatements, once
 from .holder import RecordT, Use, own_session, prepare_cached, protocol_of
 from .progress import bounded, run_many
@@ -37,7 +38,7 @@ class Connection(HealedStatements[RecordT]):
     def transaction(
         self,
         *,
-        isolation: Any = None,
+        isolation: IsolationLevel | None = None,
         readonly: bool = False,
         deferrable: bool = False,
         role: str | None = None,

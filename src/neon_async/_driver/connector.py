@@ -35,6 +35,7 @@ from .session import Healing, Session
 if TYPE_CHECKING:
     from asyncpg.pool import PoolConnectionProxy
 
+    from .._config.literals import ConnectStep
     from .._wire.report import TLSReport
     from .._wire.revocation.check import ChainCheck, Checker
     from .._wire.tls import Handshake
@@ -143,7 +144,7 @@ class Connector:
         self.revocation: ChainCheck | None = None
         self._handshake: Handshake | None = None
         self._checker = checker
-        self.healing = Healing(is_shared=parameters.pooled)
+        self.healing: Healing = Healing(is_shared=parameters.pooled)
         self._logins = LoginCache()
         # asyncpg requires a context. This one trusts no certificate, so that nothing would pass if it were ever used.
         self._placeholder = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -176,9 +177,9 @@ class Connector:
             Exception: Whatever a password function raises, unchanged.
         """
         require_asyncio()
-        steps = ["password"]
+        steps: list[str] = ["password"]
 
-        def begin(step: str) -> None:
+        def begin(step: ConnectStep) -> None:
             steps.append(step)
             on_step(step)
 

@@ -19,7 +19,7 @@ import time
 import types
 import weakref
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, Generic, TypeAlias, cast
 
 import asyncpg
 from asyncpg.pool import PoolConnectionHolder, PoolConnectionProxy
@@ -29,6 +29,17 @@ from .._text import escape, log
 from .losses import Loss, Outcome, loss_with, lost_error, timed_out
 from .session import Callbacks, Session
 
+
+class Subscriptable:
+    """A class or type of asyncpg's, which is generic to type checkers only."""
+
+    def __init__(self, of: Any) -> None:
+        self._of = of
+
+    def __getitem__(self, _: object) -> Any:
+        return self._of
+
+
 if TYPE_CHECKING:
     from typing_extensions import TypeVar
 
@@ -36,25 +47,21 @@ if TYPE_CHECKING:
     from .protocol import SessionProtocol
 
     RecordT = TypeVar("RecordT", bound=asyncpg.Record, default=asyncpg.Record)  # the class of the rows
-    _Connection: TypeAlias = asyncpg.Connection
     _Proxy: TypeAlias = PoolConnectionProxy[asyncpg.Record]
-    _Pool: TypeAlias = asyncpg.Pool
+
+    # Generic in any case: without asyncpg-stubs type checkers know nothing of asyncpg's classes.
+    class _Connection(asyncpg.Connection[RecordT], Generic[RecordT]): ...
+
+    class _Pool(asyncpg.Pool[RecordT], Generic[RecordT]): ...
 else:
     from typing import TypeVar
 
     RecordT = TypeVar("RecordT", bound=asyncpg.Record)
-
-    class Subscriptable:
-        """A class of asyncpg, which is generic to type checkers only."""
-
-        def __init__(self, cls):
-            self._cls = cls
-
-        def __getitem__(self, _):
-            return self._cls
-
     _Connection, _Pool = Subscriptable(asyncpg.Connection), Subscriptable(asyncpg.Pool)
     _Proxy = PoolConnectionProxy
+
+Record: TypeAlias = asyncpg.Record
+"""One row of a result: `asyncpg.Record`. Its values are found by name and by position."""
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -497,9 +504,9 @@ class Use:
     __slots__ = ("connection", "resource", "session")
 
     def __init__(self, connection: Any, resource: Any) -> None:
-        self.connection = connection
-        self.resource = resource
-        self.session = own_session(connection)
+        self.connection: Any = connection
+        self.resource: Any = resource
+        self.session: Session = own_session(connection)
 
     def __enter__(self) -> Use:
         self.session.calls += 1

@@ -16,6 +16,7 @@ from .._wire.login import EarlyLoginRefusedError, LoginCache, LoginProtocol, Sec
 from .._wire.transport import SessionTransport
 
 if TYPE_CHECKING:
+    from .._config.literals import SASLMechanism
     from .._wire.revocation.check import ChainCheck
     from .._wire.tls import Handshake
 
@@ -93,7 +94,7 @@ class LoopAdapter:
         await send_cancel_request(self._dialer, process_id=process_id, secret_key=secret_key)
 
     async def _open_session(
-        self, protocol_factory: Callable[[], asyncio.Protocol], secret: Secret, *, early: str | None
+        self, protocol_factory: Callable[[], asyncio.Protocol], secret: Secret, *, early: SASLMechanism | None
     ) -> asyncio.Protocol:
         """Open a channel, log in, and return asyncpg's protocol, which owns the transport from then on."""
         parameters = self._dialer.parameters

@@ -45,11 +45,11 @@ class Healing:
     __slots__ = ("_general", "_tokens", "heals", "is_shared", "seconds")
 
     def __init__(self, *, is_shared: bool = False) -> None:
-        self.is_shared = is_shared
+        self.is_shared: bool = is_shared
         self._general = ""  # of the queries that have none of their own
         self._tokens: dict[tuple[str, str | None], str] = {}
-        self.heals = 0
-        self.seconds = 0.0
+        self.heals: int = 0
+        self.seconds: float = 0.0
 
     def __repr__(self) -> str:
         return f"<Healing {self.heals} heals in {self.seconds:.3f} s>"
@@ -263,27 +263,27 @@ class Session:
         cancel: Callable[[int, int], Awaitable[None]],
         revocation: ChainCheck | None = None,
     ) -> None:
-        self.host = host
-        self.endpoint = endpoint
-        self.healing = healing
-        self.heals_seen = healing.heals
+        self.host: str = host
+        self.endpoint: Endpoint | None = endpoint
+        self.healing: Healing = healing
+        self.heals_seen: int = healing.heals
         self.composites: dict[int, object] = {}
-        self.suspects_composites = False
+        self.suspects_composites: bool = False
         self._handshake = handshake
-        self.revocation = revocation
+        self.revocation: ChainCheck | None = revocation
         self.watch: Watch[Any] | None = None
-        self.cancel_time = cancel_time_for(handshake_time)
-        self.cancel = cancel
+        self.cancel_time: float = cancel_time_for(handshake_time)
+        self.cancel: Callable[[int, int], Awaitable[None]] = cancel
         self.on_closed: Callable[[], None] | None = None
         self.remember(Snapshot())
         self.codecs: dict[tuple[str, str], Codec] = {}
         self.initial_settings: dict[str, str] = {}
-        self.holds_server = False
-        self.calls = 0
+        self.holds_server: bool = False
+        self.calls: int = 0
         self.on_last_call: Callable[[], None] | None = None
-        self.left = False
+        self.left: bool = False
         self.loss: Loss | None = None
-        self.commit_unknown = False
+        self.commit_unknown: bool = False
 
     def end_call(self) -> None:
         """Note that a call has ended."""
@@ -298,8 +298,8 @@ class Session:
 
     def remember(self, snapshot: Snapshot) -> None:
         """Have every reset restore `snapshot`."""
-        self.snapshot = snapshot
-        self.reset_query = snapshot.reset_query()
+        self.snapshot: Snapshot = snapshot
+        self.reset_query: str = snapshot.reset_query()
 
     @property
     def name(self) -> str:

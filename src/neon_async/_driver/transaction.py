@@ -12,13 +12,13 @@ import itertools
 import random
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast, get_args
 
 import asyncpg
 from asyncpg.connresource import guarded
-from asyncpg.transaction import ISOLATION_LEVELS
 from asyncpg.transaction import Transaction as AsyncpgTransaction
 
+from .._config.literals import IsolationLevel
 from .._config.readers import AsyncFunction, Choice, Given, Integer, Name
 from .._config.startup import TRANSACTION_SETTINGS
 from .._errors import (
@@ -54,7 +54,7 @@ _PAUSE_CAP = 1.0
 _ROLE = Name()
 _WORK = AsyncFunction()
 _ATTEMPTS = Integer(1)
-_ISOLATION = Choice(*sorted(ISOLATION_LEVELS))
+_ISOLATION = Choice(*get_args(IsolationLevel))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -87,7 +87,7 @@ class Transaction(ResourceHooks, AsyncpgTransaction):
     def __init__(
         self,
         connection: Any,
-        isolation: Any = None,
+        isolation: IsolationLevel | None = None,
         readonly: bool = False,
         deferrable: bool = False,
         role: str | None = None,
@@ -253,7 +253,7 @@ async def run_transaction(
     work: Work[_T],
     *,
     attempts: int,
-    isolation: str | None,
+    isolation: IsolationLevel | None,
     readonly: bool | None,
     deferrable: bool | None,
     on_retry: Callable[[float], None],

@@ -7,6 +7,8 @@ Knows only what it carries. An event is a named tuple, because two of them are m
 
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
+from .._config.literals import ConnectStep
+
 if TYPE_CHECKING:
     from .pool import Pool
 
@@ -91,7 +93,7 @@ class Connected(NamedTuple):
 
     pool_name: str
     seconds: float
-    steps: tuple[tuple[str, float], ...]
+    steps: tuple[tuple[ConnectStep, float], ...]
 
 
 class ConnectFailed(NamedTuple):
@@ -106,7 +108,7 @@ class ConnectFailed(NamedTuple):
 
     pool_name: str
     seconds: float
-    steps: tuple[tuple[str, float], ...]
+    steps: tuple[tuple[ConnectStep, float], ...]
     error: Exception | None
 
 

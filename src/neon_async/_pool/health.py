@@ -4,7 +4,8 @@
 
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Literal
+
+from .._config.literals import PoolState
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,7 +24,7 @@ class PoolHealth:
 
     __module__ = "neon_async"
 
-    state: Literal["ready", "asleep", "unavailable"]
+    state: PoolState
     since: datetime
     last_error: Exception | None
     last_error_at: datetime | None

@@ -6,9 +6,10 @@ Knows no connections: it is notified of what happens to them.
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .._config.literals import PoolState
     from .health import PoolHealth
 
 
@@ -30,7 +31,7 @@ class HealthLog:
         return f"<HealthLog: {self._state}>"
 
     @property
-    def _state(self) -> Literal["ready", "asleep", "unavailable"]:
+    def _state(self) -> PoolState:
         if not self._open:
             return "unavailable"
         if self._ready:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+from .._config.literals import ConnectStep
 from .._driver import holder
 from .._driver.connector import Connector
 from .._driver.holder import own_session
@@ -44,12 +45,12 @@ class Steps:
 
     def __init__(self, began: float) -> None:
         self._began = began
-        self.taken: list[tuple[str, float]] = []
+        self.taken: list[tuple[ConnectStep, float]] = []
 
     def __repr__(self) -> str:
         return f"<Steps: {', '.join(step for step, _ in self.taken)}>"
 
-    def add(self, step: str) -> None:
+    def add(self, step: ConnectStep) -> None:
         """Add a step that begins now."""
         self.taken.append((step, time.monotonic() - self._began))
 

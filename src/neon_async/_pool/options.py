@@ -14,7 +14,7 @@ import asyncpg
 from .._config.connection import ConnectKeywords
 from .._config.readers import LIMIT, AsyncFunction, Function, Integer, Seconds
 from .._driver.connector import CONNECTION_CLASS, RECORD_CLASS
-from .._driver.holder import RecordT
+from .._driver.holder import RecordT, Subscriptable
 
 if TYPE_CHECKING:
     from asyncpg.pool import PoolConnectionProxy
@@ -22,7 +22,16 @@ if TYPE_CHECKING:
     from .._driver.connection import Connection
     from .events import PoolEvent
 
-_Callback: TypeAlias = Callable[[Any], Awaitable[None]]
+    _Callback: TypeAlias = Callable[[Connection[RecordT]], Awaitable[None]] | None
+    _Setup: TypeAlias = Callable[[PoolConnectionProxy[RecordT]], Awaitable[None]] | _Callback[RecordT]
+    _ConnectionClass: TypeAlias = type[asyncpg.Connection[RecordT]]
+    _EventFunction: TypeAlias = Callable[[PoolEvent], object]
+else:  # asyncpg's classes are generic to type checkers only
+    _Setup = _Callback = Subscriptable(Callable[[Any], Awaitable[None]] | None)
+    _ConnectionClass = Subscriptable(type[asyncpg.Connection])
+    _EventFunction = Callable[[Any], object]
+
+_AnyCallback: TypeAlias = Callable[[Any], Awaitable[None]]
 
 _COUNT = {"reader": Integer(1, LIMIT)}
 _DURATION = {"reader": Seconds()}
@@ -84,10 +93,10 @@ class PoolOptions:
     max_inactive_connection_lifetime: float = field(default=240.0, metadata=_LIFETIME)
     check_after_idle: float = field(default=30.0, metadata={"reader": Seconds(zero="always")})
     leak_after: float | None = field(default=None, metadata={"reader": Seconds()})
-    setup: _Callback | None = field(default=None, metadata=_CALLBACK)
-    init: _Callback | None = field(default=None, metadata=_CALLBACK)
-    reset: _Callback | None = field(default=None, metadata=_CALLBACK)
-    on_event: "Callable[[PoolEvent], object] | None" = field(default=None, metadata={"reader": Function("an event")})
+    setup: _AnyCallback | None = field(default=None, metadata=_CALLBACK)
+    init: _AnyCallback | None = field(default=None, metadata=_CALLBACK)
+    reset: _AnyCallback | None = field(default=None, metadata=_CALLBACK)
+    on_event: _EventFunction | None = field(default=None, metadata={"reader": Function("an event")})
     connection_class: type[Any] = field(default=asyncpg.Connection, metadata={"reader": CONNECTION_CLASS})
     record_class: type[Any] = field(default=asyncpg.Record, metadata={"reader": RECORD_CLASS})
 
@@ -136,14 +145,11 @@ class RowlessPoolKeywords(ConnectKeywords, Generic[RecordT], total=False):
     max_inactive_connection_lifetime: float
     check_after_idle: float
     leak_after: float | None
-    on_event: "Callable[[PoolEvent], object] | None"
-    setup: (
-        "Callable[[PoolConnectionProxy[RecordT]], Awaitable[None]] | "
-        "Callable[[Connection[RecordT]], Awaitable[None]] | None"
-    )
-    init: "Callable[[Connection[RecordT]], Awaitable[None]] | None"
-    reset: "Callable[[Connection[RecordT]], Awaitable[None]] | None"
-    connection_class: "type[asyncpg.Connection[RecordT]]"
+    on_event: _EventFunction | None
+    setup: _Setup[RecordT]
+    init: _Callback[RecordT]
+    reset: _Callback[RecordT]
+    connection_class: _ConnectionClass[RecordT]
 
 
 class PoolKeywords(RowlessPoolKeywords[RecordT], total=False):

@@ -14,15 +14,16 @@ import time
 import warnings
 import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, NoReturn, Self, TypeAlias, TypeVar, Unpack, overload
+from typing import TYPE_CHECKING, Any, Generic, NoReturn, Self, TypeVar, Unpack, overload
 
 import asyncpg
 from asyncpg.pool import PoolAcquireContext
 
+from .._config.literals import IsolationLevel
 from .._config.readers import SubclassOf
 from .._driver.connection import Connection
 from .._driver.connector import Connector, other_loop, prepare, require_asyncio
-from .._driver.holder import Holder, HolderQueue, PoolBase, RecordT, call_in, holder_of, is_current
+from .._driver.holder import Holder, HolderQueue, PoolBase, RecordT, Subscriptable, call_in, holder_of, is_current
 from .._driver.transaction import run_transaction
 from .._errors import (
     ConfigurationError,
@@ -49,10 +50,8 @@ if TYPE_CHECKING:
     from .health import PoolHealth
     from .stats import PoolStats
 
-    _AcquireContext: TypeAlias = PoolAcquireContext
+    class _AcquireContext(PoolAcquireContext[RecordT], Generic[RecordT]): ...
 else:
-    from .._driver.holder import Subscriptable
-
     _AcquireContext = Subscriptable(PoolAcquireContext)
 
 _T = TypeVar("_T")
@@ -77,13 +76,16 @@ class AcquireContext(_AcquireContext[RecordT]):
 
     __slots__ = ()
 
+    connection: Connection[RecordT] | None  # type: ignore[assignment]  # a proxy for one of ours
+    done: bool
     pool: Pool[RecordT]
+    timeout: float | None
 
     async def __aenter__(self) -> Connection[RecordT]:  # type: ignore[override]  # a proxy for one of ours
         if self.connection is not None or self.done:
             raise asyncpg.InterfaceError("a connection is already acquired")
         connection = await self.pool._lend(self.timeout)
-        self.connection = connection  # type: ignore[assignment]  # a proxy for one of ours
+        self.connection = connection
         return connection
 
     async def __aexit__(self, *_: object) -> None:
@@ -568,7 +570,7 @@ class Pool(PoolBase[RecordT]):
     async def transaction(
         self,
         *,
-        isolation: str | None = None,
+        isolation: IsolationLevel | None = None,
         readonly: bool = False,
         deferrable: bool = False,
         role: str | None = None,
@@ -617,7 +619,7 @@ class Pool(PoolBase[RecordT]):
         work: Callable[[Connection[RecordT]], Awaitable[_T]],
         *,
         attempts: int = 3,
-        isolation: str | None = None,
+        isolation: IsolationLevel | None = None,
         readonly: bool | None = None,
         deferrable: bool | None = None,
     ) -> _T:

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 
 from .._config.connection import ConnectionParameters
+from .._config.literals import SSLNegotiation
 from .._errors import ConnectError, NeonAsyncError, TLSError
 from . import tcp, threads
 from .chain import chain_of
@@ -205,7 +206,7 @@ class Dialer:
             attempt.end = None
         return transport, protocol
 
-    def _check(self, transport: asyncio.Transport, context: ssl.SSLContext, negotiation: str) -> Handshake:
+    def _check(self, transport: asyncio.Transport, context: ssl.SSLContext, negotiation: SSLNegotiation) -> Handshake:
         """Check the handshake, and return the facts."""
         host = self.parameters.host
         tls: ssl.SSLObject = transport.get_extra_info("ssl_object")
@@ -307,7 +308,7 @@ _without_direct_tls: dict[tuple[str, str | None, int], float] = {}
 _MEMORY = 600.0
 
 
-def _negotiations(parameters: ConnectionParameters) -> tuple[str, ...]:
+def _negotiations(parameters: ConnectionParameters) -> tuple[SSLNegotiation, ...]:
     """Return the ways to TLS in the order in which to try them: the one requested, the one known to work, or both."""
     if parameters.sslnegotiation is not None:
         return (parameters.sslnegotiation,)

@@ -16,6 +16,7 @@ from . import threads
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from .._config.literals import SASLMechanism
     from .scram import Exchange, KeyCache
     from .transport import Stream
 
@@ -32,7 +33,7 @@ class LoginCache:
     """
 
     def __init__(self) -> None:
-        self.mechanism: str | None = None
+        self.mechanism: SASLMechanism | None = None
         self.keys: KeyCache | None = None
 
 
@@ -48,8 +49,8 @@ async def log_in(
     binding_required: bool,
     secret: Secret,
     cache: LoginCache,
-    early: str | None,
-) -> str:
+    early: SASLMechanism | None,
+) -> SASLMechanism:
     """Run one SCRAM exchange, up to the point where AuthenticationOk must follow, and return its mechanism.
 
     Args:

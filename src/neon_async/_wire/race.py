@@ -14,12 +14,13 @@ from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Generic, TypeAlias, TypeVar
 
 from .._config.connection import ConnectionParameters
+from .._config.literals import ConnectStep, SSLNegotiation
 from .._errors import ConnectError, TLSError
 from . import tcp
 
 _T = TypeVar("_T")
 
-StepCallback: TypeAlias = Callable[[str], None]
+StepCallback: TypeAlias = Callable[[ConnectStep], None]
 
 # RFC 8305, section 5: the recommended delay before the next address is tried while earlier attempts continue.
 _CONNECT_DELAY = 0.25
@@ -58,7 +59,7 @@ class Attempt:
 
     __slots__ = ("address", "due", "end", "has_fallen_back", "is_connected", "negotiation", "other_way")
 
-    def __init__(self, address: tcp.Address, *ways: str) -> None:
+    def __init__(self, address: tcp.Address, *ways: SSLNegotiation) -> None:
         self.address = address
         self.negotiation, self.other_way = ways[0], ways[1] if len(ways) > 1 else None
         self.has_fallen_back = False
@@ -83,7 +84,7 @@ class Race(Generic[_T]):
         self,
         parameters: ConnectionParameters,
         addresses: Sequence[tcp.Address],
-        ways: Sequence[str],
+        ways: Sequence[SSLNegotiation],
         *,
         run: Callable[[Race[_T], Attempt], Coroutine[Any, Any, _T]],
         discard: Callable[[_T], None],
@@ -96,7 +97,7 @@ class Race(Generic[_T]):
         self._run = run
         self._discard = discard
         self._on_step = on_step
-        self._step = ""
+        self._step: ConnectStep | None = None
         self._running: dict[asyncio.Task[_T], Attempt] = {}
         self._failures: list[tuple[Attempt, Exception]] = []
         self._loop = asyncio.get_running_loop()
@@ -214,7 +215,7 @@ class Race(Generic[_T]):
 
     def _announce(self) -> None:
         """Announce the step of the attempt that is ahead, if it has changed."""
-        step = "tls" if any(attempt.is_connected for attempt in self._running.values()) else "tcp"
+        step: ConnectStep = "tls" if any(attempt.is_connected for attempt in self._running.values()) else "tcp"
         if self._running and step != self._step:
             self._step = step
             self._on_step(step)

@@ -4,7 +4,9 @@
 
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Literal
 
+from .._config.literals import SASLMechanism, SSLNegotiation
 from .revocation.report import OFF, RevocationReport
 
 __all__ = ("ChainCertificate", "RevocationReport", "TLSReport")
@@ -58,10 +60,10 @@ class TLSReport:
 
     __module__ = "neon_async"
 
-    version: str
+    version: Literal["TLSv1.3"]
     cipher: str
     alpn: str | None
-    negotiation: str
+    negotiation: SSLNegotiation
     server_name: str
     subject: str
     issuer: str
@@ -69,7 +71,7 @@ class TLSReport:
     sha256: str
     anchor: str
     anchor_sha256: str
-    mechanism: str | None = None
+    mechanism: SASLMechanism | None = None
     served: tuple[ChainCertificate, ...] = ()
     chain: tuple[ChainCertificate, ...] = ()
     path_ends: datetime | None = None

@@ -15,6 +15,7 @@ import unicodedata
 from base64 import b64encode
 from collections import OrderedDict
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Final
 
 from asn1crypto.x509 import Certificate
 from scramp import ScramClient
@@ -23,7 +24,11 @@ from scramp.core import CBindData, ClientStage, ScramException
 from .._errors import AuthenticationError, ChannelBindingError
 from .._text import escape
 
-PLAIN, PLUS = "SCRAM-SHA-256", "SCRAM-SHA-256-PLUS"
+if TYPE_CHECKING:
+    from .._config.literals import SASLMechanism
+
+PLAIN: Final = "SCRAM-SHA-256"
+PLUS: Final = "SCRAM-SHA-256-PLUS"
 
 # RFC 7677, section 4, sets the minimum, which is PostgreSQL's default, too. A million iterations take a second; no
 # honest server requests more.
@@ -46,7 +51,7 @@ def binding_data(certificate: bytes) -> bytes | None:
         return None
 
 
-def choose_mechanism(offered: list[str], *, can_bind: bool, required: bool, host: str) -> str:
+def choose_mechanism(offered: list[str], *, can_bind: bool, required: bool, host: str) -> SASLMechanism:
     """Return the strongest of the mechanisms that the server offers.
 
     Args:
@@ -81,7 +86,7 @@ def choose_mechanism(offered: list[str], *, can_bind: bool, required: bool, host
 class Exchange:
     """One exchange, from the client's first message to the server's proof. Each step runs once, in this order."""
 
-    def __init__(self, mechanism: str, *, binding: bytes | None, host: str) -> None:
+    def __init__(self, mechanism: SASLMechanism, *, binding: bytes | None, host: str) -> None:
         self.mechanism = mechanism
         self._host = host
         # PostgreSQL takes the user from the StartupMessage and ignores this one; pgjdbc sends "*", too.

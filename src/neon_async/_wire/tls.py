@@ -36,6 +36,7 @@ from .trust import (
 )
 
 if TYPE_CHECKING:
+    from .._config.literals import SASLMechanism, SSLNegotiation
     from .report import TLSReport
     from .revocation.check import ChainCheck
 
@@ -110,7 +111,7 @@ def build_context(
 
 
 def check_handshake(
-    tls: ssl.SSLObject, context: ssl.SSLContext, *, server_name: str, negotiation: str, anchor: TrustAnchor
+    tls: ssl.SSLObject, context: ssl.SSLContext, *, server_name: str, negotiation: SSLNegotiation, anchor: TrustAnchor
 ) -> Handshake:
     """Check a finished handshake before any of our bytes is sent.
 
@@ -167,7 +168,7 @@ class Handshake:
         *,
         cipher: str,
         alpn: str | None,
-        negotiation: str,
+        negotiation: SSLNegotiation,
         server_name: str,
         certificate: Mapping[str, Any],
         chain: Chain,
@@ -175,7 +176,7 @@ class Handshake:
     ) -> None:
         self.alpn: Final = alpn
         self.chain: Final = chain
-        self.mechanism: str | None = None
+        self.mechanism: SASLMechanism | None = None
         self._cipher = cipher
         self._negotiation = negotiation
         self._server_name = server_name

@@ -24,6 +24,7 @@ from .files import MAX_CERTIFICATES, read_file
 from .strict import fault_of_root
 
 AnchorSource: TypeAlias = str | bytes | os.PathLike[str] | KnownRoots
+"""What `trust_anchor=` accepts: PEM text or the path of a PEM file, PEM bytes, a path, or `LETS_ENCRYPT_ROOTS`."""
 
 
 class TrustAnchor(NamedTuple):

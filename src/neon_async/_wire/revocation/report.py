@@ -5,6 +5,8 @@
 from dataclasses import dataclass
 from datetime import datetime
 
+from ..._config.literals import RevocationStatus
+
 
 @dataclass(frozen=True, slots=True)
 class RevocationReport:
@@ -25,7 +27,7 @@ class RevocationReport:
 
     __module__ = "neon_async"
 
-    status: str = "off"
+    status: RevocationStatus = "off"
     subject: str = ""
     list_url: str | None = None
     entries: int | None = None

@@ -16,6 +16,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 from neon_async.testing._impostor import SERVER_NAME
 from support.certificates import DAY, NOW, Entity, Key, element, elements, issue
+from support.probes import HANG
 
 __all__ = ("ListServer", "RevocablePKI", "crl", "list_server", "long_crl", "point", "revocable_pki")
 
@@ -38,6 +39,18 @@ class ListServer:
 
     def url(self, path: str) -> str:
         return f"http://127.0.0.1:{self.port}{path}"
+
+    def hold(self, path: str) -> threading.Event:
+        """Send the body of `path` only when the event that is returned has been set."""
+        body, release = self.bodies[path], threading.Event()
+        assert isinstance(body, bytes)
+
+        def answer(handler: http.server.BaseHTTPRequestHandler) -> None:
+            release.wait(HANG)
+            send(handler, body)
+
+        self.bodies[path] = answer
+        return release
 
 
 @contextlib.contextmanager

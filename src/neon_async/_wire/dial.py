@@ -21,7 +21,6 @@ from .._config.connection import ConnectionParameters
 from .._config.literals import SSLNegotiation
 from .._errors import ConnectError, NeonAsyncError, TLSError
 from . import tcp, threads
-from .chain import chain_of
 from .overhead import LimitedTLS, LimitingContext
 from .race import Attempt, Race, StepCallback, UnverifiedError
 from .tls import (
@@ -225,11 +224,8 @@ class Dialer:
         if self._revocation is None:
             return
         try:
-            tls = channel.transport.get_extra_info("ssl_object")
-            if tls is None:
-                raise ConnectError(f"{self.parameters.host} closed the connection after the TLS handshake. Try again.")
             waits = functools.partial(self.on_step, "revocation")
-            channel.revocation = await self._revocation.judge(chain_of(tls), waits)
+            channel.revocation = await self._revocation.judge(channel.handshake.chain, waits)
         except BaseException:
             channel.abort()
             raise

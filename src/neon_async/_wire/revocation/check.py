@@ -9,18 +9,21 @@ import asyncio
 import dataclasses
 import functools
 import logging
+import math
+import os
+import time
 import weakref
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import Final, Generic, NamedTuple, TypeVar
 
-from ..._errors import CertificateError, CertificateRevokedError, RevocationUnknownError
+from ..._errors import CertificateRevokedError, RevocationUnknownError
 from ..._text import escape, log
 from ..chain import Chain
 from ..trust import fingerprint
 from .lists import Source, is_of_lets_encrypt, objection_to, read_certificate
 from .report import RevocationReport
-from .shard import shard_of
+from .shard import Shard, State, shard_of
 
 _T = TypeVar("_T")
 
@@ -47,8 +50,8 @@ class Checker:
     async def judge(self, chain: Chain, on_wait: Callable[[], None]) -> ChainCheck:
         """Return the check of a chain that has not been revoked as far as is known.
 
-        With `require` it waits until the lists have been obtained, which the caller bounds. Otherwise it returns at
-        once, and the lists are obtained meanwhile.
+        With `require` it waits until the lists have been obtained, which the caller bounds. Otherwise, and where the
+        lists are known, it returns at once; what is due is obtained meanwhile.
 
         Args:
             chain: A chain that OpenSSL has verified.
@@ -58,8 +61,7 @@ class Checker:
             CertificateRevokedError: A certificate of the chain has been revoked.
             RevocationUnknownError: With `require`: a certificate names no list, or none that can be used.
         """
-        certificates = tuple(Certificate(facts) for facts in read(chain.verified))
-        check = ChainCheck(certificates, self._host, is_required=self._is_required)
+        check = ChainCheck(known(chain.verified), self._host, is_required=self._is_required)
         check.refresh()
         if self._is_required and check.is_awaited:
             on_wait()
@@ -69,25 +71,34 @@ class Checker:
 
 
 class ChainCheck:
-    """The certificates of one verified chain, and the lists that they name."""
+    """What is known about one verified chain, for the connections of one server."""
 
-    def __init__(self, certificates: tuple[Certificate, ...], host: str, *, is_required: bool) -> None:
-        self._certificates: Final = certificates
+    __slots__ = ("_chain", "_host", "_is_required")
+
+    def __init__(self, chain: KnownChain, host: str, *, is_required: bool) -> None:
+        self._chain: Final = chain
         self._host: Final = host
         self._is_required: Final = is_required
-        self.shards: Final = [each.shard for each in certificates if each.shard is not None]
 
     def __repr__(self) -> str:
         return f"<ChainCheck of {self._host}: {self.report().status}>"
 
     @property
+    def shards(self) -> tuple[Shard, ...]:
+        """The lists that the certificates name."""
+        return self._chain.shards
+
+    @property
     def is_awaited(self) -> bool:
         """Whether a list is being obtained without which nothing is known."""
-        return any(shard.is_awaited for shard in self.shards)
+        verdict = self._chain.verdict()
+        if verdict.unknown is None or verdict.revoked is not None:
+            return False
+        return any(shard.is_busy and shard.current is None for shard in self._chain.shards)
 
     def refresh(self) -> None:
         """Obtain in the background the lists that are missing or due."""
-        for shard in self.shards:
+        for shard in self._chain.shards:
             shard.refresh()
 
     async def settle(self) -> None:
@@ -104,12 +115,12 @@ class ChainCheck:
 
     def listen(self, listener: Callable[[], object]) -> None:
         """Have `listener` called, in another thread, each time that a list has been obtained or could not be."""
-        for shard in self.shards:
+        for shard in self._chain.shards:
             shard.listeners.add(listener)
 
     def ignore(self, listener: Callable[[], object]) -> None:
         """Have `listener` called no more."""
-        for shard in self.shards:
+        for shard in self._chain.shards:
             shard.listeners.discard(listener)
 
     def watch(self, user: _T, on_revoked: Callable[[_T, CertificateRevokedError], None]) -> Watch[_T]:
@@ -118,7 +129,7 @@ class ChainCheck:
 
     def report(self) -> RevocationReport:
         """Return what is known now."""
-        leaf, *issuers = [each.report() for each in self._certificates]
+        leaf, *issuers = self._chain.verdict().reports
         return dataclasses.replace(leaf, issuers=tuple(issuers))
 
     def require_good(self) -> None:
@@ -128,34 +139,34 @@ class ChainCheck:
             CertificateRevokedError: A certificate of it has been revoked.
             RevocationUnknownError: The check is required, and a certificate names no list, or none that can be used.
         """
-        error = self.revoked() or (self._unknown() if self._is_required else None)
-        if error is not None:
-            raise error
+        verdict = self._chain.verdict()
+        if verdict.revoked is not None:
+            raise self._revoked(verdict, verdict.revoked)
+        if verdict.unknown is not None and self._is_required:
+            raise self._unknown(verdict, verdict.unknown)
 
     def revoked(self) -> CertificateRevokedError | None:
         """Return the error for a chain that has been revoked, or None."""
-        for which, report in self._named_reports():
-            if report.status == "revoked":
-                return CertificateRevokedError(
-                    f"{which} was refused: it has been revoked, according to {report.list_url}. Do not connect; report "
-                    "this to the operator of the server."
-                )
-        return None
+        verdict = self._chain.verdict()
+        return None if verdict.revoked is None else self._revoked(verdict, verdict.revoked)
 
-    def _unknown(self) -> CertificateError | None:
-        for which, report in self._named_reports():
-            if report.status not in ("good", "short-lived"):
-                return RevocationUnknownError(
-                    f"{which} was refused: whether it has been revoked is unknown, and revocation=require. "
-                    f"{report.reason[:1].upper()}{report.reason[1:]}. Try again; check that this machine can fetch the "
-                    "list over HTTP, and its clock."
-                )
-        return None
+    def _revoked(self, verdict: Verdict, report: RevocationReport) -> CertificateRevokedError:
+        return CertificateRevokedError(
+            f"{self._name(verdict, report)} was refused: it has been revoked, according to {report.list_url}. Do not "
+            "connect; report this to the operator of the server."
+        )
 
-    def _named_reports(self) -> list[tuple[str, RevocationReport]]:
-        leaf, *issuers = [each.report() for each in self._certificates]
-        above = [(f"The certificate {each.subject} in the chain of {self._host}", each) for each in issuers]
-        return [(f"The certificate of {self._host}", leaf), *above]
+    def _unknown(self, verdict: Verdict, report: RevocationReport) -> RevocationUnknownError:
+        return RevocationUnknownError(
+            f"{self._name(verdict, report)} was refused: whether it has been revoked is unknown, and "
+            f"revocation=require. {report.reason[:1].upper()}{report.reason[1:]}. Try again; check that this machine "
+            "can fetch the list over HTTP, and its clock."
+        )
+
+    def _name(self, verdict: Verdict, report: RevocationReport) -> str:
+        if report is verdict.reports[0]:
+            return f"The certificate of {self._host}"
+        return f"The certificate {report.subject} in the chain of {self._host}"
 
 
 class Watch(Generic[_T]):
@@ -167,8 +178,8 @@ class Watch(Generic[_T]):
         self._loop = asyncio.get_running_loop()
         self._check = check
         # Weak, because all lists of the process lead here.
-        self._user = weakref.ref(user, lambda _: self.stop())
-        self._on_revoked: Callable[[_T, CertificateRevokedError], None] | None = on_revoked
+        self._user: weakref.ref[_T] | None = weakref.ref(user, self._end)
+        self._on_revoked = on_revoked
         self._timer: asyncio.TimerHandle | None = None
         self._wake = functools.partial(self._loop.call_soon_threadsafe, self._look)
         check.listen(self._wake)
@@ -176,22 +187,25 @@ class Watch(Generic[_T]):
 
     def stop(self) -> None:
         """End the watch. It can be called again, and where the event loop is closed."""
-        self._on_revoked = None
+        self._user = None
         self._check.ignore(self._wake)
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
 
+    def _end(self, _: object) -> None:
+        self.stop()
+
     def _look(self) -> None:
         """React to what is known now, and come back when a list is due."""
-        if self._on_revoked is None:  # stopped
+        if self._user is None:  # stopped
             return
         error = self._check.revoked()
         if error is not None:
-            on_revoked, user = self._on_revoked, self._user()
+            user = self._user()
             self.stop()
             if user is not None:
-                on_revoked(user, error)
+                self._on_revoked(user, error)
             return
         if self._timer is not None:
             self._timer.cancel()
@@ -204,46 +218,110 @@ class Watch(Generic[_T]):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Certificates
+# Chains
 
 
-class Certificate:
-    """One certificate of a verified chain, and the list that covers it.
+class Verdict(NamedTuple):
+    """What is known about a chain, as long as its lists stay the same and none of them expires.
 
     Attributes:
-        shard: The list, or None where there is none that may be fetched.
+        states: What is known about its lists.
+        since: When the latest of those lists expired that have expired, in seconds since the epoch.
+        until: When the first of the others expires.
+        reports: What is known about each certificate, the leaf first.
+        revoked: The first of them that says "revoked", or None.
+        unknown: The first of them that does not say whether its certificate has been revoked, or None.
     """
 
-    __slots__ = ("_facts", "shard")
+    states: list[State]
+    since: float
+    until: float
+    reports: tuple[RevocationReport, ...]
+    revoked: RevocationReport | None
+    unknown: RevocationReport | None
 
-    def __init__(self, facts: _Facts) -> None:
+
+class KnownChain:
+    """The certificates of one verified chain, and the lists that they name. All connections with this chain share it.
+
+    Attributes:
+        shards: The lists.
+    """
+
+    __slots__ = ("_facts", "_verdict", "shards")
+
+    def __init__(self, facts: tuple[Facts, ...]) -> None:
         self._facts = facts
-        self.shard = None if facts.source is None else shard_of(facts.source)
+        self.shards: Final = tuple(shard_of(each.source) for each in facts if each.source is not None)
+        self._verdict = self._judge()
 
-    def report(self) -> RevocationReport:
+    def verdict(self) -> Verdict:
         """Return what is known now."""
-        unchecked = self._facts.unchecked
-        if self.shard is None:
-            return unchecked
-        state = self.shard.state
-        is_revoked = state.current is not None and self._facts.serial_number in state.current
-        # What has been revoked stays revoked when the list that says so has expired.
-        current = state.current if is_revoked else self.shard.current
-        if current is None:
-            pending = self.shard.is_busy or not state.failures
-            reason = f"the list {unchecked.list_url} {'is being fetched' if pending else state.failure}"
-            return dataclasses.replace(unchecked, status="pending" if pending else "unknown", reason=reason)
-        return dataclasses.replace(
-            unchecked,
-            status="revoked" if is_revoked else "good",
-            entries=current.entries,
-            next_update=current.next_update,
-            checked_at=datetime.fromtimestamp(state.checked_at, UTC),
-            reason="its serial number is on the list" if is_revoked else "",
+        verdict = self._verdict
+        # Every connect comes here, and almost always nothing has changed.
+        if verdict.since <= time.time() < verdict.until and verdict.states == [each.state for each in self.shards]:
+            return verdict
+        self._verdict = verdict = self._judge()
+        return verdict
+
+    def _judge(self) -> Verdict:
+        now, states = time.time(), [each.state for each in self.shards]
+        of_certificates = iter(states)
+        reports = tuple(
+            each.unchecked if each.source is None else report_of(each, next(of_certificates), now)
+            for each in self._facts
+        )
+        ends = [each.current.expires_at for each in states if each.current is not None]
+        return Verdict(
+            states,
+            since=max((end for end in ends if end <= now), default=-math.inf),
+            until=min((end for end in ends if end > now), default=math.inf),
+            reports=reports,
+            revoked=next((each for each in reports if each.status == "revoked"), None),
+            unknown=next((each for each in reports if each.status in ("pending", "unknown")), None),
         )
 
 
-class _Facts(NamedTuple):
+@functools.lru_cache(maxsize=16)  # the chains of a few servers, with their lists
+def known(verified: tuple[bytes, ...]) -> KnownChain:
+    """Return what is known about a verified chain, which is given in DER."""
+    return KnownChain(read(verified))
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=known.cache_clear)  # the child has other lists
+
+
+def report_of(facts: Facts, state: State, now: float) -> RevocationReport:
+    """Return what the state of the list that a certificate names says about it.
+
+    Args:
+        facts: What the certificate says.
+        state: What is known about the list.
+        now: The time, in seconds since the epoch.
+    """
+    current, unchecked = state.current, facts.unchecked
+    is_revoked = current is not None and facts.serial_number in current
+    # What has been revoked stays revoked when the list that says so has expired.
+    if current is None or (now >= current.expires_at and not is_revoked):
+        pending = state.is_busy or not state.failures
+        reason = f"the list {unchecked.list_url} {'is being fetched' if pending else state.failure}"
+        return dataclasses.replace(unchecked, status="pending" if pending else "unknown", reason=reason)
+    return dataclasses.replace(
+        unchecked,
+        status="revoked" if is_revoked else "good",
+        entries=current.entries,
+        next_update=current.next_update,
+        checked_at=datetime.fromtimestamp(state.checked_at, UTC),
+        reason="its serial number is on the list" if is_revoked else "",
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Certificates
+
+
+class Facts(NamedTuple):
     """What a certificate says about its own revocation.
 
     Attributes:
@@ -257,13 +335,12 @@ class _Facts(NamedTuple):
     unchecked: RevocationReport
 
 
-@functools.lru_cache(maxsize=16)  # the chains of a few servers
-def read(verified: tuple[bytes, ...]) -> tuple[_Facts, ...]:
+def read(verified: tuple[bytes, ...]) -> tuple[Facts, ...]:
     """Return the facts about the leaf, and about each intermediate certificate that names a list."""
     root = fingerprint(verified[-1])
     # A server's certificate can itself be the anchor.
     leaf, *issuers = [
-        _facts_of(der, issuer, root) for der, issuer in zip(verified, verified[1:] or verified, strict=False)
+        facts_of(der, issuer, root) for der, issuer in zip(verified, verified[1:] or verified, strict=False)
     ]
     if leaf.source is None:
         report = leaf.unchecked
@@ -277,24 +354,24 @@ def read(verified: tuple[bytes, ...]) -> tuple[_Facts, ...]:
     return leaf, *(each for each in issuers if each.unchecked.list_url is not None)
 
 
-def _facts_of(der: bytes, issuer: bytes, root: str) -> _Facts:
+def facts_of(der: bytes, issuer: bytes, root: str) -> Facts:
     try:
         named = read_certificate(der)
     except Exception:  # noqa: BLE001  OpenSSL is more lenient than cryptography, which has many ways to refuse
-        return _Facts(0, None, RevocationReport("unknown", reason="the certificate cannot be read"))
+        return Facts(0, None, RevocationReport("unknown", reason="the certificate cannot be read"))
     objections = {url: objection_to(url, root) for url in named.urls}
     url = next((url for url, objection in objections.items() if not objection), None)
     report = functools.partial(RevocationReport, subject=escape(named.subject))
     if url is not None:
         is_shard = not named.is_ca and is_of_lets_encrypt(root)
         source = Source(url, issuer, for_cas=named.is_ca, must_name_url=is_shard)
-        return _Facts(named.serial_number, source, report("pending", list_url=url))
+        return Facts(named.serial_number, source, report("pending", list_url=url))
     for refused, objection in objections.items():
         shown = escape(refused)
-        return _Facts(
+        return Facts(
             named.serial_number, None, report("unknown", list_url=shown, reason=f"the list {shown} {objection}")
         )
     if named.lifetime <= _SHORT_LIVED:
         reason = "it is valid for a few days only and names no list"
-        return _Facts(named.serial_number, None, report("short-lived", reason=reason))
-    return _Facts(named.serial_number, None, report("unknown", reason="it names no list that HTTP can fetch"))
+        return Facts(named.serial_number, None, report("short-lived", reason=reason))
+    return Facts(named.serial_number, None, report("unknown", reason="it names no list that HTTP can fetch"))

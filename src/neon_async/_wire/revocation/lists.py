@@ -55,15 +55,17 @@ class RevocationList:
         number: Its number, which grows with each list of the same issuer and scope, or None.
         this_update: When it was issued.
         next_update: When it expires.
+        expires_at: The same, in seconds since the epoch.
         entries: How many certificates are on it.
     """
 
-    __slots__ = ("_digests", "_looked_up", "entries", "next_update", "number", "this_update")
+    __slots__ = ("_digests", "_looked_up", "entries", "expires_at", "next_update", "number", "this_update")
 
     def __init__(self, number: int | None, this_update: datetime, next_update: datetime, digests: bytes) -> None:
         self.number = number
         self.this_update = this_update
         self.next_update = next_update
+        self.expires_at = next_update.timestamp()
         self.entries = len(digests) // _DIGEST_SIZE
         self._digests = digests
         self._looked_up: dict[int, bool] = {}  # the same few leaves are looked up for each dial

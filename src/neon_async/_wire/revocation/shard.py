@@ -13,6 +13,7 @@ import os
 import random
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import NamedTuple
@@ -44,6 +45,7 @@ class State(NamedTuple):
         failure: Why the latest attempt to obtain a list failed, or "".
         failures: How many attempts have failed since the latest success.
         retry_at: When the next attempt may start; a time of the monotonic clock.
+        is_busy: Whether it is being obtained.
     """
 
     current: RevocationList | None = None
@@ -52,6 +54,7 @@ class State(NamedTuple):
     failure: str = ""
     failures: int = 0
     retry_at: float = -math.inf
+    is_busy: bool = False
 
 
 class Shard:
@@ -60,14 +63,12 @@ class Shard:
     Attributes:
         source: Where it comes from.
         state: What is known about it.
-        is_busy: Whether it is being obtained.
         listeners: Called in the working thread, each time that it has been obtained or could not be.
     """
 
     def __init__(self, source: Source) -> None:
         self.source = source
         self.state = State()
-        self.is_busy = False
         self.listeners: set[Callable[[], object]] = set()
         self._lock = threading.Lock()
         self._highest: int | None = None  # number of any list so far
@@ -76,29 +77,30 @@ class Shard:
         return f"<Shard {self.source.url}: {self.state.current}>"
 
     @property
+    def is_busy(self) -> bool:
+        """Whether it is being obtained."""
+        return self.state.is_busy
+
+    @property
     def current(self) -> RevocationList | None:
         """The list, unless there is none or it has expired."""
         current = self.state.current
-        return current if current is not None and datetime.now(UTC) < current.next_update else None
-
-    @property
-    def is_awaited(self) -> bool:
-        """Whether nothing is known until the list has been obtained."""
-        return self.is_busy and self.current is None
+        return current if current is not None and time.time() < current.expires_at else None
 
     def next_refresh(self) -> float:
         """Return the seconds until `refresh()` has something to do. Infinity while it is being done."""
-        if self.is_busy:
+        state, now = self.state, time.time()
+        if state.is_busy:
             return math.inf
-        wait = self.state.renew_at - time.time() if self.current is not None else 0.0
-        return max(wait, self.state.retry_at - time.monotonic(), 0.0)
+        wait = state.renew_at - now if state.current is not None and now < state.current.expires_at else 0.0
+        return max(wait, state.retry_at - time.monotonic(), 0.0)
 
     def refresh(self) -> None:
         """Obtain the list in a thread, unless it is current or being obtained, or a failure was too recent."""
         with self._lock:
             if self.next_refresh() > 0:
                 return
-            self.is_busy = True
+            self.state = self.state._replace(is_busy=True)
         try:
             # Not of an executor: those are waited for when the interpreter exits.
             threading.Thread(target=self._work, name="neon-async revocation list", daemon=True).start()
@@ -125,7 +127,7 @@ class Shard:
             text = "the revocation list %(list_url)s is current again"
             log(logging.INFO, text, event="list_current", list_url=self.source.url)
         with self._lock:
-            self.state, self.is_busy = state, False
+            self.state = state._replace(is_busy=False)
             listeners = list(self.listeners)
         for listener in listeners:
             with contextlib.suppress(RuntimeError):  # its event loop is closed
@@ -139,7 +141,7 @@ class Shard:
                 found = self._use(kept.der, min(kept.fetched_at, time.time()))
                 if found.renew_at > time.time():
                     return found
-                self.state = found._replace(failures=self.state.failures)  # in case that fetching fails
+                self.state = found._replace(failures=self.state.failures, is_busy=True)  # in case that fetching fails
         del kept
         der = download.fetch(self.source.url)
         state = self._use(der, time.time())
@@ -182,10 +184,9 @@ def renewal(this_update: float, next_update: float, *, fetched_at: float, jitter
 # ---------------------------------------------------------------------------------------------------------------------
 # All lists of this process
 
-_shards: dict[Source, Shard] = {}
+# Weak: a list has up to 2 MB. What keeps it are the connections that need it, and `check.known()`.
+_shards: weakref.WeakValueDictionary[Source, Shard] = weakref.WeakValueDictionary()
 _shards_lock = threading.Lock()
-# A renewed leaf is on another list. So many lists that no connection needs are kept; a list has up to 2 MB.
-_MAX_UNUSED = 8
 
 
 def shard_of(source: Source) -> Shard:
@@ -193,9 +194,6 @@ def shard_of(source: Source) -> Shard:
     with _shards_lock:
         shard = _shards.get(source)
         if shard is None:
-            unused = [each.source for each in _shards.values() if not (each.listeners or each.is_busy)]
-            for old in unused[:-_MAX_UNUSED]:
-                del _shards[old]
             shard = _shards[source] = Shard(source)
         return shard
 

@@ -210,15 +210,19 @@ class Connector:
         adapter = LoopAdapter(dialer, secret=secret, cache=self._logins)
         try:
             connection = await self._connect_asyncpg(adapter, self._class_for(connection_class), record_class)
-            if adapter.revocation is not None:
-                adapter.revocation.require_good()  # a list can have come during the login
         except BaseException:
             adapter.abort()
             raise
         finally:
             if adapter.handshake is not None:
                 self._handshake, self.revocation = adapter.handshake, adapter.revocation
-        self._begin_session(connection, adapter)
+        try:
+            if adapter.revocation is not None:
+                adapter.revocation.require_good()  # a list can have come during the login
+            self._begin_session(connection, adapter)
+        except BaseException:
+            connection.terminate()
+            raise
         return connection
 
     def _begin_session(self, connection: Connection, adapter: LoopAdapter) -> None:

@@ -131,7 +131,7 @@ async def measure_long_list(entries: int, rounds: int) -> Table:
         source = Source(url, ca.der, for_cas=False, must_name_url=True)
         for _ in range(rounds):
             async with longest_stall(time.process_time) as stall:
-                seconds = await fetch_anew(source, serials[0])
+                _, seconds = await fetch_anew(source, serials[0])
             table.add(LIST, TIME, seconds)
             table.add(LIST, STALL, stall[0])
             async with longest_stall(time.process_time) as stall:
@@ -139,17 +139,18 @@ async def measure_long_list(entries: int, rounds: int) -> Table:
             table.add(NOTHING, TIME, seconds)
             table.add(NOTHING, STALL, stall[0])
             tracemalloc.start()
-            await fetch_anew(source, serials[0])
+            one, _ = await fetch_anew(source, serials[0])
             kept, peak = tracemalloc.get_traced_memory()
             tracemalloc.stop()
+            del one
             for row, sizes in ((LIST, (peak, kept)), (NOTHING, (0, 0))):
                 table.add(row, PEAK, sizes[0])
                 table.add(row, KEPT, sizes[1])
     return table
 
 
-async def fetch_anew(source: Source, revoked: int) -> float:
-    """Return the seconds until the verdict about a revoked certificate is known to a process that knows no list."""
+async def fetch_anew(source: Source, revoked: int) -> tuple[Shard, float]:
+    """Return the list, and the seconds until a process that knows no list knows a verdict about a certificate."""
     shard.forget_all()
     with contextlib.suppress(FileNotFoundError):
         disk._path(source).unlink()
@@ -160,7 +161,7 @@ async def fetch_anew(source: Source, revoked: int) -> float:
     one.refresh()
     await done.wait()
     assert is_revoked(one, revoked), one.state.failure
-    return time.perf_counter() - began
+    return one, time.perf_counter() - began
 
 
 def is_revoked(one: Shard, serial: int) -> bool:

@@ -9,7 +9,16 @@ from typing import Any
 
 import asyncpg
 import pytest
-from support.probes import HANG, assert_secret_free, assert_whole, make_pool, password_of, until, until_settled
+from support.probes import (
+    HANG,
+    assert_secret_free,
+    assert_whole,
+    make_pool,
+    nothing_is_left,
+    password_of,
+    until,
+    until_settled,
+)
 
 import neon_async
 from neon_async.testing import LocalEndpoint, LocalPostgres
@@ -36,6 +45,17 @@ def raising(error: BaseException) -> Callable[[], Awaitable[None]]:
     return fail
 
 
+class Unforeseen(BaseException):
+    """What `pytest.fail()` raises is no Exception either."""
+
+
+async def cancel_its_own_task() -> None:
+    task = asyncio.current_task()
+    assert task is not None
+    task.cancel()
+    await never()
+
+
 # (what the caller's code does, and the error of the acquire)
 FAULTS: list[Any] = [
     pytest.param(raising(ConnectionError("vault")), ConnectionError, id="ConnectionError"),
@@ -48,7 +68,9 @@ FAULTS: list[Any] = [
         raising(neon_async.CertificateError("vault")), neon_async.CertificateError, id="a final error of ours"
     ),
     pytest.param(await_something_cancelled, neon_async.ConnectError, id="a CancelledError from elsewhere"),
+    pytest.param(raising(Unforeseen("vault")), Unforeseen, id="no Exception"),
 ]
+CANCELLATION = pytest.param(cancel_its_own_task, neon_async.ConnectError, id="a cancellation of its own task")
 
 
 class Flaky:
@@ -99,7 +121,7 @@ async def outcomes(pool: neon_async.Pool, count: int = CALLERS) -> list[Any]:
 
 
 @PLACES
-@pytest.mark.parametrize(("fault", "error"), FAULTS)
+@pytest.mark.parametrize(("fault", "error"), [*FAULTS, CANCELLATION])
 async def test_code_that_fails_once_fails_one_of_twenty_callers(
     postgres: LocalPostgres, place: Place, fault: Callable[[], Awaitable[None]], error: type[Exception]
 ) -> None:
@@ -113,7 +135,7 @@ async def test_code_that_fails_once_fails_one_of_twenty_callers(
 
 
 @PLACES
-@pytest.mark.parametrize(("fault", "error"), FAULTS)
+@pytest.mark.parametrize(("fault", "error"), [*FAULTS, CANCELLATION])
 async def test_code_that_always_fails_runs_once_for_each_acquire(
     postgres: LocalPostgres, place: Place, fault: Callable[[], Awaitable[None]], error: type[Exception]
 ) -> None:
@@ -151,6 +173,130 @@ async def test_code_that_hangs_fails_one_caller_after_connect_timeout(postgres: 
         served = await outcomes(pool)
         assert [type(one) for one in served if one != 1] == [neon_async.ConnectTimeoutError]
         await assert_whole(pool)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The class of the connections
+
+
+class Faulty(asyncpg.Connection):
+    """A caller's class that sometimes fails."""
+
+    made = 0
+    fails: Callable[[int], bool] = staticmethod(lambda number: number == 1)
+    error: Exception = LookupError("no such tenant")
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        type(self).made += 1
+        if self.fails(self.made):
+            raise self.error
+        super().__init__(*args, **options)
+
+
+class FaultyLater(asyncpg.Connection):
+    made = 0
+    fails: Callable[[int], bool] = staticmethod(lambda number: number == 1)
+    error: Exception = LookupError("no such tenant")
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        type(self).made += 1
+        if self.fails(self.made):
+            raise self.error
+
+
+class FaultyOfOurs(neon_async.Connection[Any]):
+    made = 0
+    fails: Callable[[int], bool] = staticmethod(lambda number: number == 1)
+    error: Exception = LookupError("no such tenant")
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        type(self).made += 1
+        if self.fails(self.made):
+            raise self.error
+
+
+CLASSES = pytest.mark.parametrize("base", [Faulty, FaultyLater, FaultyOfOurs], ids=lambda base: base.__name__)
+RAISED = pytest.mark.parametrize(
+    "raised",
+    [
+        LookupError("no such tenant"),
+        ConnectionError("vault"),
+        AttributeError("no such attribute"),
+        neon_async.CertificateError("vault"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+
+
+@CLASSES
+@RAISED
+async def test_a_class_that_fails_once_fails_one_of_twenty_callers(
+    postgres: LocalPostgres, base: Any, raised: Exception
+) -> None:
+    cls = type("Own", (base,), {"error": raised})
+    async with make_pool(postgres, connection_class=cls) as pool:
+        served = await outcomes(pool)
+        assert [one for one in served if one != 1] == [raised]
+        await assert_whole(pool)
+
+
+@CLASSES
+@RAISED
+async def test_a_class_that_always_fails_is_asked_once_for_each_acquire(
+    postgres: LocalPostgres, base: Any, raised: Exception
+) -> None:
+    cls: Any = type("Own", (base,), {"error": raised, "fails": staticmethod(lambda number: True)})
+    async with nothing_is_left(), make_pool(postgres, connection_class=cls) as pool:
+        for _ in range(3):
+            assert await outcomes(pool, 1) == [raised]
+        assert pool.stats().dial_failures == 3
+        await until_settled(pool)
+
+
+@CLASSES
+@RAISED
+async def test_connect_raises_what_the_class_raises(postgres: LocalPostgres, base: Any, raised: Exception) -> None:
+    cls: Any = type("Own", (base,), {"error": raised})
+    async with nothing_is_left():
+        with pytest.raises(type(raised)) as caught:
+            await neon_async.connect(postgres.dsn, trust_anchor=postgres.trust_anchor, connection_class=cls)
+        assert caught.value is raised
+        assert_secret_free(raised, password_of(postgres))
+
+
+async def test_a_class_that_is_not_initialized_is_named(postgres: LocalPostgres) -> None:
+    class Forgetful(asyncpg.Connection):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            pass
+
+    class Mistaken(asyncpg.Connection):
+        def __init__(self, tenant: str) -> None:
+            super().__init__(tenant)  # type: ignore[call-arg, arg-type]
+
+    async with make_pool(postgres, connection_class=Forgetful) as pool:
+        [failure] = await outcomes(pool, 1)
+        assert isinstance(failure, neon_async.ConfigurationError)
+        assert "Forgetful has an __init__() that does not call super().__init__()" in str(failure)
+    async with make_pool(postgres, connection_class=Mistaken) as pool:
+        [failure] = await outcomes(pool, 1)
+        assert type(failure) is TypeError
+
+
+async def test_a_class_without_subclasses_is_refused_before_a_socket_is_opened() -> None:
+    class Closed(asyncpg.Connection):
+        def __init_subclass__(cls, *, tenant: str) -> None:
+            pass
+
+    dsn = "postgresql://user:secret@ep-cool-darkness-123456.us-east-2.aws.neon.tech/neondb?sslmode=verify-full"
+    for make in (neon_async.create_pool, neon_async.connect):
+        with pytest.raises(neon_async.ConfigurationError, match="Closed cannot be used"):
+            make(dsn, connection_class=Closed)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Other ways to fail
 
 
 async def test_a_password_that_cannot_be_used_fails_one_caller(postgres: LocalPostgres) -> None:

@@ -74,7 +74,7 @@ def connect(
         trust_anchor: The root certificates to trust instead of ISRG Root X1: PEM bytes, PEM text, or the path of a PEM
             file, with at most ten roots; or `LETS_ENCRYPT_ROOTS`.
         loop: The running event loop, which is used in any case. Any other is refused.
-        connection_class: A subclass of `asyncpg.Connection`.
+        connection_class: A subclass of `asyncpg.Connection`. What its `__init__()` raises is raised unchanged.
         record_class: A subclass of `asyncpg.Record`.
         **keywords: The connection keywords of `create_pool()`; each wins over the DSN, which wins over the environment.
 
@@ -90,4 +90,5 @@ def connect(
     CONNECTION_CLASS.check("connection_class", connection_class)
     RECORD_CLASS.check("record_class", record_class)
     connector = connector_for(dsn, trust_anchor=trust_anchor, loop=other_loop(loop), **keywords)
+    connector.class_for(connection_class)
     return connector.connect(connection_class=connection_class, record_class=record_class)

@@ -9,14 +9,27 @@ Knows neither how connections are made nor pools.
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Mapping
 from typing import Any, TypeVar, cast
 
 import asyncpg
 
 from .._config.literals import IsolationLevel
+from .._errors import ConfigurationError
 from .healing import HealedStatements, once
-from .holder import RecordT, Use, own_session, prepare_cached, protocol_of
+from .holder import (
+    CallersError,
+    ConnectionHooks,
+    RecordT,
+    Use,
+    give_up,
+    is_given_up,
+    is_initialized,
+    own_session,
+    prepare_cached,
+    protocol_of,
+)
 from .progress import bounded, run_many
 from .resources import adopt_factory, adopt_statement
 from .session import Codec
@@ -182,12 +195,25 @@ def combine(base: type[Any], ours: type[Connection[Any]]) -> type[Any]:
     Args:
         base: asyncpg's class or a subclass of it.
         ours: `Connection` or a subclass of it.
+
+    Raises:
+        ConfigurationError: `base` cannot have a subclass.
     """
-    if issubclass(base, ours):
-        return base
     if issubclass(ours, base):
         return ours
-    return _combined(cast(Any, base), ours)
+    if issubclass(base, ours) and _definer(cast(Any, base), "__init__") in (ConnectionHooks, *_guarded):
+        return base
+    try:
+        return _combined(cast(Any, base), ours)
+    except Exception as error:
+        raise ConfigurationError(
+            f"connection_class={base.__qualname__} cannot be used, because making a subclass of it failed "
+            f"({type(error).__name__}: {error}). Check its __init_subclass__() and its metaclass."
+        ) from error
+
+
+# The classes whose `__init__()` tells what the caller's raises from the rest.
+_guarded: weakref.WeakSet[type[Any]] = weakref.WeakSet()
 
 
 @functools.lru_cache(maxsize=64)  # so that connections of one pair are of one class
@@ -197,6 +223,24 @@ def _combined(base: Any, ours: Any) -> type[Any]:
         __module__ = base.__module__
         __doc__ = base.__doc__
 
+        def __init__(self, *args: Any, **options: Any) -> None:
+            try:
+                super().__init__(*args, **options)
+            except Exception as error:
+                if is_given_up(self):  # by ours: asyncpg cannot read what the server sent
+                    raise
+                give_up(self)
+                raise CallersError(error) from None
+            if not is_initialized(self):
+                give_up(self)
+                raise CallersError(
+                    ConfigurationError(
+                        f"connection_class={base.__qualname__} has an __init__() that does not call "
+                        "super().__init__(). Call it with all the arguments."
+                    )
+                )
+
+    _guarded.add(Combined)
     Combined.__name__, Combined.__qualname__ = base.__name__, base.__qualname__  # for `repr` and messages
     return Combined
 

@@ -26,7 +26,7 @@ from .._wire.login import LoginCache, Secret
 from .._wire.race import StepCallback
 from .._wire.trust import TrustAnchor, find_isrg_root_x1, load_trust_anchor
 from .connection import Connection, combine
-from .holder import begin_session, end_lost, is_current, leave_jit_alone, session_of
+from .holder import CallersError, begin_session, end_lost, is_current, leave_jit_alone, session_of
 from .loop import LoopAdapter
 from .pooled import PooledConnection, is_pooled, tracked_settings
 from .protocol import SessionProtocol
@@ -174,7 +174,23 @@ class Connector:
 
         Raises:
             NeonAsyncError: The connection could not be made.
-            Exception: Whatever a password function raises, unchanged.
+            Exception: Whatever a password function or `__init__()` of the class raises, unchanged.
+        """
+        try:
+            return await self.open(connection_class=connection_class, record_class=record_class, on_step=on_step)
+        except CallersError as error:
+            failure = error.error
+        try:
+            raise failure
+        finally:
+            del failure  # the traceback leads to this frame
+
+    async def open(self, *, connection_class: type[Any], record_class: type[Any], on_step: StepCallback) -> Connection:
+        """Return a new connection, as `connect()` does, and tell what the caller's own code raised from the rest.
+
+        Raises:
+            NeonAsyncError: The connection could not be made.
+            CallersError: The password function or `__init__()` of the class failed.
         """
         require_asyncio()
         steps: list[str] = ["password"]
@@ -194,12 +210,14 @@ class Connector:
             raw = error
         from .failures import Attempt, public_error  # imported by `prepare()`
 
+        if isinstance(raw, CallersError):
+            raise raw
         attempt = Attempt(self.parameters, self.anchor, steps[-1], deadline.expired(), padded=password.is_padded)
         failure = public_error(raw, attempt)
+        if failure is not raw:
+            failure.__cause__ = raw
         try:
-            if failure is raw:
-                raise failure
-            raise failure from raw
+            raise CallersError(failure) if attempt.step in _OF_PASSWORD else failure
         finally:
             del raw, failure  # the traceback leads to this frame: a cycle that only the garbage collector would free
 
@@ -209,7 +227,7 @@ class Connector:
         dialer = Dialer(self.parameters, self.anchor, self._checker, on_step=on_step)
         adapter = LoopAdapter(dialer, secret=secret, cache=self._logins)
         try:
-            connection = await self._connect_asyncpg(adapter, self._class_for(connection_class), record_class)
+            connection = await self._connect_asyncpg(adapter, self.class_for(connection_class), record_class)
         except BaseException:
             adapter.abort()
             raise
@@ -242,7 +260,12 @@ class Connector:
         if session.revocation is not None:
             session.watch = session.revocation.watch(connection, functools.partial(_end_revoked, session.name))
 
-    def _class_for(self, base: type[Any]) -> type[Any]:
+    def class_for(self, base: type[Any]) -> type[Any]:
+        """Return the class of the connections for a caller's `connection_class`.
+
+        Raises:
+            ConfigurationError: It cannot have a subclass.
+        """
         return combine(cast(Any, base), PooledConnection if self.parameters.pooled else Connection)
 
     async def _connect_asyncpg(
@@ -273,6 +296,10 @@ class Connector:
             record_class=record_class,
         )
         return cast(Connection, connection)
+
+
+# The steps before any that concerns the server; see `Attempt`.
+_OF_PASSWORD = ("password", "start")
 
 
 def _end_revoked(name: str, connection: Connection, error: CertificateRevokedError) -> None:

@@ -88,6 +88,33 @@ def has_ended(connection: Any) -> bool:
     return connection is None or bool(connection.is_closed())
 
 
+class CallersError(Exception):
+    """The caller's own code failed in a dial: `init`, the password function, or `__init__()` of its class.
+
+    Attributes:
+        error: What it raised.
+    """
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self.error = error
+
+
+def give_up(connection: Any) -> None:
+    """Have a connection that was never made be closed: asyncpg's `__del__` looks for what was never set."""
+    connection._aborted = True
+
+
+def is_given_up(connection: Any) -> bool:
+    """Return whether `give_up()` was called."""
+    return bool(getattr(connection, "_aborted", False))
+
+
+def is_initialized(connection: Any) -> bool:
+    """Return whether asyncpg's `__init__()` has run."""
+    return hasattr(connection, "_transport")
+
+
 class ConnectionHooks(_Connection[RecordT]):
     """asyncpg's connection: it ends from anywhere, its end is reported, and its cancel requests are ours."""
 
@@ -102,9 +129,11 @@ class ConnectionHooks(_Connection[RecordT]):
     def __init__(self, *args: Any, **options: Any) -> None:
         try:
             super().__init__(*args, **options)
-        except BaseException:
-            self._aborted = True  # else `__del__` looks for what was never set
-            raise
+        except Exception as error:
+            give_up(self)
+            if isinstance(error, (LookupError, ValueError, AttributeError)):  # of the settings that the server sent
+                raise
+            raise CallersError(error) from None
 
     def terminate(self) -> None:
         """End the connection at once, without waiting for anything.

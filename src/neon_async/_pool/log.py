@@ -23,7 +23,7 @@ class Cause(enum.Enum):
 
     RETRYING = "cannot connect, retrying: %(reason)s"
     REFUSED = "cannot connect, not retrying for now: %(reason)s"
-    CALLERS_CODE = "init or the password function failed: %(reason)s"
+    CALLERS_CODE = "init, the password function or connection_class failed: %(reason)s"
     IN_VAIN = "new connections are closed before they have answered a statement"
 
 

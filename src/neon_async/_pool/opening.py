@@ -8,30 +8,18 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, cast
 
 from .._config.literals import ConnectStep
 from .._driver import holder
 from .._driver.connector import Connector
-from .._driver.holder import own_session
+from .._driver.holder import CallersError, own_session
 from .._driver.pooled import is_pooled, tracked_settings
 from .._driver.session import Snapshot
 from .._driver.snapshot import take_snapshot
 from .._errors import ConfigurationError, ConnectError, ConnectTimeoutError
 from .._neon.endpoint import short_name
 from .options import PoolOptions
-
-
-class CallersError(Exception):
-    """The caller's own code failed in a dial: `init`, or the password function.
-
-    Attributes:
-        error: What it raised.
-    """
-
-    def __init__(self, error: Exception) -> None:
-        super().__init__()
-        self.error = error
 
 
 class Steps:
@@ -72,14 +60,9 @@ async def open_connection(connector: Connector, options: PoolOptions, steps: Ste
         CallersError: The caller's own code failed.
         NeonAsyncError: The connection could not be made.
     """
-    try:
-        connection = await connector.connect(
-            connection_class=options.connection_class, record_class=options.record_class, on_step=steps.add
-        )
-    except Exception as error:
-        if steps.taken:
-            raise
-        raise CallersError(error) from None  # the password function's: no step has begun
+    connection: Any = await connector.open(
+        connection_class=options.connection_class, record_class=options.record_class, on_step=steps.add
+    )
     if options.init is not None:
         await _run_init(options.init, connector, connection)
     if connection.is_closed():
@@ -87,21 +70,32 @@ async def open_connection(connector: Connector, options: PoolOptions, steps: Ste
     return connection
 
 
-def failure_of(error: BaseException) -> Exception | None:
+def failure_of(error: BaseException, *, is_expected: bool) -> Exception | None:
     """Return why a dial failed, or None if it did not fail but was cancelled.
 
     Args:
-        error: What `open_connection()` raised in the current task.
+        error: What `open_connection()` raised.
+        is_expected: Whether the pool cancels its dials.
+
+    Raises:
+        BaseException: `error`, which ends the program.
     """
-    if isinstance(error, Exception):
-        return error
-    task = asyncio.current_task()
-    if isinstance(error, asyncio.CancelledError) and not (task and task.cancelling()):
-        # Something that the caller's code awaited was cancelled, but the dial itself was not cancelled.
-        failure = ConnectError("init or the password function raised CancelledError. Catch it there.")
-        failure.__cause__ = error
-        return CallersError(failure)
-    return None
+    match error:
+        case Exception():
+            return error
+        case KeyboardInterrupt() | SystemExit():
+            raise error
+        case asyncio.CancelledError() if is_expected:
+            return None
+        case asyncio.CancelledError():
+            # Not by the pool, so by the caller's code, which may also have cancelled the task that it runs in.
+            failure = ConnectError(
+                "init or the password function raised CancelledError, or cancelled the task that connects. Catch it "
+                "there."
+            )
+            failure.__cause__ = error
+            return CallersError(failure)
+    return CallersError(cast(Exception, error))  # such as `pytest.fail.Exception`
 
 
 async def _run_init(init: Callable[[Any], Awaitable[None]], connector: Connector, connection: Any) -> None:

@@ -296,7 +296,8 @@ class Pool(PoolBase[RecordT]):
             PoolClosedError: The pool is not open, is closing, or is closed.
             NeonAsyncError: The server cannot be reached for a reason that does not pass by itself, such as a wrong
                 password; raised at once.
-            Exception: What `init`, `setup` or the password function raised for this acquire, unchanged.
+            Exception: What `init`, `setup`, the password function or `__init__()` of `connection_class` raised for this
+                acquire, unchanged.
         """
         if timeout is not None:
             check_timeout("timeout", timeout)
@@ -831,6 +832,7 @@ def create_pool(
     _POOL_CLASS.check("pool_class", pool_class)
     options, parameters = PoolOptions.split(keywords)
     connector = prepare(dsn, trust_anchor=trust_anchor, loop=other_loop(loop), **parameters)
+    connector.class_for(options.connection_class)
     endpoint = connector.parameters.endpoint
     if options.min_size > 0 and endpoint is not None:
         _warn_of_floor(options.min_size, endpoint)

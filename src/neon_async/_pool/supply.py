@@ -22,7 +22,7 @@ from typing import Any
 from .._driver import holder
 from .._driver.connection import resets_itself
 from .._driver.connector import Connector
-from .._driver.holder import Holder, own_session
+from .._driver.holder import CallersError, Holder, own_session
 from .._driver.snapshot import restore_codecs
 from .._errors import ConnectError, PoolTimeoutError
 from .._neon.endpoint import short_name
@@ -30,7 +30,7 @@ from .._timing import Timer
 from .health_log import HealthLog
 from .loan import Need
 from .log import Cause, Mishap, PoolLog
-from .opening import CallersError, Steps, failure_of, open_connection
+from .opening import Steps, failure_of, open_connection
 from .options import PoolOptions
 from .pace import Pace, may_pass
 from .slots import UNANSWERED, Slot, Slots, State
@@ -321,8 +321,9 @@ class Supply:
     def _finished(self, slot: Slot, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
         slot.task = slot.dialed_for = None
-        # A task that was cancelled before it began has run none of its coroutine.
-        if task.cancelled() or task.result() is not None:
+        # A task that was cancelled before it began has run none of its coroutine. The caller's own code can raise
+        # anything in one, and the slot must come back.
+        if task.cancelled() or task.exception() is not None or task.result() is not None:
             slot.holder.terminate()
         self._offer(slot)
 
@@ -497,7 +498,7 @@ class Supply:
             connection = await open_connection(self.connector, self.options, steps)
         except BaseException as error:
             self.tallies.dial_failures.since(began)
-            failure = failure_of(error)
+            failure = failure_of(error, is_expected=self.closing)
             cause = failure.error if isinstance(failure, CallersError) else failure
             self.report("ConnectFailed", self.name, time.monotonic() - began, tuple(steps.taken), cause)
             if failure is None:
@@ -542,7 +543,7 @@ class Supply:
         self._forget_wake()
 
     def _note_callers_failure(self, slot: Slot, error: Exception, began: float, connects: int) -> None:
-        """Raise what `init` or the password function raised in the waiter for which it ran, and in no other."""
+        """Raise what the caller's own code raised in the waiter for which it ran, and in no other."""
         told = slot.dialed_for is not None and self.waiters.fail_one(slot.dialed_for, error.with_traceback(None))
         self.log.failed(Cause.CALLERS_CODE, error, began=began)
         self.pace.stopped_by_caller(began=began, connects=connects, told=told)

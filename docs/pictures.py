@@ -13,6 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from diagrams import draw_diagrams
 from rich.console import Console
 
 from neon_async._cli.check import check
@@ -34,6 +35,7 @@ async def main() -> None:
     await demo(console)
     write(console, "demo")
     draw_round_trips()
+    draw_diagrams()
 
 
 def draw_round_trips() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -43,6 +44,25 @@ def test_the_reference_shows_signatures_and_docstrings(site: Path) -> None:
     for anchor in ("neon_async.create_pool", "neon_async.fastapi.lifespan", "neon_async.testing.LocalEndpoint"):
         assert f'id="{anchor}"' in reference
     assert "Opening the pool connects only where" in reference
+
+
+def test_a_diagram_is_shown_as_a_picture_and_as_text(site: Path) -> None:
+    for name in ("connect", "acquire", "suspend", "shutdown"):
+        page = (site / "how-it-works" / name / "index.html").read_text(encoding="utf-8")
+        for picture in (f"{name}.svg", f"{name}-dark.svg"):
+            assert f'src="../{picture}#only-' in page
+            assert (site / "how-it-works" / picture).is_file()
+        assert "The diagram as text" in page
+
+
+def test_no_page_loads_anything_from_another_server(site: Path) -> None:
+    """Mermaid, for one: Material loads it from a server of its own where a page contains a block for it."""
+    loaded = re.compile(
+        r'<(?:script|img|iframe|link rel="stylesheet")[^>]*(?:src|href)="(?:https?:)?//|class="mermaid"'
+    )
+    pages = list(site.rglob("*.html"))
+    assert len(pages) >= 20
+    assert [str(page.relative_to(site)) for page in pages if loaded.search(page.read_text(encoding="utf-8"))] == []
 
 
 def test_machines_get_the_site_as_markdown(site: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import inspect
 import io
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -36,6 +37,34 @@ class Own(asyncpg.Connection):
     async def numbers(self) -> AsyncIterator[int]:
         for number in range(3):
             yield number + int(await self.fetchval("SELECT 0"))
+
+    # What a method that is no coroutine function returns.
+
+    def one(self) -> Any:
+        return self.fetchval("SELECT 1")
+
+    def numbers_later(self) -> AsyncIterator[int]:
+        return self.numbers()
+
+    def running(self) -> asyncio.Future[Any]:
+        return asyncio.ensure_future(self.fetchval("SELECT 1"))
+
+    def itself(self) -> Any:
+        return self
+
+    async def itself_later(self) -> Any:
+        return self
+
+    @contextlib.asynccontextmanager
+    async def block(self) -> AsyncIterator[Any]:
+        async with self.transaction():
+            yield self
+
+    @property
+    def answer(self) -> Any:
+        return self.fetchval("SELECT 1")
+
+    partial = functools.partialmethod(asyncpg.Connection.fetchval, "SELECT 1")
 
 
 @pytest.fixture
@@ -125,6 +154,33 @@ async def entered(connection: Any) -> Any:
     return later()
 
 
+async def of_itself(connection: Any) -> Any:
+    return use(connection.itself())
+
+
+async def of_itself_later(connection: Any) -> Any:
+    return use(await connection.itself_later())
+
+
+async def of_block(connection: Any) -> Any:
+    async with connection.block() as entered:
+        pass
+    return use(entered)
+
+
+async def bound(connection: Any) -> Any:
+    method = connection.one
+
+    async def later() -> Any:
+        return await method()
+
+    return later()
+
+
+async def use(connection: Any) -> Any:
+    return await connection.fetchval("SELECT 1")
+
+
 CREATED = {
     "statement.explain": of_statement(lambda one: one.explain(1)),
     "statement.fetch": of_statement(lambda one: one.fetch(1)),
@@ -149,6 +205,16 @@ CREATED = {
     "connection.query_logger": logged,
     "a method of the caller's class": at_once(lambda connection: connection.count()),
     "a generator of the caller's class": at_once(lambda connection: anext(connection.numbers())),
+    "a coroutine that a method returns": at_once(lambda connection: connection.one()),
+    "a generator that a method returns": at_once(lambda connection: anext(connection.numbers_later())),
+    "a task that a method returns": at_once(lambda connection: connection.running()),
+    "a context manager that a method returns": at_once(lambda connection: connection.block().__aenter__()),
+    "what a context manager yields": of_block,
+    "the connection that a method returns": of_itself,
+    "the connection that a coroutine returns": of_itself_later,
+    "a property of the caller's class": at_once(lambda connection: connection.answer),
+    "a partial method": at_once(lambda connection: connection.partial()),
+    "a bound method": bound,
 }
 
 
@@ -180,6 +246,30 @@ async def test_methods_of_the_callers_class_work_during_the_loan(pool: neon_asyn
         assert [number async for number in connection.numbers()] == [0, 1, 2]
         assert connection.count.__name__ == "count"
         assert inspect.iscoroutinefunction(connection.count)
+        assert await connection.one() == 1
+        assert [number async for number in connection.numbers_later()] == [0, 1, 2]
+        assert await connection.running() == 1
+        assert connection.itself() is await connection.itself_later() is connection
+        async with connection.block() as entered:
+            assert entered is connection
+            assert connection.is_in_transaction()
+        assert not connection.is_in_transaction()
+        assert await connection.answer == 1
+        assert await connection.partial() == 1
+    await assert_whole(pool)
+
+
+async def test_a_block_of_the_callers_class_that_outlives_the_loan_is_left_with_an_error(pool: neon_async.Pool) -> None:
+    lent: Any = await pool.acquire()
+    block = lent.block()
+    await block.__aenter__()
+    await pool.release(lent)
+    async with pool.acquire() as following:
+        session: Any = following._con  # type: ignore[attr-defined]
+        writes = holder.writes(session)
+        with pytest.raises(asyncpg.InterfaceError, match=RELEASED):
+            await block.__aexit__(None, None, None)
+        assert holder.writes(session) == writes
     await assert_whole(pool)
 
 

@@ -18,7 +18,7 @@ import sys
 import time
 import types
 import weakref
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Generic, TypeAlias, cast
 
 import asyncpg
@@ -783,30 +783,58 @@ class Proxy(_Proxy):
         finally:
             session.end_call()
 
-    async def _call_own(self, method: Callable[..., Awaitable[Any]], *args: Any, **keywords: Any) -> Any:
-        return await self._call(method, args, keywords)
+    def __getattr__(self, name: str) -> Any:
+        """Return what a caller's own class has besides asyncpg's methods. What it returns belongs to the loan, too."""
+        connection = self._con
+        value = getattr(connection, name)
+        if connection is None:
+            return value
+        if getattr(value, "__self__", None) is not connection:
+            return self._own(name, value)
+        call = self._await_own if inspect.iscoroutinefunction(value) else self._call_own
+        return functools.update_wrapper(functools.partial(call, name, value), value)
 
-    async def _iterate_own(
-        self, method: Callable[..., AsyncGenerator[Any, Any]], *args: Any, **keywords: Any
-    ) -> AsyncGenerator[Any, Any]:
-        async with contextlib.aclosing(method(*args, **keywords)) as items:
+    def _call_own(self, name: str, method: Callable[..., Any], *args: Any, **keywords: Any) -> Any:
+        self._lent(name)
+        return self._own(name, method(*args, **keywords))
+
+    async def _await_own(self, name: str, method: Callable[..., Awaitable[Any]], *args: Any, **keywords: Any) -> Any:
+        session = own_session(self._lent(name))
+        session.calls += 1
+        try:
+            return self._own(name, await method(*args, **keywords))
+        finally:
+            session.end_call()
+
+    async def _await_created(self, name: str, created: Coroutine[Any, Any, Any]) -> Any:
+        try:
+            return await self._await_own(name, lambda: created)
+        finally:
+            created.close()  # where the loan has ended before it began
+
+    async def _iterate_created(self, name: str, created: AsyncGenerator[Any, Any]) -> AsyncGenerator[Any, Any]:
+        async with contextlib.aclosing(created):
             while True:
                 try:
-                    item = await self._call(items.__anext__, (), {})
+                    item = await self._await_own(name, created.__anext__)
                 except StopAsyncIteration:
                     return
                 yield item
 
-    def __getattr__(self, name: str) -> Any:
-        """Return what a caller's own class has besides asyncpg's methods. Its coroutines belong to the loan, too."""
-        connection = self._con
-        value = getattr(connection, name)
-        if connection is None or getattr(value, "__self__", None) is not connection:
-            return value
-        if inspect.iscoroutinefunction(value):
-            return functools.update_wrapper(functools.partial(self._call_own, value), value)
-        if inspect.isasyncgenfunction(value):
-            return functools.update_wrapper(functools.partial(self._iterate_own, value), value)
+    def _own(self, name: str, value: Any) -> Any:
+        """Return what `name` of the caller's class has returned such that it reaches the session in this loan only."""
+        if value is self._con:
+            return self
+        if inspect.iscoroutine(value):
+            return self._await_created(name, value)
+        if inspect.isasyncgen(value):
+            return self._iterate_created(name, value)
+        if isinstance(value, _GeneratorContext):
+            return _LentContext(self, name, value)
+        if asyncio.isfuture(value) and not value.done():
+            session = own_session(self._con)
+            session.calls += 1
+            value.add_done_callback(lambda _: session.end_call())
         return value
 
     if not TYPE_CHECKING:  # asyncpg-stubs has the signatures; `wraps` also copies the mark of a coroutine function
@@ -900,6 +928,35 @@ class Proxy(_Proxy):
             finally:
                 if self._con is not None:  # else the end of the loan has removed it
                     self.remove_query_logger(callback)
+
+
+async def _nothing() -> AsyncGenerator[None, None]:
+    yield
+
+
+# What `contextlib.asynccontextmanager` makes. Other context managers can be anything, such as a lock.
+_GeneratorContext = type(contextlib.asynccontextmanager(_nothing)())
+
+
+class _LentContext(contextlib.AbstractAsyncContextManager[Any, Any]):
+    """A context manager that a method of the caller's class has returned.
+
+    Args:
+        proxy: What the caller has of the connection.
+        name: The name of the method.
+        manager: The context manager.
+    """
+
+    def __init__(self, proxy: Proxy, name: str, manager: contextlib.AbstractAsyncContextManager[Any, Any]) -> None:
+        self._proxy = proxy
+        self._name = name
+        self._manager = manager
+
+    async def __aenter__(self) -> Any:
+        return await self._proxy._await_own(self._name, self._manager.__aenter__)
+
+    async def __aexit__(self, *failure: Any) -> Any:
+        return await self._proxy._await_own(self._name, self._manager.__aexit__, *failure)
 
 
 for _name, _method in vars(Proxy).items():

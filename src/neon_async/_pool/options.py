@@ -75,7 +75,9 @@ class PoolOptions:
         on_event: A function that is called with each `PoolEvent`, such as `Acquired` or `Connected`, when it happens.
             Metrics and traces are made from it. It must return quickly, and must not use the pool. What it raises is
             logged. Default None.
-        connection_class: The class of the connections, a subclass of `asyncpg.Connection`, which is the default.
+        connection_class: The class of the connections, a subclass of `asyncpg.Connection`, which is the default. What
+            its methods return belongs to the loan: coroutines, tasks, generators, `asynccontextmanager` blocks and the
+            connection itself. Give an object that lives longer what `acquire()` returned, not `self`.
         record_class: The class of the rows, a subclass of `asyncpg.Record`, which is the default.
 
     Raises:

@@ -7,6 +7,7 @@ import contextlib
 import datetime
 import http.server
 import time
+import warnings
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -416,6 +417,34 @@ async def test_a_chain_of_isrg_root_x1_cannot_make_the_client_fetch_from_elsewhe
 async def test_a_certificate_that_is_its_own_anchor_needs_a_list_of_its_own(pki: RevocablePKI) -> None:
     facts = check.read((pki.root.der,))
     assert [each.unchecked.status for each in facts] == ["unknown"]
+
+
+async def test_a_certificate_whose_serial_number_is_not_positive_is_unknown(pki: RevocablePKI) -> None:
+    leaf = pki.leaf()
+    serial_number = leaf.certificate.serial_number
+    size = serial_number.bit_length() // 8 + 1
+    for other in (0, -1, -serial_number):
+        der = leaf.der.replace(serial_number.to_bytes(size), other.to_bytes(size, signed=True))
+        assert der != leaf.der
+        with warnings.catch_warnings(action="ignore"):  # cryptography's
+            facts = check.facts_of(der, pki.issuer.der, "00")
+        assert (facts.source, facts.unchecked.status) == (None, "unknown")
+
+
+async def test_an_intermediate_whose_list_must_not_be_fetched_is_logged_once(
+    pki: RevocablePKI, caplog: pytest.LogCaptureFixture
+) -> None:
+    url = "http:///root.crl"
+    issuer = issue(pki.root, "odd", ca=True, also=[(point(url), False)])
+    leaf = issue(issuer, also=[(point(pki.lists.url("/o.crl")), False)])
+    pki.lists.bodies["/o.crl"] = crl(issuer, also=[(scope(pki.lists.url("/o.crl")), True)])
+    async with serving(pki, leaf, issuer) as server:
+        connector = connector_for(server, "advise")
+        for _ in range(3):
+            assert await outcome(connector) is None
+        error = await outcome(connector_for(server, "require"))
+    assert type(error) is neon_async.RevocationUnknownError
+    assert caplog.text.count(f"CN=odd cannot be checked: the list {url} is not a URL") == 1
 
 
 async def test_a_certificate_that_cannot_be_read_is_unknown() -> None:

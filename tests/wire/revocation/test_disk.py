@@ -84,12 +84,27 @@ def test_a_file_of_another_user_is_not_read(cache_folder: Path, give_away: Calla
     assert disk.load(SOURCE) is None
 
 
-def test_a_folder_of_another_user_is_not_written_to(cache_folder: Path, give_away: Callable[[Path], None]) -> None:
+def test_a_folder_of_another_user_is_not_written_to(
+    cache_folder: Path, give_away: Callable[[Path], None], caplog: pytest.LogCaptureFixture
+) -> None:
     disk.store(SOURCE, b"a list")
     only_file(cache_folder).unlink()
     give_away(cache_folder)
-    disk.store(SOURCE, b"a list")
+    with caplog.at_level("INFO", "neon_async"):
+        disk.store(SOURCE, b"a list")
     assert list(cache_folder.iterdir()) == []
+    assert f"not kept on disk ({cache_folder} belongs to another user, or others can write to it)" in caplog.text
+
+
+def test_a_folder_that_others_can_write_to_is_not_written_to(
+    cache_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache_folder.mkdir(parents=True)
+    cache_folder.chmod(0o777)
+    with caplog.at_level("INFO", "neon_async"):
+        disk.store(SOURCE, b"a list")
+    assert list(cache_folder.iterdir()) == []
+    assert "others can write to it" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -223,7 +223,7 @@ def state_of(serial_number: int, listed: tuple[bool, bool] | None, failures: int
     now, current = time.time(), None
     if listed is not None:
         is_revoked, has_expired = listed
-        digests = _digest(serial_number.to_bytes(20)) if is_revoked else b""
+        digests = [_digest(serial_number.to_bytes(20)) if is_revoked else b""] * 256
         current = RevocationList(1, NOW - 9 * DAY, NOW - DAY if has_expired else NOW + DAY, digests)
     return State(current, now, now, "fails" if failures else "", failures, is_busy=is_busy)
 

@@ -218,9 +218,12 @@ def test_a_list_answers_as_a_set_does(serials: set[int], other: int) -> None:
 
 def test_a_digest_that_stands_across_two_entries_is_on_no_list() -> None:
     digest = blake2b(bytes([5]), digest_size=8).digest()
-    across = RevocationList(1, NOW, NOW + DAY, bytes(3) + digest + bytes(5))
+    parts = [b""] * 256
+    parts[digest[0]] = bytes(3) + digest + bytes(5)
+    across = RevocationList(1, NOW, NOW + DAY, parts)
     assert (across.entries, 5 in across) == (2, False)
-    behind = RevocationList(1, NOW, NOW + DAY, bytes(3) + digest + bytes(5) + digest)
+    parts[digest[0]] += digest
+    behind = RevocationList(1, NOW, NOW + DAY, parts)
     assert (behind.entries, 5 in behind) == (3, True)
 
 
@@ -274,6 +277,10 @@ def test_a_certificate_names_its_lists_by_http_only() -> None:
         pytest.param("http://ye1.c.lencr.org@example.com/1.crl", False, id="a user that looks like the host"),
         pytest.param("http://user@ye1.c.lencr.org/1.crl", False, id="a user"),
         pytest.param("http://127.0.0.1/1.crl", False, id="an address"),
+        pytest.param("http://example.com%2f.c.lencr.org/1.crl", False, id="a host that ends with an escaped slash"),
+        pytest.param("http://example.com%00.c.lencr.org/1.crl", False, id="an escaped NUL"),
+        pytest.param("http://[::1%25.c.lencr.org]/1.crl", False, id="an address with a zone"),
+        pytest.param("http://.c.lencr.org/1.crl", False, id="an empty label"),
         pytest.param("http://ye1.c.lencr.org:port/1.crl", False, id="no port"),
     ],
 )

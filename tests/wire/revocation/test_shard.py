@@ -167,6 +167,24 @@ def test_a_list_with_a_lower_number_than_before_is_refused(
     assert ("an earlier one had 5" in one.state.failure) is refused
 
 
+def test_an_older_list_of_a_ca_that_does_not_number_them_is_refused_also_from_the_disk(pki: RevocablePKI) -> None:
+    leaf, one = pki.leaf(), shard_of(source_of(pki))
+    pki.publish("/1.crl", number=None, last_update=NOW - 3 * DAY)
+    obtain(one)
+    older = disk.load(one.source)
+    assert older is not None
+    pki.publish("/1.crl", leaf, number=None, last_update=NOW - 2 * DAY)
+    disk._path(one.source).unlink()
+    obtain(now_due(one))
+    for provide in (disk.store, lambda source, _: disk._path(source).unlink()):
+        provide(one.source, older.der)
+        pki.lists.bodies["/1.crl"] = older.der
+        obtain(now_due(one))
+        assert one.state.failure == "is older than an earlier one"
+        assert one.current is not None
+        assert leaf.certificate.serial_number in one.current
+
+
 def test_a_decreasing_number_is_noticed_across_a_restart(
     pki: RevocablePKI, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

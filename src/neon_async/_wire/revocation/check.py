@@ -342,8 +342,8 @@ def read(verified: tuple[bytes, ...]) -> tuple[Facts, ...]:
     leaf, *issuers = [
         facts_of(der, issuer, root) for der, issuer in zip(verified, verified[1:] or verified, strict=False)
     ]
-    if leaf.source is None:
-        report = leaf.unchecked
+    checked = leaf, *(each for each in issuers if each.unchecked.list_url is not None)
+    for report in (each.unchecked for each in checked if each.source is None):
         log(
             logging.WARNING,
             "the revocation of the certificate %(subject)s cannot be checked: %(reason)s",
@@ -351,7 +351,7 @@ def read(verified: tuple[bytes, ...]) -> tuple[Facts, ...]:
             subject=report.subject,
             reason=report.reason,
         )
-    return leaf, *(each for each in issuers if each.unchecked.list_url is not None)
+    return checked
 
 
 def facts_of(der: bytes, issuer: bytes, root: str) -> Facts:
@@ -359,6 +359,9 @@ def facts_of(der: bytes, issuer: bytes, root: str) -> Facts:
         named = read_certificate(der)
     except Exception:  # noqa: BLE001  OpenSSL is more lenient than cryptography, which has many ways to refuse
         return Facts(0, None, RevocationReport("unknown", reason="the certificate cannot be read"))
+    if named.serial_number <= 0:  # against RFC 5280, section 4.1.2.2; no list is searched for it
+        reason = "its serial number is not positive"
+        return Facts(0, None, RevocationReport("unknown", escape(named.subject), reason=reason))
     objections = {url: objection_to(url, root) for url in named.urls}
     url = next((url for url, objection in objections.items() if not objection), None)
     report = functools.partial(RevocationReport, subject=escape(named.subject))

@@ -47,12 +47,15 @@ def load(source: Source) -> Kept | None:
 
 
 def store(source: Source, der: bytes) -> None:
-    """Keep the list in place of an older one, at once or not at all, readable by this user only."""
+    """Keep the list in place of an older one, at once or not at all, readable by this user only.
+
+    Nothing fails for a list that cannot be kept: a line in the log says so.
+    """
     try:
         path = _path(source)
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not _is_own(path.parent.stat()):
-            return
+            raise PermissionError(f"{path.parent} belongs to another user, or others can write to it")
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".new-", delete=False) as file:  # mode 0600
             new = Path(file.name)
             try:

@@ -157,6 +157,9 @@ class Shard:
         found = read_list(der, self.source, datetime.now(UTC))
         if self._highest is not None and (found.number is None or found.number < self._highest):
             raise ListRefusedError(f"has the number {found.number}, and an earlier one had {self._highest}")
+        earlier = self.state.current
+        if found.number is None and earlier is not None and found.this_update < earlier.this_update:
+            raise ListRefusedError("is older than an earlier one")
         self._highest = found.number
         life = found.this_update.timestamp(), found.next_update.timestamp()
         renew_at = renewal(*life, fetched_at=fetched_at, jitter=random.random())  # noqa: S311

@@ -51,10 +51,10 @@ WITHOUT_X1 = pem_of(*(der for der in BUNDLE if der != X1_DER))
 
 @pytest.fixture(autouse=True)
 def empty_cache() -> Iterator[None]:
-    _trust._find_known_roots.cache_clear()
+    _trust._complete.clear()
     find_isrg_root_x1.cache_clear()
     yield
-    _trust._find_known_roots.cache_clear()
+    _trust._complete.clear()
     find_isrg_root_x1.cache_clear()
 
 
@@ -411,6 +411,17 @@ def test_the_roots_of_lets_encrypt_are_found_by_their_fingerprints_in_every_plac
     assert [root.source for root in only_system.roots] == [f"Debian ({paths['Debian']})"] * 2
     context = neon_async.create_ssl_context(trust_anchor=LETS_ENCRYPT_ROOTS)
     assert_policy(context, *(root.der for root in load_trust_anchor(LETS_ENCRYPT_ROOTS).roots))
+
+
+def test_a_root_that_was_missing_is_found_once_it_is_there(
+    system: Callable[..., dict[str, Path]], tmp_path: Path
+) -> None:
+    system(X1_PEM)
+    own = tmp_path / "own.pem"
+    own.write_bytes((PUBLISHED / "isrg-root-x2.pem").read_bytes())
+    assert len(load_trust_anchor(LETS_ENCRYPT_ROOTS, str(own)).roots) == 2
+    own.write_bytes(ALL_FOUR)  # as the error for a chain that needs another one advises
+    assert len(load_trust_anchor(LETS_ENCRYPT_ROOTS, str(own)).roots) == 4
 
 
 def test_a_search_for_lets_encrypts_roots_that_finds_none_says_what_to_do(

@@ -171,12 +171,17 @@ _SHORT_NAMES = {
 _MAX_ROOTS = 10
 
 
-@functools.cache  # as for ISRG Root X1
+# Complete sets only: a root that is missing can be in the same file by the time of the next search.
+_complete: dict[tuple[KnownRoots, str | None], TrustAnchor] = {}
+
+
 def _find_known_roots(known: KnownRoots, sslrootcert: str | None) -> TrustAnchor:
     """Return those of the `known` roots that are found, in the order of the set.
 
     A store may lack the younger ones. A chain that needs a missing one is refused, and the error says so.
     """
+    if (known, sslrootcert) in _complete:
+        return _complete[known, sslrootcert]
     places = _system_places() if sslrootcert == "system" else [_certifi(), *_system_places()]
     found = _search(known, places)
     if sslrootcert not in (None, "system"):
@@ -193,7 +198,10 @@ def _find_known_roots(known: KnownRoots, sslrootcert: str | None) -> TrustAnchor
     if missing:
         text = "not found on this system, and so not trusted: %(roots)s. Name a PEM file with sslrootcert="
         log(logging.WARNING, text, event="roots_missing", roots=str(missing))
-    return _join([found[root.sha256] for root in known if root.sha256 in found])
+    anchor = _join([found[root.sha256] for root in known if root.sha256 in found])
+    if not missing:
+        _complete[known, sslrootcert] = anchor
+    return anchor
 
 
 def _search(known: KnownRoots, places: Iterable[tuple[str, str]]) -> dict[str, TrustAnchor]:

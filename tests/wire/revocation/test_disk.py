@@ -7,6 +7,7 @@ import stat
 from collections.abc import Callable
 from pathlib import Path
 
+import platformdirs
 import pytest
 
 from neon_async._wire.revocation import disk
@@ -122,6 +123,20 @@ def test_a_folder_that_cannot_be_written_to_only_costs_a_line_in_the_log(
         disk.store(SOURCE, b"a list")
     assert disk.load(SOURCE) is None
     assert "not kept on disk" in caplog.text
+
+
+@pytest.mark.parametrize("folder", [pytest.param("~/.cache", id="no home"), pytest.param("cache", id="relative")])
+def test_without_a_folder_of_the_user_nothing_is_kept_beside_the_program(
+    folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    # What platformdirs 4.0 returns where it finds no home, or a relative path in XDG_CACHE_HOME.
+    monkeypatch.setattr(platformdirs, "user_cache_path", lambda *_, **__: Path(folder))
+    with caplog.at_level("INFO", "neon_async"):
+        disk.store(SOURCE, b"a list")
+    assert disk.load(SOURCE) is None
+    assert list(tmp_path.iterdir()) == []
+    assert "not kept on disk (this user has no home folder" in caplog.text
 
 
 def test_a_write_that_fails_leaves_the_older_list_and_no_other_file(

@@ -72,6 +72,8 @@ def store(source: Source, der: bytes) -> None:
 
 def _path(source: Source) -> Path:
     folder: Path = platformdirs.user_cache_path("neon-async", appauthor=False)
+    if not folder.is_absolute():  # from older releases of platformdirs; newer ones raise, or ignore the variable
+        raise RuntimeError("this user has no home folder, and XDG_CACHE_HOME is not an absolute path")
     return folder / "revocation" / f"{hashlib.sha256(source.issuer + source.url.encode()).hexdigest()}.crl"
 
 

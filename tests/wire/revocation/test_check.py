@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import datetime
+import gc
 import http.server
 import time
 import warnings
@@ -360,6 +361,21 @@ async def test_a_watch_ends_with_its_user_or_when_it_is_stopped(pki: RevocablePK
     stopped.stop()
     stopped.stop()
     assert listeners(watched) == 0
+
+
+async def test_a_watch_that_has_ended_is_freed_without_the_garbage_collector(pki: RevocablePKI) -> None:
+    watched, user = await judged(pki, pki.leaf()), User()
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(3):
+            watched.watch(user, lambda _, error: None).stop()
+        watched.watch(user, lambda _, error: None)
+        del user
+        await asyncio.sleep(0)
+        assert [each for each in gc.get_objects() if isinstance(each, check.Watch)] == []
+    finally:
+        gc.enable()
 
 
 async def test_a_watch_reports_once_also_what_is_known_when_it_begins(pki: RevocablePKI) -> None:

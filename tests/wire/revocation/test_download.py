@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import pytest
 from support.crls import ListServer, send
+from support.probes import HANG
 
 from neon_async._wire.revocation import download
 from neon_async._wire.revocation.download import fetch
@@ -123,6 +124,17 @@ def test_a_server_that_says_nothing_is_given_up_after_the_limit(monkeypatch: pyt
         fetch(f"http://127.0.0.1:{silent.getsockname()[1]}/1.crl")
 
 
+def test_a_resolver_that_does_not_answer_is_given_up_after_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(download, "TIME_LIMIT", 0.2)
+    answered = threading.Event()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: answered.wait(HANG))
+    try:
+        with pytest.raises(ListRefusedError, match=r"did not arrive within 0\.2 s"):
+            fetch("http://crl.example.com/1.crl")
+    finally:
+        answered.set()
+
+
 def test_the_limit_is_five_seconds() -> None:
     assert (download.TIME_LIMIT, download.MAX_SIZE) == (5.0, 70_000_000)
 
@@ -191,4 +203,5 @@ def test_no_thread_and_no_socket_is_left(lists: ListServer) -> None:
     fetch(lists.url("/1.crl"))
     with pytest.raises(ListRefusedError):
         fetch(lists.url("/2.crl"))
-    assert threading.active_count() <= before + 2  # those of the server, which end when they notice
+    # Two of the server, which end when they notice, and the one that looks names up, which is kept for a moment.
+    assert threading.active_count() <= before + 3

@@ -172,7 +172,7 @@ class ChainCheck:
 class Watch(Generic[_T]):
     """Keeps the lists of one connection's chain current, in its event loop, until `stop()` or the connection's end."""
 
-    __slots__ = ("_check", "_loop", "_on_revoked", "_timer", "_user", "_wake")
+    __slots__ = ("_check", "_loop", "_on_revoked", "_timer", "_user")
 
     def __init__(self, check: ChainCheck, user: _T, on_revoked: Callable[[_T, CertificateRevokedError], None]) -> None:
         self._loop = asyncio.get_running_loop()
@@ -181,7 +181,6 @@ class Watch(Generic[_T]):
         self._user: weakref.ref[_T] | None = weakref.ref(user, self._end)
         self._on_revoked = on_revoked
         self._timer: asyncio.TimerHandle | None = None
-        self._wake = functools.partial(self._loop.call_soon_threadsafe, self._look)
         check.listen(self._wake)
         self._look()
 
@@ -195,6 +194,10 @@ class Watch(Generic[_T]):
 
     def _end(self, _: object) -> None:
         self.stop()
+
+    def _wake(self) -> None:
+        """Have `_look()` called in the event loop, from another thread."""
+        self._loop.call_soon_threadsafe(self._look)
 
     def _look(self) -> None:
         """React to what is known now, and come back when a list is due."""

@@ -13,6 +13,7 @@ import urllib.error
 import urllib.request
 from typing import Any
 
+from .. import threads
 from .lists import ListRefusedError
 
 # Let's Encrypt announced shards of up to 70 MB (2022).
@@ -111,7 +112,9 @@ class _Connection(http.client.HTTPConnection):
     def connect(self) -> None:
         assert isinstance(self.timeout, (int, float))
         deadline = time.monotonic() + self.timeout
-        addresses = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
+        # A resolver that does not answer can take half a minute.
+        looking_up = threads.start(socket.getaddrinfo, self.host, self.port, type=socket.SOCK_STREAM)
+        addresses = looking_up.result(self.timeout)
         failure: OSError | None = None
         for number, (family, _, _, _, address) in enumerate(addresses):
             sock = _Socket(family, deadline)

@@ -301,5 +301,6 @@ def _machine() -> dict[str, object]:
         "python": platform.python_version(),
         "openssl": ssl.OPENSSL_VERSION,
         "asyncpg": importlib.metadata.version("asyncpg"),
-        "neon_async": package and package.origin,
+        # Which checkout was measured, without the folders of the machine.
+        "neon_async": package and package.origin and os.path.relpath(package.origin),
     }

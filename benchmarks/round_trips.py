@@ -1,7 +1,7 @@
 """Count the round trips of connections, queries and transactions: ours and the other clients' in one run.
 
     python -m pip install -e '.[dev]'
-    python benchmarks/round_trips.py [--rounds 3] [--json FILE] [--svg FILE]
+    python benchmarks/round_trips.py [--rounds 3] [--json FILE]
 
 Each client's pool connects to one PostgreSQL over verified TLS, through a TCP relay that delays every byte by 10 ms, as
 a network would. The relay counts round trips: bytes of a client followed by bytes of the server. A client that waits
@@ -29,10 +29,8 @@ from __future__ import annotations
 import argparse
 import sys
 from contextlib import AsyncExitStack
-from pathlib import Path
 
-from chart import Bar, Group, bar_chart
-from harness import Figure, Limit, Option, Report, Table, run
+from harness import Figure, Limit, Report, Table, run
 from peers import ASYNCPG, ASYNCPG_DIRECT, OURS, PSYCOPG, PSYCOPG_DIRECT, SQLALCHEMY, OpenClient, Work, clients_of
 from relay import Relay
 
@@ -57,7 +55,7 @@ LEADS = {
 
 
 async def measure(arguments: argparse.Namespace) -> Report:
-    """Return the round trips of each client, and draw the chart."""
+    """Return the round trips of each client."""
     table = Table("round trips after TCP", NAMES, [Figure(name, show=("min",)) for name in FIGURES])
     async with LocalPostgres() as server, Relay(server.port, DELAY).listening() as relay:
         with clients_of(server, relay.port) as candidates:
@@ -65,8 +63,6 @@ async def measure(arguments: argparse.Namespace) -> Report:
                 for name in NAMES:
                     for figure, count in (await round_trips_of(candidates[name], relay)).items():
                         table.add(name, figure, count)
-    if arguments.svg:
-        arguments.svg.write_text(draw(table))
     limits = [
         Limit(
             f"{dial}: ours takes {{}} round trips less than {name}",
@@ -110,25 +106,5 @@ def without_retry(table: Table, name: str, dial: str) -> int:
     return round(table.value(name, dial) - table.value(name, RETRY))
 
 
-def draw(table: Table) -> str:
-    """Return the chart as SVG: a group of bars for each client."""
-    groups = []
-    for name in NAMES:
-        retry = round(table.value(name, RETRY))
-        bars = [
-            Bar("first connect", without_retry(table, name, FIRST_DIAL), retry),
-            Bar("later connects", without_retry(table, name, LATER_DIAL), retry),
-            Bar("warm query", round(table.value(name, WARM_QUERY))),
-            Bar("transaction", round(table.value(name, TRANSACTION))),
-        ]
-        groups.append(Group(name, bars))
-    return bar_chart(
-        "Round trips after TCP, PostgreSQL 17 over verified TLS 1.3",
-        groups,
-        extra="of these, HelloRetryRequest: PostgreSQL 17 accepts P-256 only",
-    )
-
-
 if __name__ == "__main__":
-    options = [Option("--svg", "also draw the chart into FILE", type=Path, metavar="FILE")]
-    sys.exit(run(measure, __doc__, rounds=3, options=options))
+    sys.exit(run(measure, __doc__, rounds=3))

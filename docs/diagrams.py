@@ -72,8 +72,8 @@ def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
 
     def show(found: re.Match[str]) -> str:
         alternative = "The diagram of this page. Its text follows it."
-        light = f"![{alternative}]({name}.svg#only-light){{ .diagram }}"
-        dark = f"![{alternative}]({name}-dark.svg#only-dark){{ .diagram }}"
+        light = f"![{alternative}]({name}.svg#only-light)"
+        dark = f"![{alternative}]({name}-dark.svg#only-dark)"
         text = textwrap.indent(f"```text\n{found[1]}```", "    ")
         return f'{light}\n{dark}\n\n??? note "The diagram as text"\n{text}'
 

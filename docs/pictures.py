@@ -1,18 +1,17 @@
-"""Draw the pictures of the site as SVG: `neon-async check`, `neon-async demo` and the chart of round trips.
+"""Draw the pictures of the site as SVG: `neon-async check` and `neon-async demo`, charts and diagrams.
 
     python docs/pictures.py
 
-It starts a real PostgreSQL and runs a benchmark, so it needs the extra `dev`.
+It starts a real PostgreSQL, so it needs the extra `dev`. The charts show the figures that are stored in `docs/figures`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import io
-import subprocess
-import sys
 from pathlib import Path
 
+from charts import draw_charts
 from diagrams import draw_diagrams
 from rich.console import Console
 
@@ -34,14 +33,8 @@ async def main() -> None:
     console = recording()
     await demo(console)
     write(console, "demo")
-    draw_round_trips()
+    draw_charts()
     draw_diagrams()
-
-
-def draw_round_trips() -> None:
-    """Count the round trips and draw them."""
-    script, chart = FOLDER.parent / "benchmarks" / "round_trips.py", FOLDER / "round_trips.svg"
-    subprocess.run([sys.executable, script, "--svg", chart], check=True)
 
 
 def recording() -> Console:

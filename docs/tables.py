@@ -14,6 +14,9 @@ from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import NamedTuple
 
+import asyncpg
+from charts import charts
+
 import neon_async
 from neon_async._config.keywords import KEYWORDS, Keyword
 from neon_async._config.readers import Choice, Refused
@@ -29,6 +32,15 @@ MODULES = ("fastapi", "aiohttp", "sqlalchemy", "events", "opentelemetry", "prome
 def on_page_markdown(markdown: str, **_: object) -> str:
     """Replace the placeholders of one page."""
     return re.sub(r"^\{\{ (\w+) \}\}$", lambda found: PARTS[found[1]](), markdown, flags=re.MULTILINE)
+
+
+def on_page_content(html: str, **_: object) -> str:
+    """Allow long names of code to be broken in tables: behind `/`, `_`, `=` and `::`, and not within a word."""
+
+    def allow(cell: re.Match[str]) -> str:
+        return re.sub(r"(?<=<code>)[^<]+", lambda name: re.sub("::|[/_=]", r"\g<0><wbr>", name[0]), cell[0])
+
+    return re.sub(r"<t[dh].*?</t[dh]>", allow, html, flags=re.DOTALL)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -181,6 +193,23 @@ def errors() -> str:
     return "\n".join(_error_entry(error) for error in error_classes())
 
 
+def error_tree() -> str:
+    """Return the tree of errors, with what else each of them is."""
+    lines = [("NeonAsyncError", ""), *_branches(neon_async.NeonAsyncError, "")]
+    width = max(len(name) for name, _ in lines) + 2
+    return "\n".join(["```text", *(f"{name:{width}}{facts}".rstrip() for name, facts in lines), "```"])
+
+
+def _branches(parent: type[neon_async.NeonAsyncError], indent: str) -> Iterable[tuple[str, str]]:
+    children = [error for error in error_classes() if error.__bases__[0] is parent]
+    for child in children:
+        fork, below = ("└── ", "    ") if child is children[-1] else ("├── ", "│   ")
+        others = " and ".join(map(_full_name, child.__bases__[1:]))
+        facts = [*[f"also {others}"] * bool(others), *["retryable"] * child.retryable]
+        yield indent + fork + child.__name__, "; ".join(facts)
+        yield from _branches(child, indent + below)
+
+
 def error_classes() -> list[type[neon_async.NeonAsyncError]]:
     """Return the public errors below the root, each after its parent."""
     public = [getattr(neon_async, name) for name in neon_async.__all__]
@@ -200,14 +229,19 @@ def error_classes() -> list[type[neon_async.NeonAsyncError]]:
 def _error_entry(error: type[neon_async.NeonAsyncError]) -> str:
     advice = ADVICE[error.__name__]
     text = (inspect.getdoc(error) or "").split("\n\nAttributes:")[0]
-    parents = [f"{base.__module__}.{base.__qualname__}".removeprefix("builtins.") for base in error.__bases__]
     facts = [
-        ("Parents", _code(parents)),
+        ("Parents", _code(map(_full_name, error.__bases__))),
         ("Can the same call succeed later", "yes" if error.retryable else "no"),
         ("Can anything have been committed", advice.committed),
         ("What to do", advice.action),
     ]
     return _entry(error.__name__, text, facts)
+
+
+def _full_name(cls: type) -> str:
+    """Return the name by which users import a class."""
+    module = "asyncpg" if getattr(asyncpg, cls.__name__, None) is cls else cls.__module__
+    return f"{module}.{cls.__qualname__}".removeprefix("builtins.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -283,8 +317,10 @@ PARTS: dict[str, Callable[[], str]] = {
         pool_settings,
         variables,
         errors,
+        error_tree,
         reference,
         examples,
         programs,
+        charts,
     )
 }

@@ -55,6 +55,11 @@ def test_a_diagram_is_shown_as_a_picture_and_as_text(site: Path) -> None:
         assert "The diagram as text" in page
 
 
+def test_long_names_in_tables_break_between_words(site: Path) -> None:
+    page = (site / "security" / "index.html").read_text(encoding="utf-8")
+    assert "<code>tests/<wbr>security/<wbr>test_<wbr>refusals.py::<wbr>test_<wbr>create_" in page
+
+
 def test_no_page_loads_anything_from_another_server(site: Path) -> None:
     """Mermaid, for one: Material loads it from a server of its own where a page contains a block for it."""
     loaded = re.compile(

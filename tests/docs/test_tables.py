@@ -6,6 +6,7 @@ import ast
 import importlib
 import importlib.util
 import re
+import sys
 from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
@@ -24,6 +25,7 @@ def load_tables() -> ModuleType:
     spec = importlib.util.spec_from_file_location("tables", ROOT / "docs" / "tables.py")
     assert spec is not None
     assert spec.loader is not None
+    sys.path.append(str(ROOT / "docs"))
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -19,7 +19,7 @@ from support.probes import HANG, connected, until
 
 from neon_async._driver import holder
 from neon_async._driver.holder import ConnectionHooks, Holder, session_of
-from neon_async._driver.session import Callbacks
+from neon_async._driver.session import NO_CALLBACKS, Callbacks
 from neon_async.testing import LocalPostgres
 
 pytestmark = pytest.mark.anyio
@@ -311,7 +311,7 @@ class TestLeftovers:
             raise AssertionError("a callback that was forgotten has been called")
 
         before = holder.callbacks_of(connection)
-        assert not before
+        assert before == NO_CALLBACKS
         await connection.add_listener("news", hear)
         assert holder.listens_otherwise(connection, before)
         assert not holder.callbacks_of(connection).log_listeners
@@ -326,7 +326,7 @@ class TestLeftovers:
         holder.set_callbacks(connection, before)
         assert holder.writes(connection) == writes
         assert not holder.listens_otherwise(connection, before)
-        assert not holder.callbacks_of(connection)
+        assert holder.callbacks_of(connection) == NO_CALLBACKS
         await connection.execute("NOTIFY news; DO 'BEGIN RAISE NOTICE ''heard''; END'")
         holder.set_callbacks(connection, hearing)
         assert holder.callbacks_of(connection) == hearing

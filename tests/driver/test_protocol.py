@@ -141,6 +141,7 @@ class Spy:
             cancel=cast(Any, None),
         )
         self.get_settings: Any = None
+        self.get_record_class: Any = None
 
     def is_connected(self) -> bool:
         return self.connected

@@ -16,6 +16,7 @@ from support.probes import HANG, assert_whole, connected, make_pool, until
 
 import neon_async
 from neon_async._driver import holder
+from neon_async._driver.session import NO_CALLBACKS
 from neon_async.testing import LocalPostgres
 
 pytestmark = pytest.mark.anyio
@@ -234,7 +235,7 @@ async def test_what_is_awaited_after_the_loan_sends_nothing_to_the_next_session(
                 await late
             assert holder.writes(session) == writes
             assert following.is_in_transaction()
-            assert not holder.callbacks_of(session)
+            assert holder.callbacks_of(session) == NO_CALLBACKS
         assert await following.fetchval("SELECT current_setting('app.tenant')") == "the next"
     await assert_whole(pool)
 

@@ -27,7 +27,7 @@ from asyncpg.pool import PoolConnectionHolder, PoolConnectionProxy
 from .._errors import NeonAsyncError, ServerError, UnsupportedEventLoopError, server_error
 from .._text import escape, log
 from .losses import Loss, Outcome, loss_with, lost_error, timed_out
-from .session import Callbacks, Session
+from .session import NO_CALLBACKS, Callbacks, Session
 
 
 class Subscriptable:
@@ -636,6 +636,16 @@ def is_cancelling(connection: Any) -> bool:
     return has_cancelled(connection._protocol)
 
 
+# What asyncpg and this package call of a protocol in every statement.
+FREQUENT_METHODS = ("is_connected", "get_settings", "get_record_class", "_get_timeout", "_is_cancelling")
+
+
+def keep_frequent_methods(own: Any, protocol: Any) -> None:
+    """Give `own`, which stands in for asyncpg's protocol, those methods of it that every statement needs."""
+    for name in FREQUENT_METHODS:
+        setattr(own, name, getattr(protocol, name))
+
+
 def has_cancelled(protocol: Any) -> bool:
     """Return what `is_cancelling()` does, by the protocol of the connection."""
     return bool(protocol._is_cancelling())
@@ -704,24 +714,25 @@ def listens_otherwise(connection: Any, callbacks: Callbacks) -> bool:
 
 
 async def end_calls(connection: Any) -> None:
-    """Wait until the calls of a finished loan have ended. They send nothing more: see `Holder.recall()`.
+    """Wait until the calls of a finished loan have ended, of which there are some.
+
+    They send nothing more: see `Holder.recall()`.
 
     Raises:
         asyncpg.InterfaceError: The server still runs a statement of one of them.
     """
     session = own_session(connection)
-    if session.calls:
-        if connection._protocol.is_running:
-            raise asyncpg.InterfaceError(
-                f"A connection of {session.name} was released while another operation was in progress on it, and was "
-                "terminated. Await every call before the release."
-            )
-        ended = asyncio.Event()
-        session.on_last_call = ended.set
-        try:
-            await ended.wait()
-        finally:
-            session.on_last_call = None
+    if connection._protocol.is_running:
+        raise asyncpg.InterfaceError(
+            f"A connection of {session.name} was released while another operation was in progress on it, and was "
+            "terminated. Await every call before the release."
+        )
+    ended = asyncio.Event()
+    session.on_last_call = ended.set
+    try:
+        await ended.wait()
+    finally:
+        session.on_last_call = None
     if not connection.is_closed():
         connection._protocol.is_recalled = False
 
@@ -1007,19 +1018,21 @@ class Holder(PoolConnectionHolder):
         if session.calls:
             connection._protocol.is_recalled = True
         kept = session.snapshot.callbacks
-        keeps = bool(kept)
+        has_callbacks = bool(
+            connection._listeners
+            or connection._log_listeners
+            or connection._query_loggers
+            or connection._termination_listeners
+            or kept != NO_CALLBACKS
+        )
         try:
-            if keeps:
+            if has_callbacks:
                 _keep_only_others(connection, kept)  # asyncpg would warn of those that `init` registered, too
-            connection._on_release()
+                connection._on_release()
+            else:
+                connection._pool_release_ctr += 1  # which is all that it does without listeners
         finally:
-            if (
-                keeps
-                or connection._listeners
-                or connection._log_listeners
-                or connection._query_loggers
-                or connection._termination_listeners
-            ):
+            if has_callbacks:
                 set_callbacks(connection, kept)
             if proxy is not None:
                 proxy._detach()

@@ -14,7 +14,7 @@ import contextlib
 import functools
 import re
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from typing import Any, TypeVar
 
 import asyncpg
@@ -83,16 +83,18 @@ class SessionProtocol:
         "_running",
         "_session",
         "_transport",
-        "get_settings",
         "has_deallocated",
         "has_prepared",
-        "is_connected",
         "is_recalled",
         "mentioned",
         "on_dropped",
         "prepares",
         "transaction_search_path",
+        *holder.FREQUENT_METHODS,
     )
+
+    is_connected: Callable[[], bool]
+    get_settings: Callable[[], Any]
 
     def __init__(self, protocol: Any, transport: SessionTransport, *, host: str) -> None:
         self._asyncpg = protocol
@@ -116,8 +118,7 @@ class SessionProtocol:
         self._commit: Commit | None = None  # under way
         # Dotted names in texts and arguments, where someone collects them: what may be custom settings.
         self.mentioned: set[str] | None = None
-        self.is_connected = protocol.is_connected
-        self.get_settings = protocol.get_settings
+        holder.keep_frequent_methods(self, protocol)  # found here, they do not go through __getattr__()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._asyncpg, name)
@@ -268,16 +269,16 @@ class SessionProtocol:
         self.prepares += 1
         return await self._run(self._asyncpg.prepare(name, query, timeout, **options), None, timeout, ready=False)
 
-    async def bind_execute(
+    def bind_execute(
         self, state: Any, args: Any, portal_name: str, limit: int, return_extra: bool, timeout: Any
-    ) -> Any:
+    ) -> Awaitable[Any]:
         """Execute a prepared statement."""
         if self.mentioned is not None:
             self._note(*args)
         result = self._asyncpg.bind_execute(state, args, portal_name, limit, return_extra, timeout)
         call = self._run(result, state, timeout)
         effects = self._effects and self._effects.get(state.query)
-        return await (self._tracked(call, effects) if effects else call)
+        return self._tracked(call, effects) if effects else call
 
     async def bind_execute_many(self, state: Any, args: Any, portal_name: str, timeout: Any, return_rows: bool) -> Any:
         """Execute a prepared statement for each sequence of arguments."""

@@ -124,8 +124,8 @@ class Callbacks(NamedTuple):
     query_loggers: frozenset[Any] = frozenset()
     termination_listeners: frozenset[Any] = frozenset()
 
-    def __bool__(self) -> bool:
-        return any(self)
+
+NO_CALLBACKS = Callbacks()
 
 
 # Everything a borrower can leave in a session, in an order that works: first the rights of the login, then settings,
@@ -164,7 +164,7 @@ class Snapshot(NamedTuple):
     role: str | None = None
     authorization: str | None = None
     settings: Mapping[str, str] = _NOTHING
-    callbacks: Callbacks = Callbacks()
+    callbacks: Callbacks = NO_CALLBACKS
     codecs: Mapping[tuple[str, str], Codec] = _NOTHING
     statements: frozenset[str] = frozenset()
 

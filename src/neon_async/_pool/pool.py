@@ -355,16 +355,20 @@ class Pool(PoolBase[RecordT]):
             raise
 
     def _require_open(self) -> None:
-        self._require_not_closing()
+        if self._phase is not _Phase.OPEN:
+            raise self._unopened_error()
+        self._require_own_loop()
+
+    def _unopened_error(self) -> PoolClosedError:
         if self._phase is _Phase.OPENING:
-            raise PoolClosedError(
+            return PoolClosedError(
                 f"The pool {self._supply.name} is being initialized, but not yet ready: another task is opening it. "
                 "Acquire from it when that task has opened it.",
                 unavailable=True,
             )
         if self._phase is _Phase.NEW:
-            raise PoolClosedError(f"The pool {self._supply.name} is not open: pool is not initialized. {_HOW_TO_OPEN}")
-        self._require_own_loop()
+            return PoolClosedError(f"The pool {self._supply.name} is not open: pool is not initialized. {_HOW_TO_OPEN}")
+        return self._closed_error(unavailable=self._phase is _Phase.CLOSING)
 
     def _require_not_closing(self) -> None:
         if self.is_closing():

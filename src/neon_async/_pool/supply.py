@@ -373,7 +373,8 @@ class Supply:
         return None
 
     async def _reset_session(self, connection: Any) -> None:
-        await holder.end_calls(connection)
+        if own_session(connection).calls:
+            await holder.end_calls(connection)
         if holder.is_cancelling(connection):
             await holder.end_cancellation(connection)
             if connection.is_closed():

@@ -150,6 +150,7 @@ AROUND = [
     pytest.param(DSN.replace("neon.tech", "ne\u200bon.tech"), "invisible character U+200B", id="in the host"),
     pytest.param(DSN.replace("alex:", "alex:\u2060"), "invisible character U+2060", id="in the password"),
     pytest.param(f"{DSN}\n", "line break", id="a line break"),
+    pytest.param(DSN.replace("alex:", "alex:\udcff"), "not UTF-8", id="a byte that is not UTF-8"),
 ]
 
 
@@ -258,9 +259,22 @@ def test_a_value_that_takes_no_effect_is_not_judged() -> None:
     assert (read.host, read.user, read.database) == (HOST, "alex", "d")
 
 
-def test_a_weak_sslmode_comes_before_an_unknown_database() -> None:
-    with pytest.raises(InsecureConfigurationError, match="Hardened: "):
+def test_a_weak_sslmode_comes_before_an_unknown_value() -> None:
+    with pytest.raises(InsecureConfigurationError, match="sslmode=verify-full"):
         create_pool(f"{DSN}?sslmode=require&sslnegotiation=x")
+
+
+@pytest.mark.parametrize(
+    ("dsn", "is_shown"),
+    [
+        pytest.param(f"{DSN}?sslmode=require", True, id="accepted"),
+        pytest.param(f"{DSN}?sslmode=require&sslnegotiation=x", False, id="another value is refused"),
+        pytest.param(f"postgresql://alex@{HOST}/d?sslmode=require", False, id="no password"),
+        pytest.param(f"postgresql://alex:{SECRET}@10.0.0.1/d?sslmode=require", False, id="an address"),
+    ],
+)
+def test_a_hardened_dsn_is_shown_if_it_is_accepted(dsn: str, is_shown: bool) -> None:
+    assert ("Hardened: " in refusal(dsn)) is is_shown
 
 
 @given(st.text())

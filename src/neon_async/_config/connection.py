@@ -8,7 +8,7 @@ is judged, by its row in the table of keywords. It must not know what the parame
 
 import os
 import urllib.parse
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Literal, NoReturn, TypedDict, cast
 
@@ -161,7 +161,7 @@ def parse(dsn: str | None, keywords: Mapping[str, object], environ: Mapping[str,
     _require_one_root(given)
     _refuse_templates(given)
     if dsn is not None:
-        _judge_sslmode_of_dsn(given, dsn)
+        _judge_sslmode_of_dsn(given, lambda: _hardened(dsn, keywords, environ))
     values = {keyword.name: keyword.default for keyword in KEYWORDS}
     readers = _readers(given)
     values |= {name: None if each.value is None else readers[name].read(each) for name, each in given.items()}
@@ -372,7 +372,7 @@ def _is_pooled(host: str, endpoint: Endpoint | None, stated: object) -> bool:
     return endpoint.pooled
 
 
-def _judge_sslmode_of_dsn(given: Mapping[str, Given], dsn: str) -> None:
+def _judge_sslmode_of_dsn(given: Mapping[str, Given], hardened: Callable[[], str]) -> None:
     """Refuse a weak sslmode in the DSN before anything else, together with the DSN to write instead."""
     sslmode = given.get("sslmode")
     if sslmode is None or sslmode.source != _DSN:
@@ -380,7 +380,17 @@ def _judge_sslmode_of_dsn(given: Mapping[str, Given], dsn: str) -> None:
     try:
         BY_NAME["sslmode"].reader.read(sslmode)
     except InsecureConfigurationError as error:
-        raise InsecureConfigurationError(f"{error} Hardened: {redact(harden_dsn(dsn))}") from None
+        raise InsecureConfigurationError(f"{error}{hardened()}") from None
+
+
+def _hardened(dsn: str, keywords: Mapping[str, object], environ: Mapping[str, str]) -> str:
+    """Return the DSN to write instead, without its secrets, or "" if that one would be refused, too."""
+    hardened = harden_dsn(dsn)
+    try:
+        parse(hardened, keywords, environ)
+    except ConfigurationError:
+        return ""
+    return f" Hardened: {redact(hardened)}"
 
 
 def _assemble(values: dict[str, object]) -> ConnectionParameters:

@@ -12,6 +12,7 @@ from typing import Final
 from .._errors import ConfigurationError, forget_arguments
 from .hints import answer_to_dsn, invisible_in
 from .keywords import BY_DSN_NAME, BY_NAME
+from .readers import is_utf8
 
 # The scheme of the SQLAlchemy dialect. It asks for verify-full itself, whatever sslmode follows.
 VERIFIED_SCHEME = "postgresql+neon"
@@ -77,6 +78,8 @@ def split(dsn: object) -> URL:
         raise ConfigurationError(
             f"The DSN is of type {type(dsn).__name__}. Pass a str such as postgresql://user@host/db.{how}"
         )
+    if not is_utf8(dsn):
+        raise ConfigurationError("The DSN contains bytes that are not UTF-8. Enter it again as UTF-8.")
     if mark := invisible_in(dsn):
         raise ConfigurationError(f"The DSN contains the invisible character {mark}. Remove it, or copy the DSN again.")
     if dsn.strip() and (dsn != dsn.strip() or any(ord(character) < 32 for character in dsn)):

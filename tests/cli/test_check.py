@@ -111,6 +111,77 @@ async def test_the_connection_is_closed_afterwards(postgres: LocalPostgres, tmp_
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Settings that create_pool() refuses, and accepts under sslmode=verify-full
+
+
+@pytest.mark.parametrize(
+    "parameter",
+    [
+        *("sslmode=require", "sslmode=disable", "sslmode=allow", "sslmode=prefer", "sslmode=verify-ca", "sslmode="),
+        *("sslmode=nonsense", "sslmode", "ssl=true", "sslmode=require&sslmode=disable", "sslm%6Fde=require"),
+        "channel_binding=require&sslmode=require",
+    ],
+)
+async def test_a_weak_dsn_is_checked_under_verify_full_and_the_dsn_to_use_is_shown(
+    postgres: LocalPostgres, parameter: str
+) -> None:
+    dsn = f"{postgres.dsn}&{parameter}"
+    with pytest.raises(neon_async.ConfigurationError) as refused:
+        neon_async.create_pool(dsn, trust_anchor=postgres.trust_anchor)
+    result = await check(dsn, trust_anchor=postgres.trust_anchor)
+    assert result.verdict == "good"
+    assert names(result, "ok") == ["parse", "tcp", "tls", "authentication", "query"]
+    assert result.refusal is not None
+    assert (result.refusal.type, result.refusal.message) == (type(refused.value).__name__, str(refused.value))
+    password = password_of(postgres)
+    assert result.refusal.hardened == neon_async.harden_dsn(dsn).replace(password, "***")
+    assert password not in repr(result)
+
+
+async def test_a_weak_variable_is_refused_and_there_is_no_dsn_to_show(
+    postgres: LocalPostgres, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (pg_variables(postgres) | {"PGSSLMODE": "require"}).items():
+        monkeypatch.setenv(name, value)
+    result = await check(trust_anchor=postgres.trust_anchor)
+    assert result.verdict == "good"
+    assert result.refusal is not None
+    assert "PGSSLMODE" in result.refusal.message
+    assert result.refusal.hardened is None
+
+
+async def test_a_weak_dsn_that_is_refused_under_verify_full_too_shows_both_reasons_and_no_dsn() -> None:
+    result = await check(f"postgresql://neon:hunter2@{SERVER_NAME}/neondb?sslmode=require&sslsni=0")
+    assert_ended_at(result, "parse", neon_async.InsecureConfigurationError, "refused")
+    assert result.problem is not None
+    assert result.problem.message.startswith("sslsni (DSN)")
+    assert result.refusal is not None
+    assert result.refusal.message.startswith("sslmode (DSN)")
+    assert "Hardened" not in result.refusal.message
+    assert result.refusal.hardened is None
+
+
+async def test_settings_that_are_accepted_are_not_refused(postgres: LocalPostgres) -> None:
+    for dsn in (postgres.dsn, f"{postgres.dsn}&sslmode=verify-full"):
+        assert (await check(dsn, trust_anchor=postgres.trust_anchor)).refusal is None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is known so far
+
+
+async def test_each_step_is_reported_when_it_begins_and_when_it_ends(postgres: LocalPostgres) -> None:
+    reports: list[CheckResult] = []
+    result = await check(postgres.dsn, trust_anchor=postgres.trust_anchor, on_progress=reports.append)
+    running = [step.name for report in reports for step in report.steps if step.outcome == "running"]
+    assert running == ["parse", "tcp", "tls", "authentication", "query"]
+    for before, after in zip(reports, [*reports[1:], result], strict=True):
+        ended = [(step.name, step.outcome) for step in before.steps if step.outcome != "running"]
+        assert ended == [(step.name, step.outcome) for step in after.steps[: len(ended)]]
+    assert [report.target for report in reports] == [None, *[result.target] * (len(reports) - 1)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Connections that fail
 
 
@@ -137,7 +208,7 @@ def assert_ended_at(result: CheckResult, step: str, kind: type[Exception], verdi
 
 @pytest.mark.parametrize(
     "parameter",
-    ["sslmode=require", "sslmode=disable", "channel_binding=disable", "slmode=verify-full", "hostaddr=here", "port=0"],
+    ["sslsni=0", "channel_binding=disable", "slmode=verify-full", "hostaddr=here", "port=0"],
 )
 async def test_a_refused_configuration_ends_the_check_at_parse(parameter: str) -> None:
     result = await check(f"postgresql://neon:hunter2@{SERVER_NAME}/neondb?{parameter}")
@@ -146,6 +217,7 @@ async def test_a_refused_configuration_ends_the_check_at_parse(parameter: str) -
     assert issubclass(kind, neon_async.ConfigurationError)
     assert_ended_at(result, "parse", kind, "refused")
     assert (result.target, result.anchor, result.tls) == (None, None, None)
+    assert result.refusal is None
 
 
 async def test_an_unreadable_trust_anchor_ends_the_check_at_parse(tmp_path: Path) -> None:

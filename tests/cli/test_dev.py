@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import shutil
 import signal
 import socket
@@ -13,8 +14,8 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
-from support.command_line import run, run_without
-from support.dev_command import DevCommand, dev_command
+from support.command_line import run, run_without, running
+from support.dev_command import DevCommand, dev_command, exported
 from support.processes import Scene, wait_for
 
 import neon_async
@@ -32,15 +33,14 @@ def scene(monkeypatch: pytest.MonkeyPatch) -> Iterator[Scene]:
 
 def ask(command: DevCommand, query: str, variable: str = "DATABASE_URL") -> object:
     """Return the value of a query, as a service with the exported variables does."""
-    variables = command.variables()
+    return asyncio.run(value_of(query, command.variables(), variable))
 
-    async def asked() -> object:
-        async with neon_async.create_pool(
-            variables[variable], trust_anchor=variables["DATABASE_TRUST_ANCHOR"], acquire_timeout=20.0
-        ) as pool:
-            return await pool.fetchval(query)
 
-    return asyncio.run(asked())
+async def value_of(query: str, variables: dict[str, str], variable: str = "DATABASE_URL") -> object:
+    async with neon_async.create_pool(
+        variables[variable], trust_anchor=variables["DATABASE_TRUST_ANCHOR"], acquire_timeout=20.0
+    ) as pool:
+        return await pool.fetchval(query)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
@@ -52,6 +52,24 @@ def test_it_prints_the_two_lines_to_export_and_ends_cleanly(number: signal.Signa
         assert command.end(number) == 0
         assert command.says("the data is removed")
     assert scene.traces() == []
+
+
+def test_it_serves_on_when_the_reader_of_its_log_has_ended(scene: Scene) -> None:
+    reader, writer = os.pipe()
+    exports = scene.folder / "exports"
+    arguments = ("dev", "--suspend-after", "0.2", "--wake-time", "0.1")
+    with exports.open("w") as output, running(*arguments, streams=(output.fileno(), writer)) as command:
+        os.close(writer)
+        said = b""
+        while b"ends it" not in said:
+            said += os.read(reader, 65536)
+        os.close(reader)
+        variables = exported(exports.read_text().splitlines())
+        for _ in range(2):  # it says that it wakes and that it sleeps again, in vain
+            assert asyncio.run(value_of("SELECT 1", variables)) == 1
+        command.process.send_signal(signal.SIGTERM)
+        assert command.wait() == 0
+    assert scene.files("neon-async-*") == []
 
 
 def test_it_says_when_it_sleeps_and_wakes(scene: Scene) -> None:

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 from anyio.from_thread import start_blocking_portal
-from support.command_line import pg_variables, run, run_without
+from support.command_line import pg_variables, run, run_in_shell, run_without
+from support.probes import password_of
 
 import neon_async
 from neon_async._wire.trust import survey
@@ -24,7 +25,7 @@ from neon_async.testing._impostor import SERVER_NAME, Impostor
 PASSWORD = "npg_hunter2"
 DSN = f"postgresql://neon:{PASSWORD}@{SERVER_NAME}/neondb"
 WEAK = f"{DSN}?sslmode=require&channel_binding=require"
-HARDENED = f"{DSN}?sslmode=verify-full&channel_binding=require"
+COMMAND = f"{shlex.quote(sys.executable)} -m neon_async"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -37,7 +38,7 @@ def test_version_prints_the_version_of_the_package() -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], *([name, "--help"] for name in ("check", "harden", "roots", "demo"))]
+    "arguments", [["--help"], *([name, "--help"] for name in ("check", "harden", "roots", "demo", "dev"))]
 )
 def test_help_ends_with_0(arguments: list[str]) -> None:
     finished = run(*arguments)
@@ -45,28 +46,53 @@ def test_help_ends_with_0(arguments: list[str]) -> None:
     assert finished.stdout.startswith(f"usage: neon-async {arguments[0].replace('--help', '[-h]')}")
 
 
+def test_without_a_command_the_help_is_printed() -> None:
+    bare, asked = run(), run("--help")
+    assert (bare.returncode, bare.stdout, bare.stderr) == (0, asked.stdout, "")
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["check", "--help"], ["harden", "--help"]], ids=" ".join)
+def test_help_warns_that_arguments_are_visible_and_names_database_url(arguments: list[str]) -> None:
+    shown = " ".join(run(*arguments).stdout.split())
+    assert "Arguments are visible to other users of this machine" in shown
+    assert "set DATABASE_URL, and leave DSN out" in shown
+
+
 @pytest.mark.parametrize(
-    "arguments",
+    ("arguments", "what"),
     [
-        pytest.param([], id="no command"),
-        pytest.param(["frobnicate"], id="unknown command"),
-        pytest.param([DSN], id="a DSN in place of a command"),
-        pytest.param(["check", DSN, DSN], id="two DSNs"),
-        pytest.param(["roots", DSN], id="a DSN for a command without one"),
-        pytest.param(["check", f"--dsn={DSN}"], id="unknown option"),
-        pytest.param(["check", "--trust-anchor"], id="option without its value"),
-        pytest.param(["check", f"--json={DSN}"], id="value for a flag"),
-        pytest.param(["check", "--trust", "x", DSN], id="abbreviated option"),
-        pytest.param(["check", ""], id="check of an empty DSN"),
-        pytest.param(["harden", ""], id="harden of an empty DSN"),
-        pytest.param(["check"], id="check without a DSN"),
-        pytest.param(["harden"], id="harden without a DSN"),
+        pytest.param(["frobnicate"], "Unknown command frobnicate.", id="unknown command"),
+        pytest.param([PASSWORD], "Unknown command.", id="a password in place of a command"),
+        pytest.param([DSN], "A connection string is not a command.", id="a DSN in place of a command"),
+        pytest.param(["--frobnicate"], "Unknown option --frobnicate.", id="unknown option without a command"),
+        pytest.param(["--frobnicate", "roots"], "Unknown option --frobnicate.", id="unknown option before the command"),
+        pytest.param(["check", DSN, DSN], "More than one DSN is given.", id="two DSNs"),
+        pytest.param(["roots", DSN], "An argument is given that is not an option.", id="a DSN for a command without"),
+        pytest.param(["check", f"--dsn={DSN}"], "Unknown option --dsn.", id="unknown option with a value"),
+        pytest.param(["check", "--timeout", "5", DSN], "Unknown option --timeout.", id="unknown option and a value"),
+        pytest.param(["check", "--a", DSN, "--b=1", "--a"], "Unknown option --a, --b.", id="two unknown options"),
+        pytest.param(["check", f"-p{PASSWORD}"], "Unknown option -p.", id="a value behind a letter"),
+        pytest.param(["check", f"--{DSN}"], "Unknown option.", id="a DSN behind hyphens"),
+        pytest.param(["check", "--trust", "x", DSN], "Did you mean --trust-anchor?", id="abbreviated option"),
+        pytest.param(["check", "--trust_anchor=x"], "Did you mean --trust-anchor?", id="underscore"),
+        pytest.param(["dev", "--wake-tme", "1"], "Unknown option --wake-tme. Did you mean --wake-time?", id="typo"),
+        pytest.param(["demo", "--json"], "Unknown option --json.", id="an option of another command"),
+        pytest.param(["check", "--trust-anchor"], "--trust-anchor needs a value: --trust-anchor FILE.", id="no value"),
+        pytest.param(["check", f"--json={DSN}"], "--json takes no value.", id="value for a flag"),
+        pytest.param(["check", f"--help={DSN}"], "-h/--help takes no value.", id="value for --help"),
+        pytest.param(["dev", "--port", PASSWORD], "--port needs a whole number: --port PORT.", id="no number"),
+        pytest.param(["dev", "--wake-time", DSN], "--wake-time needs a number: --wake-time SECONDS.", id="no seconds"),
+        pytest.param(["check", ""], "the DSN is empty", id="check of an empty DSN"),
+        pytest.param(["harden", ""], "the DSN is empty", id="harden of an empty DSN"),
+        pytest.param(["check"], "set DATABASE_URL", id="check without a DSN"),
+        pytest.param(["harden"], "set DATABASE_URL", id="harden without a DSN"),
     ],
 )
-def test_a_usage_error_ends_with_2_and_repeats_no_argument(arguments: list[str]) -> None:
+def test_a_usage_error_ends_with_2_and_names_options_and_no_value(arguments: list[str], what: str) -> None:
     finished = run(*arguments)
     assert (finished.returncode, finished.stdout) == (2, "")
     assert re.fullmatch(r"usage: neon-async.*\nneon-async[a-z ]*: error: .+\n", finished.stderr, re.DOTALL)
+    assert what in finished.stderr
     assert PASSWORD not in finished.stderr
 
 
@@ -101,11 +127,22 @@ def test_check_json_prints_one_json_object(postgres: LocalPostgres, anchor: str)
 
 
 @pytest.mark.parametrize("json_option", [[], ["--json"]], ids=["picture", "json"])
-def test_check_of_a_weak_dsn_ends_with_1_and_shows_the_hardened_dsn(json_option: list[str]) -> None:
-    finished = run("check", WEAK, *json_option)
-    assert (finished.returncode, finished.stderr) == (1, "")
-    assert HARDENED.replace(PASSWORD, "***") in finished.stdout
-    assert PASSWORD not in finished.stdout
+def test_check_of_a_weak_dsn_shows_the_dsn_to_use_and_goes_on_under_verify_full(
+    postgres: LocalPostgres, anchor: str, json_option: list[str]
+) -> None:
+    weak = f"{postgres.dsn}&sslmode=require&channel_binding=require"
+    finished = run("check", weak, *json_option, "--trust-anchor", anchor)
+    assert (finished.returncode, finished.stderr) == (0, "")
+    password = password_of(postgres)
+    assert weak.replace("require", "verify-full", 1).replace(password, "***") in finished.stdout
+    assert password not in finished.stdout
+    if json_option:
+        assert json.loads(finished.stdout)["verdict"] == "good"
+        assert json.loads(finished.stdout)["refusal"]["type"] == "InsecureConfigurationError"
+    else:
+        assert finished.stdout.splitlines()[-2].startswith("Under sslmode=verify-full")
+        assert finished.stdout.splitlines()[-1].startswith("Good:")
+        assert "`neon-async harden` prints that string" in finished.stdout
 
 
 def test_check_of_an_untrusted_certificate_ends_with_1(postgres: LocalPostgres) -> None:
@@ -131,7 +168,7 @@ def test_the_argument_wins_over_database_url_and_database_url_over_the_pg_variab
     postgres: LocalPostgres, anchor: str
 ) -> None:
     arguments = ["check", "--json", "--trust-anchor", anchor]
-    assert run(*arguments, postgres.dsn, variables={"DATABASE_URL": WEAK}).returncode == 0
+    assert run(*arguments, postgres.dsn, variables={"DATABASE_URL": "postgresql://x.invalid"}).returncode == 0
     both = {"DATABASE_URL": postgres.dsn, "PGHOST": "elsewhere.invalid"}
     assert run(*arguments, variables=both).returncode == 0
 
@@ -140,8 +177,8 @@ def test_check_uses_the_pg_variables_if_pghost_is_set(postgres: LocalPostgres, a
     arguments = ["check", "--json", "--trust-anchor", anchor]
     assert run(*arguments, variables=pg_variables(postgres)).returncode == 0
     as_the_console_sets_them = run(*arguments, variables=pg_variables(postgres) | {"PGSSLMODE": "require"})
-    assert as_the_console_sets_them.returncode == 1
-    assert json.loads(as_the_console_sets_them.stdout)["problem"]["type"] == "InsecureConfigurationError"
+    assert as_the_console_sets_them.returncode == 0
+    assert json.loads(as_the_console_sets_them.stdout)["refusal"]["type"] == "InsecureConfigurationError"
 
 
 def test_check_prints_ascii_on_a_terminal_without_unicode(postgres: LocalPostgres, anchor: str) -> None:
@@ -167,7 +204,12 @@ def test_an_interrupt_ends_with_130_and_without_a_traceback() -> None:
             assert contacted.wait(60)
             process.send_signal(signal.SIGINT)
             output, errors = process.communicate(timeout=60)
-    assert (process.returncode, output, errors) == (130, "", "")
+    assert (process.returncode, errors) == (130, "")
+    assert output.splitlines()[-1].startswith("✓ tcp")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Output that cannot be written
 
 
 @pytest.mark.parametrize(
@@ -187,51 +229,25 @@ def test_a_reader_that_has_ended_leads_to_1_without_a_traceback(arguments: list[
     assert (finished.returncode, finished.stderr) == (1, b"")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# harden
-
-
+@pytest.mark.parametrize("arguments", [["roots"], ["roots", "--json"], ["harden", DSN], ["demo"]], ids=" ".join)
 @pytest.mark.parametrize(
-    ("arguments", "environment", "expected"),
+    ("redirection", "reason"),
     [
-        pytest.param([WEAK], {}, HARDENED, id="argument"),
-        pytest.param([], {"DATABASE_URL": WEAK}, HARDENED, id="DATABASE_URL"),
-        pytest.param([DSN], {"DATABASE_URL": "postgresql://x.invalid"}, f"{DSN}?sslmode=verify-full", id="both"),
-        pytest.param([], {"PGHOST": SERVER_NAME}, "postgresql://?sslmode=verify-full", id="PG variables"),
+        pytest.param(">&-", "Standard output is closed", id="closed"),
+        pytest.param(">/dev/full", "No space left on device", id="full"),
     ],
 )
-def test_harden_prints_the_dsn_with_verify_full_and_nothing_else(
-    arguments: list[str], environment: dict[str, str], expected: str
+def test_output_that_cannot_be_written_leads_to_1_and_one_line(
+    arguments: list[str], redirection: str, reason: str
 ) -> None:
-    finished = run("harden", *arguments, variables=environment)
-    assert (finished.returncode, finished.stdout, finished.stderr) == (0, f"{expected}\n", "")
-
-
-def test_harden_reports_an_invalid_dsn_on_stderr_only() -> None:
-    dsn = f"mysql://neon:{PASSWORD}@{SERVER_NAME}/neondb"
-    with pytest.raises(neon_async.ConfigurationError, match="mysql://") as refused:
-        neon_async.harden_dsn(dsn)
-    finished = run("harden", dsn)
+    finished = run_in_shell(f"{COMMAND} {shlex.join(arguments)} {redirection}")
     assert (finished.returncode, finished.stdout) == (1, "")
-    assert finished.stderr == f"neon-async harden: {refused.value}\n"
-    assert PASSWORD not in finished.stderr
+    assert re.fullmatch(rf"neon-async: .*{reason}.*\n", finished.stderr)
 
 
-def test_a_shell_can_pass_the_hardened_dsn_to_check(postgres: LocalPostgres, anchor: str) -> None:
-    command = f"{shlex.quote(sys.executable)} -m neon_async"
-    script = f'{command} check --json --trust-anchor "$ANCHOR" "$({command} harden "$DATABASE_URL")"'
-    environment = {"DATABASE_URL": f"{postgres.dsn}&sslmode=require", "ANCHOR": anchor}
-    finished = subprocess.run(
-        ["sh", "-c", script], env=os.environ | environment, capture_output=True, text=True, timeout=60, check=False
-    )
-    assert finished.returncode == 0, finished.stderr
-    assert json.loads(finished.stdout)["verdict"] == "good"
-
-
-def test_the_hardened_dsn_of_the_pg_variables_connects(postgres: LocalPostgres, anchor: str) -> None:
-    variables = pg_variables(postgres) | {"PGSSLMODE": "require"}
-    dsn = run("harden", variables=variables).stdout.strip()
-    assert run("check", "--json", "--trust-anchor", anchor, dsn, variables=variables).returncode == 0
+def test_an_error_is_not_printed_as_output_where_stderr_is_closed() -> None:
+    finished = run_in_shell(f"{COMMAND} harden mysql://x 2>&-")
+    assert (finished.returncode, finished.stdout) == (1, "")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -292,7 +308,7 @@ def test_a_missing_package_ends_with_2_and_the_command_that_installs_it(
 @pytest.mark.parametrize(
     ("arguments", "status"),
     [
-        pytest.param(["check", "--json", WEAK], 1, id="check --json"),
+        pytest.param(["check", "--json", f"{DSN}?sslsni=0"], 1, id="check --json"),
         pytest.param(["roots", "--json"], 0, id="roots --json"),
         pytest.param(["harden", WEAK], 0, id="harden"),
         pytest.param(["--version"], 0, id="--version"),

@@ -57,9 +57,10 @@ async def test_the_json_of_a_good_connection_has_the_documented_keys(postgres: L
         "revocation",
         "server_version",
         "problem",
+        "refusal",
     ]
     assert document["verdict"] == "good"
-    assert document["problem"] is None
+    assert document["problem"] is document["refusal"] is None
     assert all(list(step) == ["name", "started", "seconds", "outcome", "detail"] for step in document["steps"])
     ran = [step for step in document["steps"] if step["outcome"] == "ok"]
     assert all(isinstance(step[key], float) for step in ran for key in ("started", "seconds"))
@@ -78,10 +79,11 @@ async def test_the_json_of_a_good_connection_has_the_documented_keys(postgres: L
 
 
 async def test_the_json_of_a_refusal_has_the_same_keys_and_the_problem() -> None:
-    document = json.loads(check_to_json(await check(f"postgresql://neon:hunter2@{SERVER_NAME}/neondb?sslmode=require")))
+    document = json.loads(check_to_json(await check(f"postgresql://neon:hunter2@{SERVER_NAME}/neondb?sslsni=0")))
     assert document["verdict"] == "refused"
     assert list(document["problem"]) == ["step", "type", "message", "retryable"]
     assert document["problem"]["type"] == "InsecureConfigurationError"
+    assert document["refusal"] is None
     assert document["tls"] is document["certificate"] is document["anchor"] is document["server_version"] is None
 
 
@@ -160,11 +162,16 @@ async def test_the_picture_of_a_problem_shows_the_message_and_what_was_not_reach
     assert shown.splitlines()[-1].startswith("Refused:")
 
 
-async def test_a_hardened_dsn_is_never_broken_into_lines() -> None:
+async def test_what_create_pool_refuses_stands_in_front_with_the_dsn_to_use_unbroken(postgres: LocalPostgres) -> None:
     path = "x" * 120
-    result = await check(f"postgresql://neon:hunter2@{SERVER_NAME}/{path}?sslmode=require")
+    dsn = postgres.dsn.replace("/neondb", f"/{path}")
+    result = await check(f"{dsn}&sslmode=require", trust_anchor=postgres.trust_anchor)
     shown = picture(lambda console: print_check(result, console))
-    assert f"/{path}?sslmode=verify-full" in shown
+    assert shown.startswith("create_pool() refuses")
+    assert re.search(
+        rf"^ +postgresql://\S+:\*\*\*@\S+/{path}\?hostaddr=127.0.0.1&sslmode=verify-full$", shown, re.MULTILINE
+    )
+    assert shown.index("sslmode=verify-full") < shown.index("parse")
 
 
 @pytest.mark.parametrize(

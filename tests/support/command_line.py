@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pty
 import ssl
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import trustme
@@ -17,6 +19,7 @@ import neon_async
 from neon_async.testing import LocalPostgres
 from neon_async.testing._impostor import SERVER_NAME, Impostor, Script, server_context
 from support.probes import password_of
+from support.processes import HANG
 
 STEPS = ["parse", "dns", "tcp", "tls", "authentication", "query"]
 
@@ -34,6 +37,80 @@ def run(
         timeout=60,
         check=False,
     )
+
+
+def run_in_shell(script: str, *, variables: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """Run a script of a POSIX shell with `variables` added to the environment."""
+    return subprocess.run(
+        ["sh", "-c", script],
+        env=os.environ | (variables or {}),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        encoding="utf-8",
+        timeout=60,
+        check=False,
+    )
+
+
+class RunningCommand:
+    """neon-async while it runs, and what it has written so far."""
+
+    def __init__(self, process: subprocess.Popen[bytes], output: int) -> None:
+        self.process = process
+        self._output = output
+        self._written = b""
+        self._thread = threading.Thread(target=self._read)
+        self._thread.start()
+
+    def _read(self) -> None:
+        with contextlib.suppress(OSError):  # a terminal whose program has ended raises an error
+            while piece := os.read(self._output, 65536):
+                self._written += piece
+
+    @property
+    def output(self) -> str:
+        """What it has written so far."""
+        return self._written.decode(errors="replace")
+
+    def wait(self) -> int:
+        """Wait for the end, and return the exit status."""
+        status = self.process.wait(HANG)
+        self._thread.join(HANG)
+        return status
+
+
+@contextlib.contextmanager
+def running(
+    *arguments: str,
+    terminal: bool = False,
+    streams: tuple[int, int] | None = None,
+    variables: Mapping[str, str] | None = None,
+) -> Iterator[RunningCommand]:
+    """Run neon-async while the block runs.
+
+    Args:
+        *arguments: Its arguments.
+        terminal: Whether both streams go to a terminal, and not to a pipe.
+        streams: Where output and errors go instead.
+        variables: What is added to the environment.
+    """
+    ours, theirs = pty.openpty() if terminal else os.pipe()
+    output, errors = streams or (theirs, theirs)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "neon_async", *arguments],
+        env=os.environ | (variables or {}),
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=errors,
+    )
+    os.close(theirs)
+    command = RunningCommand(process, ours)
+    try:
+        yield command
+    finally:
+        process.kill()
+        command.wait()
+        os.close(ours)
 
 
 def run_without(packages: set[str], folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

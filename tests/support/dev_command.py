@@ -10,9 +10,16 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from support.processes import HANG, wait_for
+
+
+def exported(lines: Sequence[str]) -> dict[str, str]:
+    """Return the variables that `lines` export, as a shell reads them."""
+    words = [shlex.split(line) for line in lines]
+    assert all(word[0] == "export" and len(word) == 2 for word in words), lines
+    return dict(word[1].split("=", 1) for word in words)
 
 
 class DevCommand:
@@ -52,9 +59,7 @@ class DevCommand:
 
     def variables(self) -> dict[str, str]:
         """Return the variables as a shell reads them."""
-        words = [shlex.split(line) for line in self.exports]
-        assert all(word[0] == "export" and len(word) == 2 for word in words), self.exports
-        return dict(word[1].split("=", 1) for word in words)
+        return exported(self.exports)
 
     def press(self, key: str) -> None:
         assert self._terminal is not None

@@ -167,7 +167,8 @@ class _Log:
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # the reader of the log has ended, and the endpoint goes on without it
+        print(text, file=sys.stderr, flush=True)
 
 
 @contextlib.asynccontextmanager

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from rich.console import Console
+    from rich.text import Text
 
     from .._wire.report import ChainCertificate, TLSReport
     from .._wire.revocation.report import RevocationReport
@@ -28,10 +29,15 @@ __all__ = (
     "check_to_json",
     "milliseconds",
     "print_check",
+    "print_findings",
     "print_heading",
+    "print_opening",
     "print_roots",
+    "print_step",
+    "print_total",
     "print_wrapped",
     "roots_to_json",
+    "waterfall",
 )
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -60,6 +66,9 @@ def check_to_json(result: CheckResult) -> str:
       `issuers`), or null
     - `server_version`: as PostgreSQL writes it, or null
     - `problem`: `step`, `type` (the error's class), `message` and `retryable`, or null
+    - `refusal`: why `create_pool()` refuses the settings as they are written, where sslmode=verify-full is the answer:
+      `type` (the error's class), `message` and `hardened` (the DSN to use, without its password, or null), or null. The
+      check is of the settings under sslmode=verify-full
     """
     tls, anchor, problem = result.tls, result.anchor, result.problem
     document: dict[str, Any] = {
@@ -84,6 +93,7 @@ def check_to_json(result: CheckResult) -> str:
         },
         "server_version": result.server_version,
         "problem": problem and _pick(problem, "step", "type", "message", "retryable"),
+        "refusal": result.refusal and _pick(result.refusal, "type", "message", "hardened"),
     }
     return json.dumps(document, indent=2)
 
@@ -147,6 +157,7 @@ _SIGNS = {
     "retried": ("↻", "~", "yellow"),
     "failed": ("✗", "x", "bold red"),
     "skipped": ("·", "-", "dim"),
+    "running": ("▸", ">", "cyan"),
 }
 _VERDICTS = {
     "good": ("bold green", "Good: TLS 1.3, certificate and host name verified in full, login by SCRAM."),
@@ -156,13 +167,48 @@ _VERDICTS = {
 
 
 def print_check(result: CheckResult, console: Console) -> None:
-    """Print the steps as a waterfall, then the facts, the problem if there is one, and the verdict."""
+    """Print what `create_pool()` refuses, the steps as a waterfall, the facts, the problem, and the verdict."""
+    print_opening(result, console)
+    console.print(waterfall(result, console))
+    print_findings(result, console)
+
+
+def print_opening(result: CheckResult, console: Console) -> None:
+    """Print what `create_pool()` refuses of the settings as they are written, and where the check connects."""
+    if result.refusal is not None:
+        heading = "create_pool() refuses these settings as they are written"
+        console.print(heading, style="bold yellow", markup=False, highlight=False)
+        print_wrapped(console, " ".join(result.refusal.message.split()), indent=2)
+        if result.refusal.hardened is not None:
+            print_wrapped(console, "`neon-async harden` prints that string with its password.", indent=2)
+        if result.target is not None:
+            print_wrapped(console, "The check goes on under sslmode=verify-full.", indent=2)
+        console.print()
     if result.target is not None:
         print_wrapped(console, result.target.partition("?")[0], style="bold")
         console.print()
-    for step in result.steps:
-        _print_step(step, result, console)
-    console.print(f"  {'total':<15}{milliseconds(result.seconds):>10}", style="bold", highlight=False)
+
+
+def waterfall(result: CheckResult, console: Console) -> Text:
+    """Return the steps, one on each line, with bars that show when each one ran, and the total."""
+    from rich.text import Text
+
+    lines = [_step_line(step, result, console, _bar(step, result.seconds, console)) for step in result.steps]
+    return Text("\n").join((*lines, _total_line(result)))
+
+
+def print_step(step: Step, result: CheckResult, console: Console) -> None:
+    """Print one step of `result` without a bar."""
+    console.print(_step_line(step, result, console))
+
+
+def print_total(result: CheckResult, console: Console) -> None:
+    """Print how long the steps took."""
+    console.print(_total_line(result))
+
+
+def print_findings(result: CheckResult, console: Console) -> None:
+    """Print the facts, the problem if there is one, and the verdict."""
     for title, facts in _facts(result):
         print_heading(console, title)
         for name, value in facts:
@@ -172,6 +218,8 @@ def print_check(result: CheckResult, console: Console) -> None:
         print_wrapped(console, " ".join(result.problem.message.split()), indent=2)
     style, text = _VERDICTS[result.verdict]
     console.print()
+    if result.refusal is not None and result.verdict == "good":
+        print_wrapped(console, "Under sslmode=verify-full, which create_pool() has to be given:")
     console.print(text, style=style, highlight=False)
 
 
@@ -230,22 +278,31 @@ def _sign(outcome: str, console: Console) -> tuple[str, str]:
     return (ascii_sign if console.options.ascii_only else sign), style
 
 
-def _print_step(step: Step, result: CheckResult, console: Console) -> None:
+def _step_line(step: Step, result: CheckResult, console: Console, bar: str | None = None) -> Text:
     from rich.text import Text
 
     sign, style = _sign(step.outcome, console)
     line = Text(no_wrap=True, style="dim" if step.outcome == "skipped" else "")
     line.append(f"{sign} ", style)
     line.append(f"{step.name:<15}{'' if step.seconds is None else milliseconds(step.seconds):>10}  ")
-    line.append(f"{_bar(step, result.seconds, console):<{_BAR_CELLS}}  ", style)
+    if bar is not None:
+        line.append(f"{bar:<{_BAR_CELLS}}  ", style)
     line.append(escape(result.problem.type if step.outcome == "failed" and result.problem else step.detail))
     line.truncate(console.width, overflow="crop" if console.options.ascii_only else "ellipsis")
     line.rstrip()
-    console.print(line)
+    return line
+
+
+def _total_line(result: CheckResult) -> Text:
+    from rich.text import Text
+
+    return Text(f"  {'total':<15}{milliseconds(result.seconds):>10}", style="bold")
 
 
 def _bar(step: Step, total: float, console: Console) -> str:
     if step.started is None or step.seconds is None:
+        return ""
+    if not total:
         return ""
     start, end = (round(moment / total * _BAR_CELLS) for moment in (step.started, step.started + step.seconds))
     length = max(1, end - start)

@@ -244,7 +244,7 @@ class TestHealing:
             with pytest.raises(asyncpg.InvalidCachedStatementError):
                 await connection.execute(
                     f"INSERT INTO {TABLE} VALUES (4); COMMIT; "
-                    f"DO $$ BEGIN EXECUTE 'PREPARE {name} AS SELECT * FROM {TABLE}'; END $$;"
+                    f"DO $$ DECLARE a text := 'PREPARE {name} AS SELECT * FROM {TABLE}'; BEGIN EXECUTE a; END $$;"
                     f"ALTER TABLE {TABLE} ADD COLUMN b int; EXECUTE {name}"
                 )
             assert await direct.fetchval(f"SELECT count(*) FROM {TABLE} WHERE a = 4") == 1

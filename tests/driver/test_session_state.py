@@ -28,6 +28,10 @@ PATH = "SELECT nullif(current_setting('search_path'), '\"$user\", public')"
 TEMPORARY = "SELECT relname FROM pg_class WHERE relnamespace = pg_my_temp_schema() AND relkind <> 'i'"
 TEMPORARY_FUNCTION = "SELECT proname FROM pg_proc WHERE pronamespace = pg_my_temp_schema()"
 BODY = "CREATE FUNCTION bodied() RETURNS int BEGIN ATOMIC SELECT CASE WHEN true THEN 1 END; END"
+CASE_BODY = "CREATE FUNCTION bodied() RETURNS int BEGIN ATOMIC SELECT 1 case; END"
+LISTENING = "SELECT pg_listening_channels()"
+SLOT = "SELECT slot_name FROM pg_replication_slots WHERE temporary AND active_pid = pg_backend_pid()"
+STATISTICS = "SELECT stxname FROM pg_statistic_ext WHERE stxnamespace = pg_my_temp_schema()"
 XML = "SELECT nullif(current_setting('xmloption'), 'content')"
 
 
@@ -58,6 +62,53 @@ LEAKS = rows(
     ("EXPLAIN (BUFFERS, ANALYZE) SELECT set_config('app.tenant', 'a', false)", (), SETTING),
     ("SELECT 1 WHERE set_config('app.tenant', 'a', false) IS NULL", (), SETTING),
     ("VALUES (set_config('app.tenant', 'a', false))", (), SETTING),
+    ("SELECT set_config('app.tenant', ARRAY['a','b']::text, false)", (), SETTING),
+    ("SELECT U&\"set!005fconfig\" UESCAPE E'!' ('app.tenant', 'a', false)", (), SETTING),
+    ("SELECT U&\"set!005fconfig\" UESCAPE $$!$$ ('app.tenant', 'a', false)", (), SETTING),
+    # What executes expressions at once
+    (
+        (
+            "CREATE TABLE parted (a text) PARTITION BY LIST (a); "
+            "CREATE TABLE part PARTITION OF parted FOR VALUES IN (set_config('app.tenant', 'a', false)); "
+            "DROP TABLE parted"
+        ),
+        (),
+        SETTING,
+    ),
+    (
+        (
+            "CREATE DOMAIN dom AS text; CREATE TABLE doms (a dom); INSERT INTO doms VALUES ('a'); "
+            "ALTER DOMAIN dom ADD CHECK (set_config('app.tenant', 'a', false) = VALUE); "
+            "DROP TABLE doms; DROP DOMAIN dom"
+        ),
+        (),
+        SETTING,
+    ),
+    # SQL in an argument of what executes it
+    ("SELECT query_to_xml('SELECT set_config(''app.tenant'', ''a'', false)', true, true, '')", (), SETTING),
+    ("SELECT query_to_xml($1, true, true, '')", ("SELECT set_config('app.tenant', 'a', false)",), SETTING),
+    ("SELECT ts_stat($$SELECT to_tsvector(set_config('app.tenant', 'a', false))$$)", (), SETTING),
+    # Blocks
+    ("DO $$ BEGIN PERFORM set_config('app.tenant', 'a', false); END $$", (), SETTING),
+    ("DO LANGUAGE plpgsql $a$ DECLARE a text := set_config('app.tenant', 'a', false); BEGIN END $a$", (), SETTING),
+    ("DO $$ BEGIN IF true THEN SET app.tenant = 'a'; END IF; END $$ LANGUAGE 'plpgsql'", (), SETTING),
+    ("DO $$ BEGIN RAISE 'a'; EXCEPTION WHEN others THEN SET SESSION app.tenant TO a; END $$", (), SETTING),
+    ("DO $$ <<a>> BEGIN CASE WHEN false THEN NULL; ELSE SET app.tenant = 'a'; END CASE; END $$", (), SETTING),
+    ("DO E'BEGIN PERFORM set\\x5fconfig(\\'app.tenant\\', \\'a\\', false); END'", (), SETTING),
+    ("DO 'BEGIN '\n'PERFORM set_config(''app.tenant'', ''a'', false); END'", (), SETTING),
+    ("DO $$ BEGIN EXECUTE $a$SET app.tenant = 'a'$a$; END $$", (), SETTING),
+    ("DO $$ BEGIN EXECUTE 'SET ' || 'app.tenant = 1'; END $$", (), SETTING),
+    ("DO $$ DECLARE a text := 'app.tenant'; BEGIN EXECUTE 'SET ' || a || ' = 1'; END $$", (), SETTING),
+    ("DO $$ BEGIN EXECUTE 'SET app.tenant TO ' || quote_literal('a'); END $$", (), SETTING),
+    ("DO $$ BEGIN EXECUTE format('SET %s = %L', 'app.tenant', 'a'); END $$", (), SETTING),
+    ("DO $$ BEGIN EXECUTE 'SELECT set_config($1, $2, false)' USING 'app.tenant', 'a'; END $$", (), SETTING),
+    ("DO $$ BEGIN DO $a$ BEGIN SET app.tenant = 'a'; END $a$; END $$", (), SETTING),
+    ("DO $$ BEGIN FOR i IN 1..2 LOOP PERFORM pg_try_advisory_lock(i); END LOOP; END $$", (), LOCK),
+    ("DO $$ DECLARE r record; BEGIN FOR r IN EXECUTE 'SELECT pg_advisory_lock(1)' LOOP END LOOP; END $$", (), LOCK),
+    ("DO 'BEGIN LISTEN orders; END'", (), LISTENING),
+    ("DO $$ BEGIN CREATE TEMP TABLE a (b int); END $$", (), TEMPORARY),
+    ("DO $$ BEGIN EXECUTE format('CREATE TABLE pg_temp.%I (b int)', 'a'); END $$", (), TEMPORARY),
+    ("DO $$ BEGIN PREPARE a AS SELECT 1; END $$", (), PREPARED),
     # SET
     ("SET app.tenant = 'a'", (), SETTING),
     ("/**/SET/**/app.tenant='a'", (), SETTING),
@@ -95,6 +146,23 @@ LEAKS = rows(
     ("SELECT 1 AS b INTO TEMPORARY TABLE a", (), TEMPORARY),
     ("SELECT 1 AS b INTO LOCAL TEMP a", (), TEMPORARY),
     ("SELECT 1 AS b INTO pg_temp.a", (), TEMPORARY),
+    ("SELECT 1 AS insert INTO TEMP a", (), TEMPORARY),
+    (
+        "CREATE TABLE IF NOT EXISTS measured (a int, b int); CREATE STATISTICS pg_temp.s ON a, b FROM measured",
+        (),
+        STATISTICS,
+    ),
+    ("BEGIN; SET LOCAL search_path = pg_temp, public; CREATE TABLE a (b int); COMMIT", (), TEMPORARY),
+    ("BEGIN; SET LOCAL SCHEMA 'pg_temp'; CREATE VIEW a AS SELECT 1; COMMIT", (), TEMPORARY),
+    (
+        "BEGIN; SELECT set_config('search_path', '\"pg_temp\"', true); CREATE SEQUENCE a; COMMIT",
+        (),
+        TEMPORARY,
+    ),
+    # Replication slots
+    ("SELECT pg_create_physical_replication_slot('a', false, true)", (), SLOT),
+    ("SELECT pg_create_physical_replication_slot('a', temporary => 'on')", (), SLOT),
+    ("SELECT pg_create_physical_replication_slot($1, $2, $3)", ("a", False, True), SLOT),
     # Statements and cursors
     ("PREPARE a AS SELECT 1", (), PREPARED),
     ("PREPARE a (int) AS SELECT $1", (), PREPARED),
@@ -103,6 +171,7 @@ LEAKS = rows(
     ("BEGIN; DECLARE a BINARY INSENSITIVE NO SCROLL CURSOR/**/WITH/**/HOLD FOR SELECT 1; COMMIT", (), CURSOR),
     # After the body of a function
     ("BEGIN; " + BODY + "; ROLLBACK; SET app.tenant = 'a'", (), SETTING),
+    ("BEGIN; " + CASE_BODY + "; ROLLBACK; SET app.tenant = 'a'", (), SETTING),
 )
 
 LOCAL = rows(
@@ -122,6 +191,18 @@ LOCAL = rows(
     ("SELECT pg_advisory_xact_lock(1)", (), LOCK),
     ("EXPLAIN SELECT pg_advisory_lock(1)", (), LOCK),
     ("EXPLAIN (ANALYZE off) SELECT pg_advisory_lock(1)", (), LOCK),
+    ("DO $$ BEGIN SET LOCAL app.tenant = 'a'; PERFORM set_config('app.tenant', 'a', true); END $$", (), SETTING),
+    ("DO $$ BEGIN EXECUTE format('SET LOCAL %I.tenant = %L', 'app', 'SET a = 1'); END $$", (), SETTING),
+    ("DO $$ BEGIN CREATE TEMP TABLE a (b int) ON COMMIT DROP; INSERT INTO a VALUES (1); END $$", (), TEMPORARY),
+    ("DO $$ DECLARE temp int; BEGIN SELECT 1 INTO temp; SELECT INTO temp 2; END $$", (), TEMPORARY),
+    ("DO $$ DECLARE set int; load text; BEGIN set := 1; set = 2; load := 'a'; END $$", (), SETTING),
+    ("DO $$ BEGIN GRANT EXECUTE ON FUNCTION pg_advisory_lock(bigint) TO PUBLIC; END $$", (), LOCK),
+    ("DO $$ BEGIN RAISE NOTICE 'SET app.tenant = 1; LISTEN orders'; END $$", (), SETTING),
+    ("SELECT query_to_xml('SELECT 1 AS \"LISTEN a\"', true, true, $1)", ("",), LISTENING),
+    ("BEGIN; SET LOCAL search_path = public, pg_temp; COMMIT", (), TEMPORARY),
+    ("SELECT set_config('search_path', 'public, pg_temp', true)", (), PATH),
+    ("SELECT pg_create_physical_replication_slot('a'), pg_drop_replication_slot('a')", (), SLOT),
+    ("SELECT pg_create_physical_replication_slot('a', $1, $2), pg_drop_replication_slot('a')", (True, False), SLOT),
     ("DEALLOCATE ALL", (), PREPARED),
     ("DISCARD TEMP", (), TEMPORARY),
 )
@@ -164,6 +245,22 @@ async def test_what_ends_with_its_transaction_works_on_a_pooled_host(
         assert await own.fetchval(probe) is None
     async with opened(connector_to(pgbouncer)) as connection:
         await run(connection, query, args)
+
+
+async def test_backslash_escapes_in_all_strings_hide_nothing(
+    pgbouncer: LocalPgBouncer, postgres: LocalPostgres
+) -> None:
+    """`standard_conforming_strings` is one of the settings that PgBouncer tracks, so a client may turn it off."""
+    hidden = r"SELECT 'a\'', set_config('app.tenant', 'a', false), '\''"
+    async with session(postgres) as own:
+        await own.execute("SET standard_conforming_strings = off")
+        await own.execute(hidden)
+        assert await own.fetchval(SETTING) == "a"
+    async with opened(connector_to(pgbouncer)) as connection:
+        await connection.execute("SET standard_conforming_strings = off")
+        with pytest.raises(neon_async.PooledHostError, match="set_config"):
+            await connection.execute(hidden)
+        assert await connection.fetchval(r"SELECT 'a\'; LISTEN b'") == "a'; LISTEN b"
 
 
 ARGUMENTS = ("app.tenant", "a", False)

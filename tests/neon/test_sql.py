@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.probes import HANG
 
+from neon_async._neon.calls import JUDGED
 from neon_async._neon.sql import session_feature
 
 
@@ -61,6 +62,38 @@ from neon_async._neon.sql import session_feature
         ("DECLARE c CURSOR FOR SELECT set_config('a', 'b', false)", "set_config('a', ..., false)"),
         ('SELECT "pg_advisory_lock"(1)', "pg_advisory_lock()"),
         ("SELECT setseed(0.5)", "setseed()"),
+        ("SELECT extensions.dblink_connect('a', 'b')", "dblink_connect()"),
+        ("SELECT dblink_connect_u('b')", "dblink_connect_u()"),
+        ("SELECT auth.jwt_session_init($1)", "jwt_session_init()"),
+        ("SELECT set_limit(0.5)", "set_limit()"),
+        ("SELECT extensions.show_limit(), extensions.set_limit($1::real)", "set_limit()"),
+        ("SELECT pg_backup_start('a', true)", "pg_backup_start()"),
+        (
+            "SELECT pg_create_logical_replication_slot('a', 'b', temporary := $1)",
+            "pg_create_logical_replication_slot(temporary => true)",
+        ),
+        (
+            "SELECT pg_copy_logical_replication_slot('a', 'b', true, 'c')",
+            "pg_copy_logical_replication_slot(temporary => true)",
+        ),
+        (
+            "IMPORT FOREIGN SCHEMA a FROM SERVER b INTO pg_temp OPTIONS (c 'd')",
+            "IMPORT FOREIGN SCHEMA ... INTO pg_temp",
+        ),
+        ("SET LOCAL search_path TO 'pg_temp_3'", "search_path = pg_temp"),
+        ("SELECT crosstab('SELECT set_config(''a'', ''b'', false)')", "set_config('a', ..., false)"),
+        ("SELECT ts_rewrite('a', (('SELECT set_config(''a'', ''b'', false)'))::text)", "set_config('a', ..., false)"),
+        ("SELECT query_to_xml($$SELECT query_to_xml('SELECT setseed(1)', a)$$, b)", "setseed()"),
+        ("DO $$ BEGIN EXECUTE 'SET ' || a; END $$", "SET"),
+        ("DO $$ BEGIN EXECUTE ('LISTEN ' || a); END $$", "LISTEN"),
+        ("DO $$ BEGIN PERFORM CASE WHEN a THEN comment ELSE set END, setseed(1); END $$", "setseed()"),
+        (
+            (
+                "CREATE FUNCTION a() RETURNS int BEGIN ATOMIC SELECT 1 case; END;"
+                "CREATE FUNCTION b() RETURNS int BEGIN ATOMIC SELECT 1; END; LISTEN c"
+            ),
+            "LISTEN",
+        ),
         ("SELECT pg_replication_origin_session_setup('a')", "pg_replication_origin_session_setup()"),
         ("/**/SET/**/app.tenant='a'", "SET app.tenant"),
         ("SET a.b.c = 1", "SET a.b.c"),
@@ -122,7 +155,32 @@ def test_a_session_feature_is_found_and_named(query: str, name: str) -> None:
         "SELECT '; LISTEN a",
         'SELECT "; LISTEN a',
         "SELECT $$; LISTEN a",
-        "DO $$ BEGIN PERFORM pg_advisory_lock(1); END $$",
+        "DO LANGUAGE plpython3u $$ plpy.execute('LISTEN a') $$",
+        "DO $$ BEGIN CREATE VIEW a AS SELECT pg_advisory_lock(1); END $$",
+        "DO $$ BEGIN DROP FUNCTION pg_advisory_lock(bigint); END $$",
+        "DO $$ BEGIN PERFORM CASE WHEN a THEN set ELSE listen END FROM b; END $$",
+        "DO $$ BEGIN EXECUTE 'ALTER TABLE ' || a || ' SET SCHEMA b'; EXECUTE a || ' SET b = 1'; END $$",
+        "DO $$ BEGIN EXECUTE format('ALTER ROLE %I SET search_path = %L', a, 'b'); EXECUTE a; END $$",
+        "DO $$ BEGIN EXECUTE format('COMMENT ON TABLE a IS %L', 'b; LISTEN c'); END $$",
+        "DO $$ BEGIN CREATE TRIGGER a AFTER INSERT ON b EXECUTE FUNCTION c('LISTEN d'); END $$",
+        "DO",
+        "DO LANGUAGE",
+        "DO $$ BEGIN EXECUTE",
+        "SELECT set_limit($1, $2), app.setseed(1), set_limit()",
+        "SELECT query_to_xml(a, true, true, ''), ts_stat($1), query_to_xml('LISTEN a' || b, true, true, '')",
+        "SELECT pg_create_logical_replication_slot('a', 'b', twophase => true)",
+        "SELECT pg_create_logical_replication_slot('a', 'b', temporary => false)",
+        "SELECT pg_copy_physical_replication_slot('a', 'b', 'off'::bool) FROM pg_drop_replication_slot",
+        "IMPORT FOREIGN SCHEMA a FROM SERVER b INTO c",
+        "SET LOCAL search_path = a, pg_temp",
+        "SET LOCAL pg_temp.a = pg_temp",
+        "SELECT set_config('search_path', $1, true)",
+        "CREATE STATISTICS a ON b, c FROM pg_temp.d",
+        "CREATE FUNCTION a() RETURNS int LANGUAGE sql SET search_path = pg_temp AS 'SELECT 1'",
+        "CREATE TABLE a PARTITION OF b FOR VALUES IN (lower('A'))",
+        "SELECT a[1], ARRAY[1, 2], set_config('a.b', ARRAY['c', 'd']::text, true)",
+        "WITH a AS (SELECT 1) INSERT INTO temp SELECT 1",
+        "(INSERT INTO temp SELECT 1)",
         "UNLISTEN *",
         "NOTIFY orders",
         "SELECT pg_advisory_xact_lock(1), pg_try_advisory_xact_lock_shared(1)",
@@ -251,12 +309,27 @@ def test_the_advice_names_what_works_inside_a_transaction(query: str, instead: s
         ("SELECT set_config($1::text, $2, false)", ("a.b", "UTC"), False),
         ("SELECT set_config('a.b', $1, NOT $2)", ("c", True), False),
         ("SELECT set_config('a.b', $1, $2), pg_advisory_lock(1)", ("c", True), False),
+        ("SELECT set_config('search_path', $1, true)", ("pg_temp, a",), False),
+        ("SELECT set_config($1, $2, $3)", ("Search_Path", '"pg_temp_3" , a', True), False),
+        ("SELECT set_config($1, $2, $3)", ("search_path", "a, pg_temp", True), True),
+        ("SELECT pg_create_physical_replication_slot('a', $1, $2)", (True, False), True),
+        ("SELECT pg_create_physical_replication_slot('a', $1, $2)", (False, True), False),
+        ("SELECT pg_create_physical_replication_slot('a', $1, $2)", (), False),
+        ("SELECT query_to_xml($1, $2, true, '')", ("SELECT 'LISTEN a'", True), True),
+        ("SELECT query_to_xml($1, $2, true, '')", ("SELECT set_config('a', 'b', false)", True), False),
+        ("SELECT query_to_xml($1, $2, true, '')", (), True),
     ],
 )
 def test_an_argument_of_the_call_decides_where_the_text_does_not(
     query: str, args: tuple[object, ...], passes: bool
 ) -> None:
     assert (session_feature(query, args) is None) == passes
+
+
+@pytest.mark.parametrize("name", sorted(JUDGED))
+def test_a_text_with_a_function_that_is_judged_is_scanned(name: str) -> None:
+    query = f"SELECT {name}('a', 'b', $2), {name}($1)"
+    assert session_feature(query, ("SELECT setseed(1)",)) is not None
 
 
 SQL = st.text("'\"$;/*-\\ \nEeUu&()=,.a1é")
@@ -307,6 +380,9 @@ def test_the_contents_of_strings_names_and_comments_do_not_count(text: str) -> N
         "a.",
         "; ",
         "''",
+        "DO $a$ ",
+        "ARRAY[",
+        "E'\\x41' ",
         "x",
     ],
 )

@@ -12,7 +12,7 @@ from typing import Final
 
 from .._errors import ConfigurationError
 from .._neon.endpoint import Endpoint, direct_host
-from .._neon.sql import TRACKED_SETTINGS
+from .._neon.features import TRACKED_SETTINGS
 from .readers import Given, Reader, is_utf8
 
 

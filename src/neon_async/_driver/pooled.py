@@ -10,7 +10,8 @@ from typing import Any, NoReturn
 
 from .._errors import PooledHostError
 from .._neon.endpoint import direct_host
-from .._neon.sql import REPORTED_SETTINGS, quote, session_feature
+from .._neon.features import REPORTED_SETTINGS
+from .._neon.sql import quote, session_feature
 from .connection import Connection
 from .holder import Use, own_session
 from .session import Session
@@ -167,7 +168,10 @@ def refuse_session_features(connection: object, query: object, args: Sequence[ob
         PooledHostError: `query` needs a session of its own.
     """
     session = own_session(connection)
-    feature = session_feature(query, args) if isinstance(query, str) else None
+    if not isinstance(query, str):
+        return session
+    backslashes = "\\" in query and _has_backslash_escapes(connection)
+    feature = session_feature(query, args, backslashes=backslashes)
     if feature is not None:
         _refuse(session, feature.name, f"Write {feature.instead}, or use" if feature.instead else "Use")
     return session
@@ -178,6 +182,11 @@ def _refuse(session: Session, what: str, use: str = "Use") -> NoReturn:
         f"{what} needs a session of its own, and {session.host} may run each transaction in another session. "
         f"{use} {direct_host(session.endpoint)}."
     )
+
+
+def _has_backslash_escapes(connection: Any) -> bool:
+    """Return whether the server reads backslashes as escapes in every string."""
+    return getattr(connection.get_settings(), "standard_conforming_strings", "on") == "off"
 
 
 def is_pooled(connection: object) -> bool:

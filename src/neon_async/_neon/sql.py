@@ -2,9 +2,10 @@
 
 The text is taken apart as PostgreSQL's scanner does it, so that nothing inside a string, a comment or a quoted name
 counts. What would outlive its transaction is refused unless the text, or an argument of the call, shows that it does
-not. Not examined are the bodies of functions and of `DO`, SQL that functions execute, and what is far behind in a long
-text. Statements that only clean up (`UNLISTEN`, `RESET`, `DEALLOCATE`, `pg_advisory_unlock`) pass: they are harmless
-where there is nothing to clean up.
+not. The blocks of `DO` in PL/pgSQL count, with what they EXECUTE as far as it is visible, and so does SQL in an
+argument of PostgreSQL's own functions that execute it. Not examined are the bodies of functions, and what is far behind
+in a long text. Statements that only clean up (`UNLISTEN`, `RESET`, `DEALLOCATE`, `pg_advisory_unlock`) pass: they are
+harmless where there is nothing to clean up.
 """
 
 from __future__ import annotations
@@ -15,44 +16,34 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, TypeAlias
 
-from .tokens import compiled, end_of_comment, identifier, statements
-
-
-class SessionFeature(NamedTuple):
-    """A feature that needs a session of its own.
-
-    Attributes:
-        name: The feature, as SQL spells it.
-        instead: What has the same effect inside a transaction, or ''.
-    """
-
-    name: str
-    instead: str
-
-
-# The settings that PgBouncer restores on every server connection that it assigns to a client (its documentation,
-# track_extra_parameters), as servers report them (PostgreSQL documentation, section 54.2.7), and in lower case.
-REPORTED_SETTINGS = (
-    "standard_conforming_strings",
-    "client_encoding",
-    "DateStyle",
-    "IntervalStyle",
-    "TimeZone",
-    "application_name",
+from . import blocks
+from .calls import (
+    ADVICE_TABLE,
+    JUDGED,
+    PATH_TO_TEMPORARY,
+    Finding,
+    SetConfig,
+    Slot,
+    is_temporary_schema,
+    of_calls,
+    value_of,
 )
-TRACKED_SETTINGS = frozenset(map(str.lower, REPORTED_SETTINGS))
+from .features import TRACKED_SETTINGS, NestedText, SessionFeature
+from .tokens import compiled, end_of_comment, identifier, statements, string
 
 
-def session_feature(query: str, args: Sequence[object] = ()) -> SessionFeature | None:
+def session_feature(query: str, args: Sequence[object] = (), *, backslashes: bool = False) -> SessionFeature | None:
     """Return the session feature that `query`, one statement or several, would use, or None.
 
     Args:
         query: The text.
         args: The values of its parameters, as far as they are known.
+        backslashes: Whether every string has backslash escapes, because `standard_conforming_strings` is off.
     """
-    findings = _cached_scan(query) if len(query) <= _CACHED else _scan(query[:_SCANNED])
+    cacheable = len(query) <= _CACHED and not backslashes
+    findings = _cached_scan(query) if cacheable else _scan(query[:_SCANNED], backslashes=backslashes)
     for finding in findings:
-        feature = finding if isinstance(finding, SessionFeature) else finding.feature(args)
+        feature = finding.feature(args)
         if feature is not None:
             return feature
     return None
@@ -68,21 +59,48 @@ _SCANNED = 65_536
 _CACHED = 4_096
 
 # A text without one of these words is never refused. The search for words is ten times as fast as that for the pattern,
-# which tells them from parts of other words.
-_WORDS = ("listen", "advisory_lock", "set", "origin_session", "temp", 'u&"', "cursor", "prepare", "load")
+# which tells them from parts of other words. Escapes can hide any word, in names and in SQL that is executed.
+_WORDS = (
+    *("listen", "advisory_lock", "set", "temp", "cursor", "prepare", "load", "u&", "\\", "origin_session"),
+    *("replication_slot", "dblink_connect", "jwt_session_init", "pg_backup_start", "pg_start_backup"),
+    *("query_to_xml", "ts_stat", "ts_rewrite", "crosstab"),
+)
 _SUSPICIOUS = (
-    r"listen|advisory_lock|set_config|setseed|origin_session|pg_settings|pg_temp|u&\""
-    r"|(?<![\w$])(?:temp|temporary|cursor)(?![\w$])|(?:\A|[;/\s])(?:set|prepare|load)(?![\w$])"
+    rf"listen|pg_settings|pg_temp|{'|'.join(sorted(JUDGED))}|u&[\"']|\\[0-7xu]"
+    r"|(?<![\w$])(?:temp|temporary|cursor)(?![\w$])|(?:\A|[;/\s'$>])(?:set|prepare|load)(?![\w$])"
 )
 
 
-def _scan(query: str) -> tuple[_Finding, ...]:
+class _ParameterText(NamedTuple):
+    """SQL that is the argument for the parameter `number`."""
+
+    number: int
+
+    def feature(self, args: Sequence[object]) -> SessionFeature | None:
+        """Return the feature that the text needs, or None."""
+        text = value_of(self.number, args)
+        return session_feature(text) if isinstance(text, str) else None
+
+
+def _scan(query: str, *, backslashes: bool = False) -> tuple[_Judged, ...]:
     lowered = query.lower()
     if not any(word in lowered for word in _WORDS) or not compiled(_SUSPICIOUS).search(lowered):
         return ()
-    return tuple(itertools.chain.from_iterable(map(_findings, statements(query))))
+    found: list[_Judged] = []
+    texts = [(query, False)]
+    for text, is_block in texts:  # which grows meanwhile
+        find = _of_block if is_block else _findings
+        for finding in itertools.chain.from_iterable(map(find, statements(text, backslashes=backslashes))):
+            if not isinstance(finding, NestedText):
+                found.append(finding)
+            elif isinstance(finding.text, int):
+                found.append(_ParameterText(finding.text))
+            else:
+                texts.append((finding.text, finding.is_block))
+    return tuple(found)
 
 
+_Judged: TypeAlias = SessionFeature | SetConfig | Slot | _ParameterText
 _cached_scan = functools.lru_cache(maxsize=512)(_scan)
 
 
@@ -90,7 +108,6 @@ _cached_scan = functools.lru_cache(maxsize=512)(_scan)
 # Statements
 
 _ADVICE_SET = "SET LOCAL inside a transaction"
-_ADVICE_TABLE = "CREATE TEMP TABLE ... ON COMMIT DROP inside a transaction"
 _ADVICE_CURSOR = "DECLARE ... WITHOUT HOLD inside a transaction"
 
 # What names functions without calling them.
@@ -100,10 +117,10 @@ _DEFINES = frozenset({"alter", "comment", "drop", "grant", "revoke", "security"}
 _ON_A_TABLE = frozenset({"constraint", "index", "policy", "rule", "statistics", "trigger", "unique"})
 
 
-def _findings(statement: list[str]) -> Iterator[_Finding]:
+def _findings(statement: list[str]) -> Iterator[Finding]:
     """Yield what a statement needs a session for (src/backend/parser/gram.y)."""
     match statement:
-        case ["prepare", "transaction", name] if name.startswith("'"):
+        case ["prepare", "transaction", name] if string(name) is not None:
             return  # the first half of a two-phase commit
         case ["listen" | "load" | "prepare" as first, *_]:
             yield SessionFeature(first.upper(), "")
@@ -113,44 +130,73 @@ def _findings(statement: list[str]) -> Iterator[_Finding]:
             yield from _of_create(words)
         case ["explain", *words]:
             yield from _findings(_executed_by_explain(words))
-        case ["alter", "table", *_]:
+        case ["do", *words]:
+            yield NestedText(blocks.block_of(words), is_block=True)
+        case ["import", *words] if any(map(is_temporary_schema, _after(words, "into"))):
+            yield SessionFeature("IMPORT FOREIGN SCHEMA ... INTO pg_temp", "")
+        case ["alter", "table" | "domain", *_]:  # which execute expressions on the rows that exist
             yield from _of_expressions(statement)
         case [first, *words] if first not in _DEFINES:
-            if first == "declare" and _contains(list(itertools.takewhile("for".__ne__, words)), "with", "hold"):
-                yield SessionFeature("DECLARE ... WITH HOLD", _ADVICE_CURSOR)
+            yield from _of_declare(first, words)
             yield from _of_expressions(statement)
+            yield from _of_select_into(statement)
 
 
-def _of_set(words: list[str]) -> Iterator[_Finding]:
+def _of_declare(first: str, words: list[str]) -> Iterator[Finding]:
+    if first == "declare" and _contains(list(itertools.takewhile("for".__ne__, words)), "with", "hold"):
+        yield SessionFeature("DECLARE ... WITH HOLD", _ADVICE_CURSOR)
+
+
+def _of_block(statement: list[str]) -> Iterator[Finding]:
+    """Yield what a statement of a block of PL/pgSQL needs a session for. INTO names variables there."""
+    expressions, command = blocks.split(statement)
+    yield from _of_expressions(expressions)
+    yield from _findings(command)
+    yield from map(NestedText, blocks.executed(statement))
+
+
+def _of_set(words: list[str]) -> Iterator[Finding]:
     """Yield the feature of `SET [SESSION] ...`. Each keyword may also be the first part of a setting's name."""
     scope = _keyword(words)
     while scope == "session":
         words = words[1:]
         scope = _keyword(words)
     match [scope, *words[1:2]]:
-        case ["local" | "transaction" | "constraints" | "names", *_] | ["time", "zone"] | ["authorization", "default"]:
+        case ["local", *_]:
+            if _is_path_to_temporary(words[1:]):
+                yield PATH_TO_TEMPORARY
+            return
+        case ["transaction" | "constraints" | "names", *_] | ["time", "zone"] | ["authorization", "default"]:
             return
         case ["characteristics" | "authorization" as what, *_]:
             yield SessionFeature(f"SET SESSION {what.upper()}", "")
             return
-        case ["role", *_]:
-            yield SessionFeature("SET ROLE", "SET LOCAL ROLE inside a transaction")
-            return
-        case ["schema", *_]:
-            yield SessionFeature("SET SCHEMA", "SET LOCAL SCHEMA inside a transaction")
+        case ["role" | "schema" as what, *_]:
+            yield SessionFeature(f"SET {what.upper()}", f"SET LOCAL {what.upper()} inside a transaction")
             return
         case ["xml", "option"]:
             yield SessionFeature("SET XML OPTION", "SET LOCAL XML OPTION inside a transaction")
             return
     name, rest = _dotted_name(words)
     takes_effect = rest[:1] in (["="], ["to"], ["from"]) and rest[1:] != ["default"]
-    if takes_effect and ".".join(name).lower() not in TRACKED_SETTINGS:
+    if name == [blocks.UNKNOWN]:
+        yield SessionFeature("SET", _ADVICE_SET)
+    elif takes_effect and ".".join(name).lower() not in TRACKED_SETTINGS:
         yield SessionFeature(f"SET {'.'.join(name).lower()}", _ADVICE_SET)
 
 
 def _keyword(words: list[str]) -> str:
     """Return the keyword that a SET begins with, or '' where its first word is the name of a setting."""
     return "" if words[1:2] in (["."], ["="], ["to"]) else "".join(words[:1])
+
+
+def _is_path_to_temporary(words: list[str]) -> bool:
+    """Return whether `[SET LOCAL] search_path = pg_temp, ...`, or SCHEMA instead, makes CREATE use that schema."""
+    match words:
+        case ["schema", value, *_] | ["search_path" | '"search_path', "=" | "to", value, *_]:
+            name = string(value)
+            return is_temporary_schema(identifier(value) if name is None else name)
+    return False
 
 
 def _dotted_name(tokens: list[str]) -> tuple[list[str], list[str]]:
@@ -161,7 +207,7 @@ def _dotted_name(tokens: list[str]) -> tuple[list[str], list[str]]:
     return [identifier(lexeme) for lexeme in tokens[:count:2]], tokens[count:]
 
 
-def _of_create(words: list[str]) -> Iterator[_Finding]:
+def _of_create(words: list[str]) -> Iterator[Finding]:
     """Yield the feature of a temporary object that stays, and what the query of CREATE ... AS uses."""
     words = words[2:] if words[:2] == ["or", "replace"] else words
     words = words[1:] if words[:1] in (["local"], ["global"]) else words
@@ -170,10 +216,14 @@ def _of_create(words: list[str]) -> Iterator[_Finding]:
     stays = not (is_table and _contains(head, "on", "commit", "drop"))
     if stays and head[:1] in (["temp"], ["temporary"]):
         kind = next((word for word in head[1:3] if word in ("table", "view", "sequence")), "")
-        yield SessionFeature(f"CREATE TEMP {kind.upper()}".rstrip(), _ADVICE_TABLE if is_table else "")
-    elif stays and head and head[0] not in _ON_A_TABLE and any(map(_is_temporary_schema, head, head[1:])):
-        yield SessionFeature("CREATE in pg_temp", _ADVICE_TABLE if is_table else "")
-    if is_table or head[:1] == ["materialized"]:
+        yield SessionFeature(f"CREATE TEMP {kind.upper()}".rstrip(), ADVICE_TABLE if is_table else "")
+    elif stays and head[:1] == ["statistics"] and "on" in head and _has_temporary_schema(head[: head.index("on")]):
+        yield SessionFeature("CREATE in pg_temp", "")
+    elif stays and head and head[0] not in _ON_A_TABLE and _has_temporary_schema(head):
+        yield SessionFeature("CREATE in pg_temp", ADVICE_TABLE if is_table else "")
+    if is_table and _contains(head, "partition", "of"):
+        yield from _of_expressions(words)  # bounds are computed at once
+    elif is_table or head[:1] == ["materialized"]:
         yield from _of_expressions(query)
 
 
@@ -190,8 +240,15 @@ def _head(words: list[str]) -> tuple[list[str], list[str]]:
     return head, []
 
 
-def _is_temporary_schema(lexeme: str, following: str) -> bool:
-    return following == "." and re.fullmatch(r"pg_temp(_[0-9]+)?", identifier(lexeme)) is not None
+def _has_temporary_schema(words: list[str]) -> bool:
+    return any(
+        following == "." and is_temporary_schema(identifier(word)) for word, following in itertools.pairwise(words)
+    )
+
+
+def _after(words: list[str], word: str) -> list[str]:
+    """Return the name after each `word`."""
+    return [identifier(following) for before, following in itertools.pairwise(words) if before == word]
 
 
 def _executed_by_explain(words: list[str]) -> list[str]:
@@ -216,20 +273,6 @@ def _contains(words: list[str], *wanted: str) -> bool:
 # ---------------------------------------------------------------------------------------------------------------------
 # Inside a statement
 
-# PostgreSQL's functions that change the session, and what has the same effect inside a transaction.
-_SESSION_FUNCTIONS = {
-    **{
-        name: f"{name.replace('_lock', '_xact_lock', 1)}() inside a transaction"
-        for name in (
-            *("pg_advisory_lock", "pg_advisory_lock_shared"),
-            *("pg_try_advisory_lock", "pg_try_advisory_lock_shared"),
-        )
-    },
-    "setseed": "",
-    "pg_replication_origin_session_setup": "",
-}
-# The words before a name that is followed by a parenthesis without being a function.
-_NAMES_SOMETHING = frozenset({"into", "with", "recursive", "as", "table", "copy", "references"})
 # What can follow a table that is named `temp`, but not the keyword TEMP.
 _AFTER_A_NAME = frozenset(
     {"cross", "except", "fetch", "for", "from", "full", "group", "having", "inner", "intersect", "join", "left"}
@@ -237,40 +280,28 @@ _AFTER_A_NAME = frozenset(
 )
 
 
-def _of_expressions(statement: list[str]) -> Iterator[_Finding]:
-    """Yield what the function calls, SELECT INTO and UPDATE in a statement need a session for."""
-    yield from _of_calls(statement)
+def _of_expressions(statement: list[str]) -> Iterator[Finding]:
+    """Yield what the function calls and UPDATE in a statement need a session for."""
+    yield from of_calls(statement)
     for index, lexeme in enumerate(statement):
-        following = statement[index + 1 : index + 8]
-        if lexeme == "update" and _is_pg_settings(following):
+        if lexeme == "update" and _is_pg_settings(statement[index + 1 : index + 8]):
             yield SessionFeature("UPDATE pg_settings", _ADVICE_SET)
-        elif lexeme == "into" and statement[index - 1] not in ("insert", "merge") and _is_temporary(following):
-            yield SessionFeature("SELECT INTO TEMP", _ADVICE_TABLE)
 
 
-def _of_calls(statement: list[str]) -> Iterator[_Finding]:
-    opened: list[tuple[str, list[int]]] = []  # for each parenthesis: the function, and where its arguments begin
+def _of_select_into(statement: list[str]) -> Iterator[Finding]:
     for index, lexeme in enumerate(statement):
-        if lexeme == "(":
-            opened.append((_called(statement, index), [index + 1]))
-        elif lexeme == "," and opened:
-            opened[-1][1].append(index + 1)
-        elif lexeme == ")" and opened:
-            name, starts = opened.pop()
-            if name in _SESSION_FUNCTIONS:
-                yield SessionFeature(f"{name}()", _SESSION_FUNCTIONS[name])
-            elif name == "set_config" and len(starts) == 3:
-                yield from _of_set_config(statement[starts[0] : starts[1] - 1], statement[starts[2] : index])
+        if (
+            lexeme == "into"
+            and not _is_command(statement, index - 1)
+            and _is_temporary(statement[index + 1 : index + 8])
+        ):
+            yield SessionFeature("SELECT INTO TEMP", ADVICE_TABLE)
 
 
-def _called(statement: list[str], parenthesis: int) -> str:
-    """Return the name before a parenthesis, where it may be a built-in function of PostgreSQL, or ''."""
-    if parenthesis == 0:
-        return ""
-    name, before = identifier(statement[parenthesis - 1]), statement[max(parenthesis - 3, 0) : parenthesis - 1]
-    if before[-1:] == ["."]:
-        return name if identifier(before[0]) == "pg_catalog" else ""
-    return "" if before and before[-1] in _NAMES_SOMETHING else name
+def _is_command(statement: list[str], index: int) -> bool:
+    """Return whether INSERT or MERGE stands at `index`, and not a column of that name."""
+    is_word = index >= 0 and statement[index] in ("insert", "merge")
+    return is_word and (index == 0 or statement[index - 1] in ("(", ")"))
 
 
 def _is_temporary(target: list[str]) -> bool:
@@ -279,86 +310,12 @@ def _is_temporary(target: list[str]) -> bool:
         target = target[1:]
     if target[:1] in (["temp"], ["temporary"]):
         return bool(target[1:]) and target[1] not in _AFTER_A_NAME
-    return any(map(_is_temporary_schema, target[:1], target[1:2]))
+    return _has_temporary_schema(target[:2])
 
 
 def _is_pg_settings(target: list[str]) -> bool:
     name, _ = _dotted_name([lexeme for lexeme in target if lexeme not in ("only", "(")])
     return name[-1:] == ["pg_settings"] and name[:-1][-1:] in ([], ["pg_catalog"])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# set_config()
-
-_ADVICE_CONFIG = "set_config(..., true) inside a transaction"
-# PostgreSQL's parse_bool(), src/backend/utils/adt/bool.c.
-_TRUE = frozenset({"t", "tr", "tru", "true", "y", "ye", "yes", "on", "1"})
-_BOOLEAN = frozenset({"bool", "boolean"})
-_TEXT = frozenset({"text", "varchar"})
-
-
-class _SetConfig(NamedTuple):
-    """A call of set_config(). A number stands for the parameter of this number, None for what cannot be known.
-
-    Attributes:
-        setting: The name of the setting.
-        local: Whether it is set for the transaction only.
-        shown: The call, as messages show it.
-    """
-
-    setting: str | int | None
-    local: bool | int | None
-    shown: str
-
-    def feature(self, args: Sequence[object]) -> SessionFeature | None:
-        """Return the feature that the call needs with these arguments, or None."""
-        setting, local = _value_of(self.setting, args), _value_of(self.local, args)
-        if local is True or (isinstance(setting, str) and setting.lower() in TRACKED_SETTINGS):
-            return None
-        return SessionFeature(self.shown, _ADVICE_CONFIG)
-
-
-_Finding: TypeAlias = SessionFeature | _SetConfig
-
-
-def _value_of(known: str | int | None, args: Sequence[object]) -> object:
-    if isinstance(known, bool) or not isinstance(known, int):
-        return known
-    return args[known - 1] if 0 < known <= len(args) else None
-
-
-def _of_set_config(first: list[str], third: list[str]) -> Iterator[_Finding]:
-    name, flag = _without_casts(first, _TEXT), _without_casts(third, _BOOLEAN)
-    setting = name[1:-1] if len(name) > 1 and name[0] == name[-1] == "'" else _parameter(name)
-    is_true = flag == "true" or (flag.startswith("'") and flag[1:-1].strip().lower() in _TRUE)
-    shown_setting = name.lower() if isinstance(setting, str) else name if setting else "..."
-    shown_flag = third[0] if len(third) == 1 and len(third[0]) <= 20 else "..."
-    yield _SetConfig(
-        setting=setting,
-        local=True if is_true else _parameter(flag),
-        shown=f"set_config({shown_setting}, ..., {shown_flag})",
-    )
-
-
-def _parameter(lexeme: str) -> int | None:
-    return int(lexeme[1:]) if re.fullmatch(r"\$[0-9]{1,5}", lexeme) else None
-
-
-def _without_casts(tokens: list[str], types: frozenset[str]) -> str:
-    """Return the one lexeme of an argument without parentheses and casts to one of `types`, or '' for anything else."""
-    while len(tokens) > 1:
-        match tokens:
-            case ["(", *inner, ")"]:
-                tokens = inner
-            case [*inner, ":", ":", kind] if kind in types:
-                tokens = inner
-            case ["cast", "(", *inner, "as", kind, ")"] if kind in types:
-                tokens = inner
-            case [kind, value] if kind in types and value.startswith("'"):
-                tokens = [value]
-            case _:
-                return ""
-    return "".join(tokens)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

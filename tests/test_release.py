@@ -60,5 +60,31 @@ def test_the_check_of_what_is_released_is_part_of_ci() -> None:
     assert ".ci/dist " in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
 
 
+METADATA: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["hatch"][
+    "metadata"
+]
+SITE = PROJECT["urls"]["Documentation"]
+
+
+def test_every_address_of_the_site_is_the_same() -> None:
+    config = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    assert re.findall(r"^site_url: (\S+)", config, re.MULTILINE) == [SITE]
+    assert all(url.startswith(SITE) for url in PROJECT["urls"].values())
+
+
+def test_every_link_of_the_readme_leads_to_the_site_on_pypi() -> None:
+    """There is no repository around it there."""
+    [readme] = METADATA["hooks"].values()
+    text = (ROOT / readme["fragments"][0]["path"]).read_text(encoding="utf-8")
+    relative = re.findall(r"\]\((?!https://)", text)
+    for substitution in readme["substitutions"]:
+        text = re.sub(substitution["pattern"], substitution["replacement"], text)
+    assert re.findall(r"\]\((?!https://)", text) == []
+    paths = [url.removeprefix(SITE) for url in re.findall(r"\]\((https://[^)]+)\)", text) if url.startswith(SITE)]
+    assert len(paths) == len(relative) >= 15
+    files = [f"{path.removesuffix('/')}.md" if path.endswith("/") else path for path in paths]
+    assert [file for file in files if not (ROOT / "docs" / file).is_file()] == []
+
+
 def test_the_readme_is_one_page() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 130

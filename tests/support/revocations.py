@@ -14,7 +14,7 @@ from neon_async._wire.revocation.shard import Shard
 from support.crls import RevocablePKI
 from support.probes import HANG
 
-__all__ = ("forget_everything", "let_expire", "renew", "shard_on")
+__all__ = ("forget_everything", "let_expire", "now_due", "obtain", "renew", "shard_on")
 
 
 def forget_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -41,12 +41,25 @@ def let_expire(one: Shard, after: float = 0.0) -> None:
     one.state = one.state._replace(current=expiring)
 
 
-def renew(one: Shard) -> None:
-    """Let the list be fetched anew, and wait until that has ended. The event loop stands still meanwhile."""
-    disk._path(one.source).unlink(missing_ok=True)
-    one.state = one.state._replace(renew_at=time.time() - 1, retry_at=time.monotonic() - 1)
-    ended = threading.Event()
-    one.listeners.add(ended.set)
+def obtain(one: Shard) -> Shard:
+    """Let the list be obtained, and wait until that has ended. The event loop stands still meanwhile."""
+    changed = threading.Event()
+    one.listeners.add(changed.set)
     one.refresh()
-    assert ended.wait(HANG)
-    one.listeners.discard(ended.set)
+    while one.is_busy:
+        assert changed.wait(HANG)
+        changed.clear()
+    one.listeners.discard(changed.set)
+    return one
+
+
+def now_due(one: Shard) -> Shard:
+    """Let the time to renew or to retry have come."""
+    one.state = one.state._replace(renew_at=time.time() - 1, retry_at=time.monotonic() - 1)
+    return one
+
+
+def renew(one: Shard) -> None:
+    """Let the list be fetched anew, as `obtain()` does."""
+    disk._path(one.source).unlink(missing_ok=True)
+    obtain(now_due(one))

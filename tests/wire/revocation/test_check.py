@@ -7,9 +7,11 @@ import contextlib
 import datetime
 import gc
 import http.server
+import os
 import time
 import warnings
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +19,7 @@ from cryptography import x509
 from support.certificates import DAY, NOW, Entity, issue, present
 from support.crls import RevocablePKI, crl, point, scope, send
 from support.probes import HANG, nothing_is_left, until
-from support.revocations import let_expire, shard_on
+from support.revocations import forget_everything, let_expire, shard_on
 
 import neon_async
 from neon_async._driver.connector import Connector, prepare
@@ -286,6 +288,25 @@ async def test_a_list_that_comes_back_is_fetched_again_after_a_pause(pki: Revoca
         assert await outcome(connector) is None
         assert pki.lists.requests.count("/1.crl") == 2
     assert pause <= 1
+
+
+async def test_a_list_on_the_disk_that_is_due_is_used_while_the_next_one_is_fetched(
+    pki: RevocablePKI, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leaf = pki.leaf()
+    pki.publish("/1.crl", last_update=NOW - 20 * DAY)
+    async with serving(pki, leaf) as server:
+        assert await outcome(connector_for(server, "require")) is None
+        os.utime(disk._path(shard_on(pki).source), (0, 1.0))  # so old that it is time to renew
+        forget_everything(tmp_path, monkeypatch)  # a restart
+        release = pki.lists.hold("/1.crl")
+        try:
+            connector = connector_for(server, "require")
+            assert await outcome(connector) is None
+            assert status(connector) == "good"
+            assert shard_on(pki).is_busy
+        finally:
+            release.set()
 
 
 async def test_a_list_that_does_not_come_is_waited_for_until_connect_timeout(pki: RevocablePKI) -> None:

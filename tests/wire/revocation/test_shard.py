@@ -17,31 +17,15 @@ from hypothesis import strategies as st
 from support.certificates import DAY, NOW
 from support.crls import RevocablePKI
 from support.probes import HANG
-from support.revocations import forget_everything, let_expire
+from support.revocations import forget_everything, let_expire, now_due, obtain
 
 from neon_async._wire.revocation import disk, shard
 from neon_async._wire.revocation.lists import Source
-from neon_async._wire.revocation.shard import Shard, renewal, shard_of
+from neon_async._wire.revocation.shard import renewal, shard_of
 
 
 def source_of(pki: RevocablePKI, name: str = "/1.crl") -> Source:
     return Source(pki.lists.url(name), pki.issuer.der, for_cas=False, must_name_url=True)
-
-
-def obtain(one: Shard) -> Shard:
-    """Let the list be obtained, and wait until that has ended."""
-    ended = threading.Event()
-    one.listeners.add(ended.set)
-    one.refresh()
-    assert ended.wait(HANG)
-    one.listeners.discard(ended.set)
-    return one
-
-
-def now_due(one: Shard) -> Shard:
-    """Let the time to renew or to retry have come."""
-    one.state = one.state._replace(renew_at=time.time() - 1, retry_at=time.monotonic() - 1)
-    return one
 
 
 def test_a_list_is_fetched_once_for_all_who_ask_at_the_same_time(pki: RevocablePKI) -> None:
@@ -98,6 +82,25 @@ def test_a_file_that_is_of_no_use_is_replaced(
     assert path.read_bytes() == good
 
 
+def test_who_waits_is_told_of_a_list_on_the_disk_that_is_due_before_the_next_one_is_there(
+    pki: RevocablePKI, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pki.publish("/1.crl", last_update=NOW - 20 * DAY)
+    os.utime(disk._path(obtain(shard_of(source_of(pki))).source), (0, 1.0))
+    forget_everything(tmp_path, monkeypatch)
+    release = pki.lists.hold("/1.crl")
+    one, told = shard_of(source_of(pki)), threading.Event()
+    one.listeners.add(told.set)
+    one.refresh()
+    try:
+        assert told.wait(HANG)
+        assert one.is_busy
+        assert one.current is not None
+    finally:
+        release.set()
+    obtain(one)
+
+
 def test_a_forged_list_on_the_disk_is_not_believed(pki: RevocablePKI) -> None:
     leaf = pki.leaf()
     pki.publish("/1.crl", leaf, key=pki.root.key)
@@ -134,13 +137,21 @@ def test_a_list_that_is_due_is_renewed_and_stays_in_use_if_that_fails(
     assert leaf.certificate.serial_number in one.current
 
 
-def test_the_pauses_after_failures_grow_up_to_five_minutes(pki: RevocablePKI) -> None:
+@pytest.mark.parametrize(
+    ("is_known", "longest"), [pytest.param(True, 300, id="a list"), pytest.param(False, 30, id="no list")]
+)
+def test_the_pauses_after_failures_grow_up_to_five_minutes_or_less_without_a_list(
+    pki: RevocablePKI, is_known: bool, longest: float
+) -> None:
+    pki.publish("/1.crl")
     one, pauses = shard_of(source_of(pki)), []
+    if is_known:
+        obtain(one)
     for failures in range(12):
         one.state = one.state._replace(failures=failures)
         pauses.append(one._failed("fails").retry_at - time.monotonic())
-    assert all(0.4 <= pause <= min(2**number, 300) for number, pause in enumerate(pauses))
-    assert pauses[-1] > 149
+    assert all(0.4 <= pause <= min(2**number, longest) for number, pause in enumerate(pauses))
+    assert pauses[-1] > longest * 0.49
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,8 @@ _SHORTEST_WAIT = 1.0
 # Pauses after failures, in seconds.
 _BACKOFF_BASE = 1.0
 _BACKOFF_CAP = 300.0
+# Callers may be refused meanwhile.
+_BACKOFF_CAP_WITHOUT_LIST = 30.0
 
 
 class State(NamedTuple):
@@ -63,7 +65,8 @@ class Shard:
     Attributes:
         source: Where it comes from.
         state: What is known about it.
-        listeners: Called in the working thread, each time that it has been obtained or could not be.
+        listeners: Called in the working thread, each time that it has been obtained or could not be, and when an older
+            one that can be used was found on the disk.
     """
 
     def __init__(self, source: Source) -> None:
@@ -126,8 +129,11 @@ class Shard:
         elif self.state.failures and not state.failures:
             text = "the revocation list %(list_url)s is current again"
             log(logging.INFO, text, event="list_current", list_url=self.source.url)
+        self._publish(state._replace(is_busy=False))
+
+    def _publish(self, state: State) -> None:
         with self._lock:
-            self.state = state._replace(is_busy=False)
+            self.state = state
             listeners = list(self.listeners)
         for listener in listeners:
             with contextlib.suppress(RuntimeError):  # its event loop is closed
@@ -141,7 +147,8 @@ class Shard:
                 found = self._use(kept.der, min(kept.fetched_at, time.time()))
                 if found.renew_at > time.time():
                     return found
-                self.state = found._replace(failures=self.state.failures, is_busy=True)  # in case that fetching fails
+                # Of use until the next one has been fetched, or if that fails.
+                self._publish(found._replace(failures=self.state.failures, is_busy=True))
         del kept
         der = download.fetch(self.source.url)
         state = self._use(der, time.time())
@@ -167,7 +174,8 @@ class Shard:
 
     def _failed(self, why: str) -> State:
         failures = self.state.failures + 1
-        pause = backoff(_BACKOFF_BASE, failures - 1, _BACKOFF_CAP) * (1 + random.random()) / 2  # noqa: S311
+        cap = _BACKOFF_CAP if self.current is not None else _BACKOFF_CAP_WITHOUT_LIST
+        pause = backoff(_BACKOFF_BASE, failures - 1, cap) * (1 + random.random()) / 2  # noqa: S311
         return self.state._replace(failure=why, failures=failures, retry_at=time.monotonic() + pause)
 
 

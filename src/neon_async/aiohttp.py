@@ -17,7 +17,7 @@ Install it with `pip install neon-async[aiohttp]`.
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
-from typing import Unpack
+from typing import Final, Unpack
 
 from aiohttp import web
 
@@ -31,7 +31,7 @@ from ._wire.trust import AnchorSource
 
 __all__ = ("POOL", "pool_context", "readiness", "transaction", "unavailable_middleware", "use_pool")
 
-POOL = web.AppKey("neon_async.pool", Pool)
+POOL: Final[web.AppKey[Pool]] = web.AppKey("neon_async.pool", Pool)
 """The key of the pool: `request.app[POOL]`."""
 
 _SUBSTITUTES = web.AppKey("neon_async.substitutes", dict[web.AppKey[Pool], Pool])

@@ -46,16 +46,18 @@ COMPUTED = {
 
 # What asyncpg does not document, without an underscore.
 IMPORTS = {
-    HOLDER: {"asyncpg.pool.PoolConnectionHolder", "asyncpg.pool.PoolConnectionProxy"},
+    HOLDER: {"asyncpg.connresource", "asyncpg.pool.PoolConnectionHolder", "asyncpg.pool.PoolConnectionProxy"},
     "_driver.connector": {"asyncpg.pool.PoolConnectionProxy"},  # for type checkers
-    "_driver.resources": {"asyncpg.connresource.guarded", "asyncpg.cursor", "asyncpg.prepared_stmt"},
+    "_driver.resources": {"asyncpg.cursor", "asyncpg.prepared_stmt"},
     "_driver.transaction": {
-        "asyncpg.connresource.guarded",
         "asyncpg.transaction.Transaction",
     },
     "_pool.options": {"asyncpg.pool.PoolConnectionProxy"},  # for type checkers
     "_patch": {"asyncpg.connection", "asyncpg.pool"},  # other places of the public functions
-    "_pool.pool": {"asyncpg.pool.PoolAcquireContext"},
+    "_pool.pool": {
+        "asyncpg.pool.PoolAcquireContext",
+        "asyncpg.pool.PoolConnectionProxy",
+    },  # the latter for type checkers
 }
 
 

@@ -6,7 +6,9 @@ import asyncio
 from typing import Any, assert_type
 
 import asyncpg
+from asyncpg.cursor import Cursor, CursorFactory
 from asyncpg.pool import PoolConnectionProxy
+from asyncpg.prepared_stmt import PreparedStatement
 
 import neon_async
 
@@ -95,6 +97,26 @@ async def use_pools(dsn: str) -> None:
     lent = await opened.acquire()
     assert_type(lent, neon_async.Connection)
     await opened.release(lent)
+    await opened.run_transaction(init)
+
+    await opened.release("lent")  # type: ignore[arg-type]
+    await opened.run_transaction(of_numbers)  # type: ignore[arg-type]
+    await opened.run_transaction(not_async)  # type: ignore[arg-type]
+
+
+async def use_rows(pool: neon_async.Pool, connection: neon_async.Connection, own: bool) -> None:
+    assert_type(await pool.fetch("SELECT 1", record_class=Row), list[Row])
+    assert_type(await pool.fetch("SELECT 1", record_class=Row if own else None), list[asyncpg.Record] | list[Row])
+    assert_type(await connection.fetchrow("SELECT 1", record_class=Row), Row | None)
+    assert_type(await (await connection.prepare("SELECT 1", record_class=Row)).fetch(), list[Row])
+    async for row in connection.cursor("SELECT 1", record_class=Row):
+        assert_type(row, Row)
+    statement: PreparedStatement = await connection.prepare("SELECT 1")
+    factory: CursorFactory = statement.cursor()
+    cursor: Cursor = await factory
+    assert_type(await cursor.fetch(1), list[asyncpg.Record])
+
+    await pool.fetch("SELECT 1", record_class=dict)  # type: ignore[type-var]
 
 
 async def use_connections(dsn: str) -> None:

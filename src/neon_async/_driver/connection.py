@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Mapping
-from typing import Any, TypeVar, cast
+from collections.abc import AsyncIterable, Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, Unpack, cast
 
 import asyncpg
 
@@ -31,11 +31,20 @@ from .holder import (
     protocol_of,
 )
 from .progress import bounded, run_many
-from .resources import adopt_factory, adopt_statement
+from .resources import PreparedStatement, adopt_factory, adopt_statement
 from .session import Codec
 from .transaction import Transaction
 
-_T = TypeVar("_T")
+if TYPE_CHECKING:
+    from .signatures import (
+        CopyFromTableOptions,
+        CopyOptions,
+        CopyRecordsOptions,
+        CopyToTableOptions,
+        Output,
+        Rows,
+        Source,
+    )
 
 
 class Connection(HealedStatements[RecordT]):
@@ -87,13 +96,30 @@ class Connection(HealedStatements[RecordT]):
             return f"{session.reset_query}; {session.snapshot.deallocate_query()}"
         return session.reset_query
 
-    async def set_type_codec(self, typename: str, *, schema: str = "public", **options: Any) -> None:
+    async def set_type_codec(
+        self,
+        typename: str,
+        *,
+        schema: str = "public",
+        encoder: Callable[[Any], Any],
+        decoder: Callable[[Any], Any],
+        format: Literal["text", "binary", "tuple"] = "text",  # type: ignore[override]  # noqa: A002
+    ) -> None:
         """Set an encoder and a decoder for a type, as asyncpg does. At the end of a loan that is undone."""
+        options: Any = {"encoder": encoder, "decoder": decoder, "format": format}
         await super().set_type_codec(typename, schema=schema, **options)
         own_session(self).codecs[schema, typename] = Codec("set_type_codec", options)
 
-    async def set_builtin_type_codec(self, typename: str, *, schema: str = "public", **options: Any) -> None:
+    async def set_builtin_type_codec(
+        self,
+        typename: str,
+        *,
+        schema: str = "public",
+        codec_name: str,
+        format: Literal["text", "binary"] | None = None,  # type: ignore[override]  # noqa: A002
+    ) -> None:
         """Set a built-in codec for a type, as asyncpg does. At the end of a loan that is undone."""
+        options: Any = {"codec_name": codec_name, "format": format}
         await super().set_builtin_type_codec(typename, schema=schema, **options)
         own_session(self).codecs[schema, typename] = Codec("set_builtin_type_codec", options)
 
@@ -102,11 +128,22 @@ class Connection(HealedStatements[RecordT]):
         await super().reset_type_codec(typename, schema=schema)
         own_session(self).codecs.pop((schema, typename), None)
 
-    async def prepare(self, query: str, **options: Any) -> Any:
-        """Return a prepared statement, as asyncpg does. It cannot be used after the loan of the connection."""
-        return adopt_statement(await super().prepare(query, **options))
+    if not TYPE_CHECKING:  # `signatures` has the types, which depend on `record_class`
 
-    async def prepare_cached(self, query: str) -> Any:
+        async def prepare(self, query, **options):
+            """Return a prepared statement, as asyncpg does. It cannot be used after the loan of the connection."""
+            return adopt_statement(await super().prepare(query, **options))
+
+        def cursor(self, query, *args, **options):
+            """Return a cursor factory, as asyncpg does. It cannot be used after the loan of the connection."""
+            return adopt_factory(super().cursor(query, *args, **options))
+
+        async def fetchmany(self, query, args, *, timeout=None, **options):
+            """Run `query` for each sequence of arguments and return the rows, as asyncpg does; see `executemany()`."""
+            call = functools.partial(super().fetchmany, query, once(args), **options)
+            return await run_many(self, lambda seconds: call(timeout=seconds), timeout)
+
+    async def prepare_cached(self, query: str) -> PreparedStatement[RecordT]:
         """Return a prepared statement as `prepare()` does, from the cache that `fetch()` and the others use.
 
         `prepare()` asks the server each time, and has it forget the statement afterwards. A cached one serves later
@@ -115,53 +152,51 @@ class Connection(HealedStatements[RecordT]):
         Args:
             query: The text of the statement.
         """
-        return adopt_statement(await prepare_cached(self, query))
-
-    def cursor(self, query: str, *args: Any, **options: Any) -> Any:
-        """Return a cursor factory, as asyncpg does. It cannot be used after the loan of the connection."""
-        return adopt_factory(super().cursor(query, *args, **options))
+        statement: PreparedStatement[RecordT] = adopt_statement(await prepare_cached(self, query))
+        return statement
 
     def use_of(self, resource: object) -> Use:
         """Return a call on a prepared statement, a cursor or a transaction of this connection."""
         return Use(self, resource)
 
-    async def executemany(self, command: str, args: Any, *, timeout: float | None = None, **options: Any) -> Any:
+    async def executemany(self, command: str, args: Rows, *, timeout: float | None = None) -> None:
         """Run `command` for each sequence of arguments, as asyncpg does; one cancellation ends it.
 
         Args:
             command: The text of the statement.
             args: The sequences of arguments.
             timeout: Seconds for the whole call. Default: none; it ends when nothing moves for `command_timeout`.
-            **options: As for asyncpg.
 
         Raises:
             QueryTimeoutError: The time is over.
         """
-        call = functools.partial(super().executemany, command, once(args), **options)
-        return await run_many(self, lambda seconds: call(timeout=seconds), timeout)
-
-    async def fetchmany(self, query: str, args: Any, *, timeout: float | None = None, **options: Any) -> Any:
-        """Run `query` for each sequence of arguments and return the rows, as asyncpg does; see `executemany()`."""
-        call = functools.partial(super().fetchmany, query, once(args), **options)
-        return await run_many(self, lambda seconds: call(timeout=seconds), timeout)
+        call = functools.partial(super().executemany, command, once(args))
+        await run_many(self, lambda seconds: call(timeout=seconds), timeout)
 
     async def copy_from_query(
-        self, query: str, *args: Any, output: Any, timeout: float | None = None, **options: Any
-    ) -> Any:
+        self, query: str, *args: object, output: Output, timeout: float | None = None, **options: Unpack[CopyOptions]
+    ) -> str:
         """Copy the rows of a query, as asyncpg does; see `copy_to_table()` for its time."""
         call = super().copy_from_query
         async with bounded(self, timeout) as (progress, seconds):
             return await call(query, *args, output=progress.of_sink(output), timeout=seconds, **options)
 
     async def copy_from_table(
-        self, table_name: str, *, output: Any, timeout: float | None = None, **options: Any
-    ) -> Any:
+        self,
+        table_name: str,
+        *,
+        output: Output,
+        timeout: float | None = None,
+        **options: Unpack[CopyFromTableOptions],
+    ) -> str:
         """Copy the rows of a table, as asyncpg does; see `copy_to_table()` for its time."""
         call = super().copy_from_table
         async with bounded(self, timeout) as (progress, seconds):
             return await call(table_name, output=progress.of_sink(output), timeout=seconds, **options)
 
-    async def copy_to_table(self, table_name: str, *, source: Any, timeout: float | None = None, **options: Any) -> Any:
+    async def copy_to_table(
+        self, table_name: str, *, source: Source, timeout: float | None = None, **options: Unpack[CopyToTableOptions]
+    ) -> str:
         """Copy data to a table, as asyncpg does; `timeout` ends it whatever it waits for.
 
         Args:
@@ -179,8 +214,13 @@ class Connection(HealedStatements[RecordT]):
             return await call(table_name, source=progress.of_source(source), timeout=seconds, **options)
 
     async def copy_records_to_table(
-        self, table_name: str, *, records: Any, timeout: float | None = None, **options: Any
-    ) -> Any:
+        self,
+        table_name: str,
+        *,
+        records: Rows | AsyncIterable[Sequence[object]],
+        timeout: float | None = None,
+        **options: Unpack[CopyRecordsOptions],
+    ) -> str:
         """Copy records to a table, as asyncpg does; see `copy_to_table()` for its time."""
         call = super().copy_records_to_table
         async with bounded(self, timeout) as (progress, seconds):

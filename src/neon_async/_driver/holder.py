@@ -19,9 +19,10 @@ import time
 import types
 import weakref
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Generic, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import asyncpg
+from asyncpg import connresource
 from asyncpg.pool import PoolConnectionHolder, PoolConnectionProxy
 
 from .._errors import NeonAsyncError, ServerError, UnsupportedEventLoopError, server_error
@@ -45,14 +46,13 @@ if TYPE_CHECKING:
 
     from .._wire.transport import SessionTransport
     from .protocol import SessionProtocol
+    from .signatures import ConnectionCalls, PoolCalls
 
     RecordT = TypeVar("RecordT", bound=asyncpg.Record, default=asyncpg.Record)  # the class of the rows
     _Proxy: TypeAlias = PoolConnectionProxy[asyncpg.Record]
 
-    # Generic in any case: without asyncpg-stubs type checkers know nothing of asyncpg's classes.
-    class _Connection(asyncpg.Connection[RecordT], Generic[RecordT]): ...
-
-    class _Pool(asyncpg.Pool[RecordT], Generic[RecordT]): ...
+    _Connection: TypeAlias = ConnectionCalls[RecordT]
+    _Pool: TypeAlias = PoolCalls[RecordT]
 else:
     from typing import TypeVar
 
@@ -64,6 +64,14 @@ Record: TypeAlias = asyncpg.Record
 """One row of a result: `asyncpg.Record`. Its values are found by name and by position."""
 
 _F = TypeVar("_F", bound=Callable[..., Any])
+
+if TYPE_CHECKING:
+
+    def guarded(method: _F) -> _F:
+        """Have a method of a statement, cursor or transaction refused after the loan."""
+
+else:
+    guarded = connresource.guarded
 
 # ---------------------------------------------------------------------------------------------------------------------
 # A connection

@@ -7,74 +7,96 @@ that one that was created during a loan and awaited after it does not reach the 
 from __future__ import annotations
 
 import functools
-from collections.abc import Generator
-from typing import Any
+from collections.abc import Generator, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Generic, Self
 
 from asyncpg import cursor, prepared_stmt
-from asyncpg.connresource import guarded
 
 from .healing import once
-from .holder import ResourceHooks, open_resource, use_of
+from .holder import RecordT, ResourceHooks, Subscriptable, guarded, open_resource, use_of
 from .progress import run_many
 
+if TYPE_CHECKING:  # generic in any case: without asyncpg-stubs nothing is known of asyncpg's classes
 
-class PreparedStatement(ResourceHooks, prepared_stmt.PreparedStatement):
+    class _Statement(prepared_stmt.PreparedStatement[RecordT], Generic[RecordT]):
+        def get_name(self) -> str: ...
+        def get_query(self) -> str: ...
+        def get_statusmsg(self) -> str | None: ...
+
+    class _Factory(cursor.CursorFactory[RecordT], Generic[RecordT]): ...
+
+    # To callers ours are what they wrap.
+    class _Iterator(cursor.CursorIterator[RecordT], Generic[RecordT]): ...
+
+    class _Cursor(cursor.Cursor[RecordT], Generic[RecordT]): ...
+else:
+    _Statement, _Factory = Subscriptable(prepared_stmt.PreparedStatement), Subscriptable(cursor.CursorFactory)
+    _Iterator = _Cursor = Subscriptable(object)
+
+
+class PreparedStatement(ResourceHooks, _Statement[RecordT]):
     """asyncpg's prepared statement."""
 
     __slots__ = ()
 
     @guarded
-    async def explain(self, *args: Any, **options: Any) -> Any:
+    async def explain(self, *args: object, analyze: bool = False) -> Any:
         """Return the execution plan, as asyncpg does."""
         with use_of(self):
-            return await super().explain(*args, **options)
+            return await super().explain(*args, analyze=analyze)
 
     @guarded
-    async def fetch(self, *args: Any, **options: Any) -> Any:
+    async def fetch(self, *args: object, timeout: float | None = None) -> list[RecordT]:
         """Return all rows, as asyncpg does."""
         with use_of(self) as use:
-            return await use.connection.run_prepared(self, super().fetch, args, options)
+            rows: list[RecordT] = await use.connection.run_prepared(self, super().fetch, args, {"timeout": timeout})
+            return rows
 
     @guarded
-    async def fetchval(self, *args: Any, **options: Any) -> Any:
+    async def fetchval(self, *args: object, column: int = 0, timeout: float | None = None) -> Any:
         """Return one value, as asyncpg does."""
         with use_of(self) as use:
+            options = {"column": column, "timeout": timeout}
             return await use.connection.run_prepared(self, super().fetchval, args, options)
 
     @guarded
-    async def fetchrow(self, *args: Any, **options: Any) -> Any:
+    async def fetchrow(self, *args: object, timeout: float | None = None) -> RecordT | None:
         """Return one row, as asyncpg does."""
         with use_of(self) as use:
-            return await use.connection.run_prepared(self, super().fetchrow, args, options)
+            row: RecordT | None = await use.connection.run_prepared(self, super().fetchrow, args, {"timeout": timeout})
+            return row
 
     @guarded
-    async def fetchmany(self, args: Any, *, timeout: float | None = None) -> Any:
+    async def fetchmany(self, args: Iterable[Sequence[object]], *, timeout: float | None = None) -> list[RecordT]:
         """Return the rows of all runs, as asyncpg does; see `Connection.executemany()` for its time."""
         with use_of(self) as use:
             run = functools.partial(use.connection.run_prepared, self, super().fetchmany, [once(args)])
             return await run_many(use.connection, lambda seconds: run({"timeout": seconds}), timeout)
 
     @guarded
-    async def executemany(self, args: Any, *, timeout: float | None = None) -> Any:
+    async def executemany(self, args: Iterable[Sequence[object]], *, timeout: float | None = None) -> None:
         """Execute the statement for each sequence of arguments, as asyncpg does; see `Connection.executemany()`."""
         with use_of(self) as use:
             run = functools.partial(use.connection.run_prepared, self, super().executemany, [once(args)])
-            return await run_many(use.connection, lambda seconds: run({"timeout": seconds}), timeout)
+            await run_many(use.connection, lambda seconds: run({"timeout": seconds}), timeout)
 
-    def cursor(self, *args: Any, **options: Any) -> Any:
+    def cursor(
+        self, *args: object, prefetch: int | None = None, timeout: float | None = None
+    ) -> CursorFactory[RecordT]:
         """Return a cursor factory, as asyncpg does."""
-        return adopt_factory(super().cursor(*args, **options))
+        factory: CursorFactory[RecordT] = adopt_factory(super().cursor(*args, prefetch=prefetch, timeout=timeout))
+        return factory
 
 
-class CursorFactory(ResourceHooks, cursor.CursorFactory):
+class CursorFactory(ResourceHooks, _Factory[RecordT]):
     """asyncpg's cursor factory."""
 
     __slots__ = ()
 
-    def __aiter__(self) -> Any:
+    def __aiter__(self) -> CursorIterator[RecordT]:
         return CursorIterator(super().__aiter__())
 
-    def __await__(self) -> Generator[Any, None, Any]:
+    def __await__(self) -> Generator[Any, None, Cursor[RecordT]]:
         with use_of(self) as use:
             try:
                 return Cursor((yield from super().__await__()))
@@ -86,21 +108,21 @@ class CursorFactory(ResourceHooks, cursor.CursorFactory):
 # asyncpg's cursors keep their classes inside: tracers compare them.
 
 
-class CursorIterator:
+class CursorIterator(_Iterator[RecordT]):
     """The rows of a cursor."""
 
     __slots__ = ("_rows",)
 
-    def __init__(self, rows: Any) -> None:
+    def __init__(self, rows: cursor.CursorIterator[RecordT]) -> None:
         self._rows = rows
 
     def __repr__(self) -> str:
         return repr(self._rows)
 
-    def __aiter__(self) -> CursorIterator:
+    def __aiter__(self) -> Self:
         return self
 
-    async def __anext__(self) -> Any:
+    async def __anext__(self) -> RecordT:
         with use_of(open_resource(self._rows)) as use:
             try:
                 return await self._rows.__anext__()
@@ -111,18 +133,18 @@ class CursorIterator:
                 raise
 
 
-class Cursor:
+class Cursor(_Cursor[RecordT]):
     """An open cursor."""
 
     __slots__ = ("_opened",)
 
-    def __init__(self, opened: Any) -> None:
+    def __init__(self, opened: cursor.Cursor[RecordT]) -> None:
         self._opened = opened
 
     def __repr__(self) -> str:
         return repr(self._opened)
 
-    async def fetch(self, n: int, *, timeout: float | None = None) -> Any:
+    async def fetch(self, n: int, *, timeout: float | None = None) -> list[RecordT]:
         """Return the next `n` rows, as asyncpg does."""
         with use_of(open_resource(self._opened)) as use:
             try:
@@ -131,7 +153,7 @@ class Cursor:
                 use.connection.note_failure(self._opened, error)
                 raise
 
-    async def fetchrow(self, *, timeout: float | None = None) -> Any:
+    async def fetchrow(self, *, timeout: float | None = None) -> RecordT | None:
         """Return the next row or None, as asyncpg does."""
         with use_of(open_resource(self._opened)) as use:
             try:
@@ -140,7 +162,7 @@ class Cursor:
                 use.connection.note_failure(self._opened, error)
                 raise
 
-    async def forward(self, n: int, *, timeout: float | None = None) -> Any:
+    async def forward(self, n: int, *, timeout: float | None = None) -> int:
         """Skip `n` rows and return how many there were, as asyncpg does."""
         with use_of(open_resource(self._opened)) as use:
             try:

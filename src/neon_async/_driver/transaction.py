@@ -15,7 +15,6 @@ from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast, get_args
 
 import asyncpg
-from asyncpg.connresource import guarded
 from asyncpg.transaction import Transaction as AsyncpgTransaction
 
 from .._config.literals import IsolationLevel
@@ -30,7 +29,7 @@ from .._errors import (
 )
 from .._neon.sql import quote, quote_name
 from .._timing import backoff
-from .holder import ResourceHooks, end_lost, has_open_transaction, lent, own_session, protocol_of, use_of
+from .holder import ResourceHooks, end_lost, guarded, has_open_transaction, lent, own_session, protocol_of, use_of
 from .losses import aborted_error, is_server_error, leaves_commit_open, unsent_error
 
 if TYPE_CHECKING:
@@ -107,6 +106,10 @@ class Transaction(ResourceHooks, AsyncpgTransaction):
     def readonly(self) -> bool:
         """Whether it is READ ONLY, so that it can have written nothing."""
         return self._observed.readonly
+
+    if TYPE_CHECKING:
+
+        async def __aenter__(self) -> None: ...
 
     @guarded
     async def start(self) -> None:

@@ -45,6 +45,8 @@ from .supply import Supply
 from .waiters import WaitExpired
 
 if TYPE_CHECKING:
+    from asyncpg.pool import PoolConnectionProxy
+
     from .._neon.endpoint import Endpoint
     from .._wire.report import TLSReport
     from .health import PoolHealth
@@ -437,7 +439,9 @@ class Pool(PoolBase[RecordT]):
     # -----------------------------------------------------------------------------------------------------------------
     # Release
 
-    async def release(self, connection: Any, *, timeout: float | None = None) -> None:
+    async def release(
+        self, connection: asyncpg.Connection[Any] | PoolConnectionProxy[Any], *, timeout: float | None = None
+    ) -> None:
         """Release a connection. Where its reset runs in the background, wait for that.
 
         A reset that is sent ahead of the next statement needs no wait, and `async with pool.acquire()` never waits.
@@ -699,7 +703,7 @@ class Pool(PoolBase[RecordT]):
             further -= 1
             timeout = None if until is None else max(until - time.monotonic(), 0.0)
 
-    if not TYPE_CHECKING:  # asyncpg-stubs has the signatures
+    if not TYPE_CHECKING:  # `signatures` of the driver has the types
 
         async def execute(self, query, *args, timeout=None):
             return await self._call(lambda con, left: con.execute(query, *args, timeout=left), timeout)

@@ -6,11 +6,12 @@ demonstration and `neon-async dev` do.
 
 from __future__ import annotations
 
-from ._local_endpoint import LocalEndpoint, LocalEndpointError
+from ._local_endpoint import EndpointState, LocalEndpoint, LocalEndpointError
 from ._local_pooler import LocalPooler, LocalPoolerError
 from ._local_postgres import LocalPostgres, LocalPostgresError
 
 __all__ = (
+    "EndpointState",
     "LocalEndpoint",
     "LocalEndpointError",
     "LocalPooler",

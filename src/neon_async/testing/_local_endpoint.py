@@ -32,7 +32,8 @@ _MOST_UNREAD = 1 << 26  # bytes; more than a kernel holds of one connection (net
 _CALL_TIMEOUT = 10.0  # seconds for a call from another thread, which takes microseconds unless the loop is blocked
 _LINGER_ZERO = struct.pack("ii", 1, 0)  # SO_LINGER on, with 0 s: close() sends RST (socket(7))
 
-State: TypeAlias = Literal["new", "awake", "suspended", "waking", "closed"]
+EndpointState: TypeAlias = Literal["new", "awake", "suspended", "waking", "closed"]
+"""What a `LocalEndpoint` is doing."""
 
 
 class _Server(Protocol):
@@ -105,7 +106,7 @@ class LocalEndpoint:
         delay: float = 0.0,
         pooler: _Server | None = None,
         port: int = 0,
-        on_state: Callable[[State], None] | None = None,
+        on_state: Callable[[EndpointState], None] | None = None,
     ) -> None:
         if suspend_after == 0:
             raise ConfigurationError("suspend_after=0 leaves no time to connect. Pass more seconds, or None for never.")
@@ -119,7 +120,7 @@ class LocalEndpoint:
         self._wake_time = _checked_seconds("wake_time", wake_time)
         self._suspend_after = math.inf if suspend_after is None else _checked_seconds("suspend_after", suspend_after)
         self._delay = _checked_seconds("delay", delay)
-        self._state: State = "new"
+        self._state: EndpointState = "new"
         self._frozen = False
         self._refusing = False
         self._wakes = 0
@@ -189,7 +190,7 @@ class LocalEndpoint:
         return self._server.trust_anchor
 
     @property
-    def state(self) -> State:
+    def state(self) -> EndpointState:
         """`awake`, `suspended` or `waking`; `new` before the `async with` block and `closed` after it."""
         return self._state
 
@@ -383,7 +384,7 @@ class LocalEndpoint:
             raise LocalEndpointError("The event loop of this LocalEndpoint does not run. Keep it running.")
         done.result()
 
-    def _enter(self, state: State) -> None:
+    def _enter(self, state: EndpointState) -> None:
         if state != self._state:
             self._state = state
             if self._on_state is not None:

@@ -144,21 +144,3 @@ def test_every_value_that_the_site_lists_as_refused_is_refused(key: str, value: 
     written: dict[str, Any] = {key: value}
     with pytest.raises(neon_async.ConfigurationError, match=key):
         neon_async.create_pool(DSN, **written)
-
-
-def test_the_tree_of_errors_on_the_site_is_that_of_the_package() -> None:
-    block = (ROOT / "docs" / "errors.md").read_text().split("```text\n")[1].split("```")[0]
-    documented: list[tuple[str, str]] = []
-    path: list[str] = []
-    for prefix, name in re.findall(r"^([│├└─ ]*)(\w+Error)\b", block, re.MULTILINE):
-        path = [*path[: len(prefix) // 4], name]
-        documented.append((path[-2] if len(path) > 1 else "Exception", name))
-    public = [getattr(neon_async, name) for name in neon_async.__all__]
-    errors = [item for item in public if inspect.isclass(item) and issubclass(item, neon_async.NeonAsyncError)]
-    assert sorted(documented) == sorted((error.__bases__[0].__name__, error.__name__) for error in errors)
-    retryable = set(re.findall(r"(\w+Error)\b[^\n]*; retryable$", block, re.MULTILINE))
-    assert retryable == {error.__name__ for error in errors if error.retryable}
-    also = re.findall(r"(\w+Error) +also ([\w.]+)", block)
-    assert {name: other.rpartition(".")[2] for name, other in also} == {
-        error.__name__: error.__bases__[1].__name__ for error in errors if len(error.__bases__) > 1
-    }

@@ -94,6 +94,24 @@ def test_what_the_site_says_of_an_error_is_so(name: str) -> None:
     assert all(f"{base.__name__}`" in text for base in error.__bases__)
 
 
+def test_the_tree_of_errors_is_that_of_the_package() -> None:
+    block = ERRORS.split("```text\n")[1].split("```")[0]
+    documented: list[tuple[str, str]] = []
+    path: list[str] = []
+    for prefix, name in re.findall(r"^([│├└─ ]*)(\w+Error)\b", block, re.MULTILINE):
+        path = [*path[: len(prefix) // 4], name]
+        documented.append((path[-2] if len(path) > 1 else "Exception", name))
+    errors = {name: getattr(neon_async, name) for name in ("NeonAsyncError", *TABLES.ADVICE)}
+    assert sorted(documented) == sorted((error.__bases__[0].__name__, name) for name, error in errors.items())
+    retryable = set(re.findall(r"(\w+Error)\b[^\n]* retryable$", block, re.MULTILINE))
+    assert retryable == {name for name, error in errors.items() if error.retryable}
+    also = dict(re.findall(r"(\w+Error) +also ([\w. ]+)", block))
+    others = {name: [base.__name__ for base in error.__bases__[1:]] for name, error in errors.items()}
+    assert {name: [full.rpartition(".")[2] for full in also[name].split(" and ")] for name in also} == {
+        name: bases for name, bases in others.items() if bases
+    }
+
+
 def public_modules() -> list[str]:
     """Return the names of the modules that users import besides the package itself."""
     found = [path.stem for path in TABLES.PACKAGE.iterdir() if re.fullmatch(r"[a-z]\w*(\.py)?", path.name)]

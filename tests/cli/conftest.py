@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.processes import Scene, temporary_scene
 
 from neon_async.testing import LocalPostgres
 
@@ -15,6 +17,12 @@ def anchor(postgres: LocalPostgres, tmp_path: Path) -> str:
     path = tmp_path / "root.pem"
     path.write_bytes(postgres.trust_anchor)
     return str(path)
+
+
+@pytest.fixture
+def scene(monkeypatch: pytest.MonkeyPatch) -> Iterator[Scene]:
+    with temporary_scene(monkeypatch) as made:
+        yield made
 
 
 @pytest.fixture(autouse=True)

@@ -150,6 +150,17 @@ async def test_a_weak_variable_is_refused_and_there_is_no_dsn_to_show(
     assert result.refusal.hardened is None
 
 
+async def test_a_weak_variable_beside_a_dsn_is_refused_with_the_dsn_to_use(
+    postgres: LocalPostgres, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PGSSLMODE", "require")
+    result = await check(postgres.dsn, trust_anchor=postgres.trust_anchor)
+    assert result.verdict == "good"
+    assert result.refusal is not None
+    assert "PGSSLMODE" in result.refusal.message
+    assert result.refusal.hardened == f"{postgres.dsn}&sslmode=verify-full".replace(password_of(postgres), "***")
+
+
 async def test_a_weak_dsn_that_is_refused_under_verify_full_too_shows_both_reasons_and_no_dsn() -> None:
     result = await check(f"postgresql://neon:hunter2@{SERVER_NAME}/neondb?sslmode=require&sslsni=0")
     assert_ended_at(result, "parse", neon_async.InsecureConfigurationError, "refused")

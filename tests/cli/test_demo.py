@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 import sysconfig
 from pathlib import Path
 
 import pytest
-from support.command_line import run, run_without
+from support.command_line import run, run_without, running
+from support.processes import Scene, wait_for
 
 from neon_async._cli import demo
 from neon_async._cli.main import main
@@ -39,6 +42,28 @@ def test_the_demo_ends_with_1_if_a_setting_is_not_refused(
     shown = capsys.readouterr().out
     assert "NOT REFUSED  sslmode=verify-full\n             A pool was created.\n" in shown
     assert "1 of 2 refused" in shown
+
+
+def test_an_interrupt_ends_the_demo_with_130_and_leaves_nothing(scene: Scene) -> None:
+    with running("demo") as command:
+        wait_for(lambda: scene.files("neon-async-*"))
+        command.process.send_signal(signal.SIGINT)
+        assert command.wait() == 130
+        assert "Traceback" not in command.output
+        wait_for(lambda: not scene.traces(command.process.pid))
+
+
+def test_a_reader_that_ends_ends_the_demo_with_1_and_leaves_nothing(scene: Scene) -> None:
+    reader, writer = os.pipe()
+    errors = scene.folder / "errors"
+    with errors.open("w") as log, running("demo", streams=(writer, log.fileno())) as command:
+        os.close(writer)
+        os.read(reader, 1)
+        os.close(reader)
+        assert command.wait() == 1
+    assert errors.read_text() == ""
+    errors.unlink()
+    wait_for(lambda: not scene.traces(command.process.pid))
 
 
 def hang_up(conversation: Conversation) -> None:

@@ -5,11 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import shutil
 import signal
 import socket
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -19,16 +16,6 @@ from support.dev_command import DevCommand, dev_command, exported
 from support.processes import Scene, wait_for
 
 import neon_async
-
-
-@pytest.fixture
-def scene(monkeypatch: pytest.MonkeyPatch) -> Iterator[Scene]:
-    """Set TMPDIR to a new folder. Unlike `tmp_path`, every user can enter it."""
-    folder = Path(tempfile.mkdtemp(prefix="test-neon-async-"))
-    folder.chmod(0o711)
-    monkeypatch.setenv("TMPDIR", str(folder))
-    yield Scene(folder)
-    shutil.rmtree(folder)
 
 
 def ask(command: DevCommand, query: str, variable: str = "DATABASE_URL") -> object:

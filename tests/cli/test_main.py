@@ -62,6 +62,7 @@ def test_help_warns_that_arguments_are_visible_and_names_database_url(arguments:
     ("arguments", "what"),
     [
         pytest.param(["frobnicate"], "Unknown command frobnicate.", id="unknown command"),
+        pytest.param(["chekc", DSN], "Unknown command chekc. Did you mean check?", id="a typo in the command"),
         pytest.param([PASSWORD], "Unknown command.", id="a password in place of a command"),
         pytest.param([DSN], "A connection string is not a command.", id="a DSN in place of a command"),
         pytest.param(["--frobnicate"], "Unknown option --frobnicate.", id="unknown option without a command"),
@@ -142,7 +143,7 @@ def test_check_of_a_weak_dsn_shows_the_dsn_to_use_and_goes_on_under_verify_full(
     else:
         assert finished.stdout.splitlines()[-2].startswith("Under sslmode=verify-full")
         assert finished.stdout.splitlines()[-1].startswith("Good:")
-        assert "`neon-async harden` prints that string" in finished.stdout
+        assert "Use this string; `neon-async harden` prints it with its password" in finished.stdout
 
 
 def test_check_of_an_untrusted_certificate_ends_with_1(postgres: LocalPostgres) -> None:
@@ -205,7 +206,7 @@ def test_an_interrupt_ends_with_130_and_without_a_traceback() -> None:
             process.send_signal(signal.SIGINT)
             output, errors = process.communicate(timeout=60)
     assert (process.returncode, errors) == (130, "")
-    assert output.splitlines()[-1].startswith("✓ tcp")
+    assert output.splitlines()[2].startswith("✓ parse")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -162,10 +162,13 @@ async def test_the_picture_of_a_problem_shows_the_message_and_what_was_not_reach
     assert shown.splitlines()[-1].startswith("Refused:")
 
 
-async def test_what_create_pool_refuses_stands_in_front_with_the_dsn_to_use_unbroken(postgres: LocalPostgres) -> None:
+@pytest.mark.parametrize("weakness", ["sslmode=require", "sslmode=require&sslmode=allow", "ssl=true"])
+async def test_what_create_pool_refuses_stands_in_front_with_the_dsn_to_use_unbroken(
+    postgres: LocalPostgres, weakness: str
+) -> None:
     path = "x" * 120
     dsn = postgres.dsn.replace("/neondb", f"/{path}")
-    result = await check(f"{dsn}&sslmode=require", trust_anchor=postgres.trust_anchor)
+    result = await check(f"{dsn}&{weakness}", trust_anchor=postgres.trust_anchor)
     shown = picture(lambda console: print_check(result, console))
     assert shown.startswith("create_pool() refuses")
     assert re.search(

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import psycopg
+import pytest
 from anyio.from_thread import start_blocking_portal
 
 from neon_async.testing import LocalPostgres
@@ -64,6 +67,18 @@ def running(server: LocalPostgres) -> Iterator[LocalPostgres]:
     """Run a server for a test that does not depend on the event loop."""
     with start_blocking_portal() as portal, portal.wrap_async_context_manager(server):
         yield server
+
+
+@contextlib.contextmanager
+def temporary_scene(monkeypatch: pytest.MonkeyPatch) -> Iterator[Scene]:
+    """Set TMPDIR to a new folder. Unlike `tmp_path`, every user can enter it."""
+    folder = Path(tempfile.mkdtemp(prefix="test-neon-async-"))
+    folder.chmod(0o711)
+    monkeypatch.setenv("TMPDIR", str(folder))
+    try:
+        yield Scene(folder)
+    finally:
+        shutil.rmtree(folder)
 
 
 class Scene:

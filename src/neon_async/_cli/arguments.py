@@ -57,6 +57,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings, allow_abbrev=False, exit_on_error=False)
         self.options: dict[str, argparse.Action] = {}
+        self.commands: tuple[str, ...] = ()
         self.takes_dsn = False
 
     def option(self, name: str, **settings: Any) -> None:
@@ -71,7 +72,7 @@ class Parser(argparse.ArgumentParser):
             name = error.argument_name
         if name in self.options:
             self.refuse(_what_it_needs(name, self.options[name]))
-        self.refuse(_what_is_no_command(args) if name == _COMMAND else f"{name} takes no value.")
+        self.refuse(_what_is_no_command(args, self.commands) if name == _COMMAND else f"{name} takes no value.")
 
     def error(self, message: str) -> NoReturn:
         """Exit without `message`, which repeats arguments."""
@@ -98,6 +99,7 @@ def _make_parser(commands: Mapping[str, Command]) -> Parser:
         epilog=f"Exit status: 0 good, 1 refused or failed, 2 usage error or missing extra. {_VISIBLE}",
     )
     parser.set_defaults(command=_print_help, parser=parser)
+    parser.commands = tuple(commands)
     parser.add_argument("--version", action="version", version=f"neon-async {__version__}")
     # Required, it would be missed before an unknown option is named.
     subparsers = parser.add_subparsers(required=False, metavar=_COMMAND, title="commands")
@@ -189,12 +191,13 @@ def _what_it_needs(name: str, option: argparse.Action) -> str:
     return f"{name} needs {kind}: {name} {option.metavar}."
 
 
-def _what_is_no_command(arguments: Iterable[str]) -> str:
+def _what_is_no_command(arguments: Iterable[str], commands: Iterable[str]) -> str:
     word = next((each for each in arguments if not each.startswith("-")), "")
     if "://" in word:
         return "A connection string is not a command. Write `neon-async check DSN`, or set DATABASE_URL."
     if re.fullmatch(r"[a-z]{1,20}", word):  # no piece of a connection string looks like that
-        return f"Unknown command {word}."
+        close = difflib.get_close_matches(word, commands, n=1)
+        return f"Unknown command {word}." + (f" Did you mean {close[0]}?" if close else "")
     return "Unknown command."
 
 

@@ -94,7 +94,8 @@ def _introduce(endpoint: LocalEndpoint, anchor: Path, *, pooled: bool) -> None:
     sys.stdout.flush()
     _say(
         'In code: create_pool(os.environ["DATABASE_URL"], trust_anchor=os.environ.get("DATABASE_TRUST_ANCHOR"))\n'
-        'In a shell: PGSSLROOTCERT="$DATABASE_TRUST_ANCHOR" psql "$DATABASE_URL&sslmode=verify-full"'
+        'In a shell: PGSSLROOTCERT="$DATABASE_TRUST_ANCHOR" psql "$DATABASE_URL&sslmode=verify-full"\n'
+        'To check it: neon-async check --trust-anchor "$DATABASE_TRUST_ANCHOR"'
     )
 
 

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
 from rich.live import Live
@@ -37,20 +39,22 @@ async def show_check(console: Console, dsn: str | None, **parameters: Any) -> Ch
     """
     # FORCE_COLOR makes a file a terminal for rich, but what was written to a file cannot be drawn again.
     is_redrawn = console.file.isatty() and not console.is_dumb_terminal
-    display: _Display = _Screen(console) if is_redrawn else _Lines(console)
     task, failures = asyncio.current_task(), list[OSError]()
 
-    def show(so_far: CheckResult) -> None:
+    def write(action: Callable[[], None]) -> None:
         try:
             if not failures:
-                display.show(so_far)
+                action()
         except OSError as error:  # raised here, it would look like a failure of the connection
             failures.append(error)
             if task is not None:
                 task.cancel()
 
+    display: _Display = _Screen(console) if is_redrawn else _Lines(console, write)
     try:
-        result = await check(dsn, **parameters, on_progress=show)
+        result = await check(
+            dsn, **parameters, on_progress=lambda so_far: write(functools.partial(display.show, so_far))
+        )
         display.finish(result)
     except asyncio.CancelledError:
         if failures:
@@ -89,10 +93,11 @@ class _Opening:
 
 
 class _Lines:
-    """Prints a line when a step ends, and another one before where it takes long."""
+    """Prints a line when a step ends, and another one before where it takes long, through `write`."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, write: Callable[[Callable[[], None]], None]) -> None:
         self._console = console
+        self._write = write
         self._opening = _Opening(console)
         self._printed = 0
         self._timer: asyncio.TimerHandle | None = None
@@ -105,7 +110,8 @@ class _Lines:
         self._print(so_far)
         latest = so_far.steps[-1]
         if latest.outcome == "running":
-            self._timer = asyncio.get_running_loop().call_later(_SLOW, self._print_slow, latest, so_far)
+            print_slow = functools.partial(self._print_slow, latest, so_far)
+            self._timer = asyncio.get_running_loop().call_later(_SLOW, self._write, print_slow)
 
     def finish(self, result: CheckResult) -> None:
         self.stop()

@@ -176,13 +176,15 @@ def print_check(result: CheckResult, console: Console) -> None:
 def print_opening(result: CheckResult, console: Console) -> None:
     """Print what `create_pool()` refuses of the settings as they are written, and where the check connects."""
     if result.refusal is not None:
+        message, hardened = " ".join(result.refusal.message.split()), result.refusal.hardened
         heading = "create_pool() refuses these settings as they are written"
         console.print(heading, style="bold yellow", markup=False, highlight=False)
-        print_wrapped(console, " ".join(result.refusal.message.split()), indent=2)
-        if result.refusal.hardened is not None:
-            print_wrapped(console, "`neon-async harden` prints that string with its password.", indent=2)
+        print_wrapped(console, message.removesuffix(f" Hardened: {hardened}"), indent=2)
+        if hardened is not None:
+            print_heading(console, "Use this string; `neon-async harden` prints it with its password")
+            print_wrapped(console, hardened, indent=2)
         if result.target is not None:
-            print_wrapped(console, "The check goes on under sslmode=verify-full.", indent=2)
+            print_heading(console, "The check goes on under sslmode=verify-full")
         console.print()
     if result.target is not None:
         print_wrapped(console, result.target.partition("?")[0], style="bold")

@@ -165,10 +165,16 @@ def readiness(*keys: web.AppKey[Pool]) -> Callable[[web.Request], Awaitable[web.
     """
 
     async def ready(request: web.Request) -> web.Response:
-        pools = {str(key): _pool_of(request, key) for key in keys or (POOL,)}
+        pools = {_name_of(key): _pool_of(request, key) for key in keys or (POOL,)}
         return _response(await _http.readiness_of(pools, deep=request.query.get("deep") == "1"))
 
     return ready
+
+
+def _name_of(key: web.AppKey[Pool]) -> str:
+    """Return what the answer calls a pool: `default` as in FastAPI, or the full name of the key of another one."""
+    # The name is public in `str(key)` only: <AppKey(module.name, type=...)>.
+    return "default" if key is POOL else str(key).removeprefix("<AppKey(").partition(", type=")[0]
 
 
 def _pool_of(request: web.Request, key: web.AppKey[Pool]) -> Pool:

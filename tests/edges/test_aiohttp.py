@@ -180,7 +180,10 @@ async def test_an_application_can_have_several_pools_and_subapplications(endpoin
     inside.router.add_get("/both", both)
     inside.router.add_get("/one", one)
     app.add_subapp("/inside", inside)
+    app.router.add_get("/all", readiness(POOL, REPORTS))
     async with served_by_aiohttp(app) as client:
+        assert set((await client.get("/ready")).json()["pools"]) == {"default"}
+        assert set((await client.get("/all")).json()["pools"]) == {"default", f"{__name__}.reports"}
         assert (await client.get("/inside/both")).json() == "on"
         assert (await client.get("/inside/one")).json() == 1
 

@@ -296,7 +296,7 @@ class TestTransaction:
             await work()
         assert await bench.kept() == []
 
-    @pins("_pool_release_ctr", "_con_release_ctr")
+    @pins("_pool_release_ctr", "_con_release_ctr", "_check_conn_validity")
     async def test_a_transaction_of_another_loan_is_one_of_a_released_connection(
         self, bench: Bench, pool: neon_async.Pool
     ) -> None:

@@ -240,6 +240,29 @@ async def test_what_is_awaited_after_the_loan_sends_nothing_to_the_next_session(
     await assert_whole(pool)
 
 
+async def test_the_methods_of_a_cursor_refuse_when_they_are_called_as_with_asyncpg(
+    pool: neon_async.Pool,
+) -> None:
+    async with pool.acquire() as connection, connection.transaction():
+        cursor: Any = await connection.cursor("SELECT generate_series(1, 9)")
+    for method in (cursor.fetch, cursor.fetchrow, cursor.forward):
+        with pytest.raises(asyncpg.InterfaceError, match=RELEASED):
+            method()
+    await assert_whole(pool)
+
+
+async def test_a_connection_that_has_ended_unnoticed_is_of_no_use_after_its_release(pool: neon_async.Pool) -> None:
+    connection: Any = await pool.acquire()
+    ended = asyncio.Event()
+    connection.add_termination_listener(lambda _: ended.set())
+    connection._con._protocol.abort()
+    await pool.release(connection)
+    with pytest.raises(asyncpg.InterfaceError, match=RELEASED):
+        await connection.fetchval("SELECT 1")
+    await ended.wait()
+    assert await pool.fetchval("SELECT 1") == 1
+
+
 async def test_methods_of_the_callers_class_work_during_the_loan(pool: neon_async.Pool) -> None:
     async with pool.acquire() as lent:
         connection: Any = lent

@@ -408,6 +408,15 @@ def open_resource(resource: Any) -> Any:
     return resource
 
 
+class CursorHooks:
+    """What wraps an open cursor of asyncpg's. Its `guarded` methods are refused where that one's are."""
+
+    __slots__ = ()
+
+    def _check_conn_validity(self: Any, meth_name: str) -> None:
+        open_resource(self._opened)._check_conn_validity(meth_name)
+
+
 def _closed_error_of(resource: Any, method: str) -> Exception:
     name = f"{type(resource).__name__}.{method}()"
     return closed_error(resource._connection, f"cannot call {name}: the underlying connection is closed")
@@ -1044,6 +1053,12 @@ class Holder(PoolConnectionHolder):
                 set_callbacks(connection, kept)
             if proxy is not None:
                 proxy._detach()
+
+    def dismiss(self) -> None:
+        """Make the proxy useless to its caller, who releases a connection whose end has not been noticed yet."""
+        proxy, self._proxy = self._proxy, None
+        if proxy is not None:
+            proxy._detach()
 
     def mark_closed(self) -> None:
         """Forget a connection that has ended. A proxy for it says so to its caller, until the caller releases it."""

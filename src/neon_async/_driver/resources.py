@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Generic, Self
 from asyncpg import cursor, prepared_stmt
 
 from .healing import once
-from .holder import RecordT, ResourceHooks, Subscriptable, guarded, open_resource, use_of
+from .holder import CursorHooks, RecordT, ResourceHooks, Subscriptable, guarded, open_resource, use_of
 from .progress import run_many
 
 if TYPE_CHECKING:  # generic in any case: without asyncpg-stubs nothing is known of asyncpg's classes
@@ -133,7 +133,7 @@ class CursorIterator(_Iterator[RecordT]):
                 raise
 
 
-class Cursor(_Cursor[RecordT]):
+class Cursor(CursorHooks, _Cursor[RecordT]):
     """An open cursor."""
 
     __slots__ = ("_opened",)
@@ -144,6 +144,7 @@ class Cursor(_Cursor[RecordT]):
     def __repr__(self) -> str:
         return repr(self._opened)
 
+    @guarded
     async def fetch(self, n: int, *, timeout: float | None = None) -> list[RecordT]:
         """Return the next `n` rows, as asyncpg does."""
         with use_of(open_resource(self._opened)) as use:
@@ -153,6 +154,7 @@ class Cursor(_Cursor[RecordT]):
                 use.connection.note_failure(self._opened, error)
                 raise
 
+    @guarded
     async def fetchrow(self, *, timeout: float | None = None) -> RecordT | None:
         """Return the next row or None, as asyncpg does."""
         with use_of(open_resource(self._opened)) as use:
@@ -162,6 +164,7 @@ class Cursor(_Cursor[RecordT]):
                 use.connection.note_failure(self._opened, error)
                 raise
 
+    @guarded
     async def forward(self, n: int, *, timeout: float | None = None) -> int:
         """Skip `n` rows and return how many there were, as asyncpg does."""
         with use_of(open_resource(self._opened)) as use:

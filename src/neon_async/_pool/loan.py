@@ -114,7 +114,9 @@ class Loan:
             self._leak_timer.cancel()
         supply.tallies.releases.add(now - self.lent_at)
         try:
-            if not facts.closed:
+            if facts.closed:
+                slot.holder.dismiss()
+            else:
                 slot.holder.recall()  # warns of listeners, and a warning can be an exception
         finally:
             if facts.leftovers:

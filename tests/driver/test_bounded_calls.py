@@ -9,11 +9,11 @@ from typing import Any
 
 import asyncpg
 import pytest
-from support.probes import HANG, connected
+from support.probes import HANG, connected, until
 from support.transactions import Bench, within_transaction
 
 import neon_async
-from neon_async._driver.holder import own_session
+from neon_async._driver.holder import own_session, transport_of
 from neon_async.testing import LocalPostgres
 
 pytestmark = pytest.mark.anyio
@@ -222,3 +222,79 @@ class TestFromConnect:
             with pytest.raises(asyncpg.DivisionByZeroError):
                 await getattr(connection, method)("SELECT 1 / $1::int", [(1,), (0,)])
             assert await connection.fetchval("SELECT 1") == 1
+
+
+async def endless(items: Any) -> AsyncIterator[Any]:
+    while True:
+        yield items
+        await asyncio.sleep(0)
+
+
+async def silent() -> AsyncIterator[bytes]:
+    yield b"1\n"
+    await asyncio.Event().wait()
+
+
+# Calls that wait for the caller's own code, or go on with it, when the connection is lost.
+SOURCES: dict[str, Call] = {
+    "bytes without end": lambda it: it.copy_to_table("copied", source=endless(b"1\n")),
+    "records without end": lambda it: it.copy_records_to_table("copied", records=endless((1,))),
+    "a source that is silent": lambda it: it.copy_to_table("copied", source=silent()),
+}
+
+
+class TestLost:
+    """There is no `command_timeout` that would end the call."""
+
+    @pytest.mark.parametrize("call", MANY_ROWS)
+    async def test_a_call_that_waits_for_room_ends_with_the_connection(self, bench: Bench, call: Call) -> None:
+        async with asyncio.timeout(HANG), bench.acquire(command_timeout=None) as connection:
+            await prepare(connection)
+            transport = transport_of(connection)
+            running, writes = asyncio.ensure_future(call(connection)), transport.writes
+            await until(lambda: transport.writes >= writes + 3)
+            bench.endpoint.freeze()
+            await until(transport.get_write_buffer_size)
+            bench.endpoint.cut()
+            with pytest.raises(neon_async.ConnectionLostError, match="What it was doing may have been executed"):
+                await running
+
+    @pytest.mark.parametrize("call", SOURCES.values(), ids=SOURCES)
+    async def test_a_source_does_not_hold_a_copy_past_its_connection(self, bench: Bench, call: Call) -> None:
+        async with asyncio.timeout(HANG), bench.acquire(command_timeout=None) as connection:
+            await prepare(connection)
+            transport = transport_of(connection)
+            running, writes = asyncio.ensure_future(call(connection)), transport.writes
+            await until(lambda: transport.writes >= writes + 2)
+            bench.endpoint.cut()
+            with pytest.raises(neon_async.ConnectionLostError):
+                await running
+
+    @pytest.mark.parametrize("end", ["cut", "terminate"])
+    async def test_a_copy_whose_connection_is_lost_while_its_sink_works_ends_when_the_sink_returns(
+        self, bench: Bench, end: str
+    ) -> None:
+        returned = False
+
+        async def sink(_: bytes) -> None:
+            nonlocal returned
+            (connection.terminate if end == "terminate" else bench.endpoint.cut)()
+            await until(connection.is_closed)
+            await asyncio.sleep(0.2)  # a sink is not interrupted, however long it takes
+            returned = True
+
+        async with asyncio.timeout(HANG), bench.acquire(command_timeout=None) as connection:
+            query = "SELECT generate_series(1, 10000000)"
+            with pytest.raises(neon_async.ConnectionLostError):
+                await connection.copy_from_query(query, output=sink)
+            assert returned
+
+    async def test_in_a_transaction_nothing_was_committed(self, bench: Bench) -> None:
+        async def work(connection: Any) -> None:
+            await connection.execute("CREATE TEMP TABLE IF NOT EXISTS copied (number int)")
+            if len(bench.connections) == 1:
+                asyncio.get_running_loop().call_later(0.1, bench.endpoint.cut)
+                await connection.copy_to_table("copied", source=silent())
+
+        await bench.run(work)
+        assert len(bench.connections) == 2, "it was run again"

@@ -252,6 +252,8 @@ class ConnectionHooks(_Connection[RecordT]):
         session, protocol = session_of(self), self._protocol
         assert session is not None
         try:
+            if self.is_closed():
+                return  # it was terminated meanwhile, and nothing runs on it any more
             async with asyncio.timeout(self._config.command_timeout):  # type: ignore[attr-defined]
                 await session.cancel(protocol.backend_pid, protocol.backend_secret)
                 if not waiter.done():

@@ -1,4 +1,4 @@
-"""Calls that move many rows: one cancellation ends them, and what bounds them is that no byte moves.
+"""Calls that move many rows: one cancellation ends them, and so does a lost connection or that no byte moves.
 
 `command_timeout` is the time for one statement. A COPY or an `executemany()` may rightly take hours, so it is the time
 that they may go without any progress instead. A `timeout=` of the call bounds the whole call, as for any other.
@@ -15,9 +15,11 @@ import time
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Coroutine, Iterator
 from typing import Any, TypeVar
 
+import asyncpg
+
 from .._wire.transport import SessionTransport
 from . import holder
-from .losses import stalled, timed_out
+from .losses import CLOSED_HERE, lost_error, outcome_of, stalled, timed_out
 
 _T = TypeVar("_T")
 
@@ -26,6 +28,9 @@ _T = TypeVar("_T")
 _LOOKS = 4
 # Seconds: asyncpg takes None for `command_timeout`, and has no public value for none.
 _UNBOUNDED = 1e9
+# Seconds in which asyncpg ends a call by itself when the connection is lost. It does not where the call waits for room
+# in the send buffer, for the caller's source, or begins to wait for data only afterwards.
+_LOSS_GRACE = 0.1
 # asyncpg's own timer for COPY must come after ours, by whatever an event loop may be late.
 _LATER = 0.5
 
@@ -33,14 +38,20 @@ _LATER = 0.5
 class Progress:
     """Watches that bytes move on a connection, and ends the block that it surrounds with a `TimeoutError` if not.
 
-    The time that the caller's own code takes, the source or the sink of a COPY, does not count.
+    It also ends the block when the connection is lost, but waits for a sink to return. The time that the caller's own
+    code takes, the source or the sink of a COPY, does not count.
 
     Args:
         transport: The transport of the session.
         limit: The seconds without progress, or None for any number.
+
+    Attributes:
+        is_lost: Whether the connection has ended.
     """
 
     def __init__(self, transport: SessionTransport, limit: float | None) -> None:
+        self.is_lost = False
+        self._in_sink = False
         self._transport = transport
         self._limit = limit
         self._deadline = asyncio.timeout(None)
@@ -56,10 +67,12 @@ class Progress:
 
     async def __aenter__(self) -> Progress:
         await self._deadline.__aenter__()
+        self._transport.add_loss_callback(self._note_loss)
         self._look_later()
         return self
 
     async def __aexit__(self, kind: Any, error: Any, traceback: Any) -> None:
+        self._transport.remove_loss_callback(self._note_loss)
         if self._timer is not None:
             self._timer.cancel()
         await self._deadline.__aexit__(kind, error, traceback)
@@ -84,10 +97,27 @@ class Progress:
             return sink
 
         async def write(data: bytes) -> None:
-            with self.callers_turn():
-                await sink(data)
+            self._in_sink = True
+            try:
+                with self.callers_turn():
+                    await sink(data)
+            finally:
+                self._in_sink = False
+                if self.is_lost:
+                    self._end_after(_LOSS_GRACE)
 
         return write
+
+    def _note_loss(self) -> None:
+        self.is_lost = True
+        if not self._in_sink:
+            self._end_after(_LOSS_GRACE)
+
+    def _end_after(self, seconds: float) -> None:
+        loop = asyncio.get_running_loop()
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = loop.call_later(seconds, self._deadline.reschedule, loop.time())
 
     def _look_later(self) -> None:
         if self._limit is not None:
@@ -100,7 +130,7 @@ class Progress:
         else:
             self._looks += 1
         if self._looks == _LOOKS:
-            self._deadline.reschedule(asyncio.get_running_loop().time())
+            self._end_after(0.0)
         else:
             self._look_later()
 
@@ -117,7 +147,10 @@ class _Source:
 
     async def __anext__(self) -> Any:
         with self._progress.callers_turn():
-            return await anext(self._items)
+            item = await anext(self._items)
+        if self._progress.is_lost:  # asyncpg would go on to write
+            raise asyncpg.ConnectionDoesNotExistError("connection was closed in the middle of operation")
+        return item
 
 
 @contextlib.asynccontextmanager
@@ -129,6 +162,7 @@ async def bounded(connection: Any, timeout: float | None) -> AsyncIterator[tuple
 
     Raises:
         QueryTimeoutError: The time is over.
+        ConnectionLostError: The connection was lost.
     """
     session, began = holder.own_session(connection), time.monotonic()
     limit = None if timeout is not None else holder.timeout_of(connection, None)
@@ -140,6 +174,9 @@ async def bounded(connection: Any, timeout: float | None) -> AsyncIterator[tuple
         async with asyncio.timeout(timeout), progress:
             yield progress, theirs
     except TimeoutError as error:
+        if progress.is_lost:
+            outcome = outcome_of("COPY", in_transaction=holder.has_open_transaction(connection))
+            raise lost_error(session.host, session.loss or CLOSED_HERE, outcome) from None
         elapsed = time.monotonic() - began
         if progress.has_stalled and limit is not None:
             raise stalled(session.host, elapsed, limit) from error

@@ -466,11 +466,10 @@ class SessionProtocol:
         if is_server_error(error):
             return ends_session(error)
         refused = type(error) is asyncpg.InterfaceError or isinstance(error, asyncpg.InternalClientError)
+        if isinstance(error, asyncpg.ConnectionDoesNotExistError) or (session.loss is not None and refused):
+            return True
         # asyncpg has no transport any more.
-        without_transport = type(error) is AttributeError and error.obj is None
-        return isinstance(error, asyncpg.ConnectionDoesNotExistError) or (
-            session.loss is not None and (refused or without_transport)
-        )
+        return type(error) is AttributeError and error.obj is None and hasattr(asyncio.Transport, error.name or "")
 
     def _take_failure(self) -> Exception:
         failure, self._failure = self._failure, None

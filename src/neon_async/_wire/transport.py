@@ -144,6 +144,17 @@ class SessionTransport(asyncio.Transport):
             self._flusher.add(self)
         self._held += sql if isinstance(sql, bytes) else query_message(sql)
 
+    def add_loss_callback(self, callback: Callable[[], None]) -> None:
+        """Have `callback` called once when the connection has ended."""
+        assert self._stream is not None
+        self._stream.loss_callbacks.append(callback)
+
+    def remove_loss_callback(self, callback: Callable[[], None]) -> None:
+        """Undo `add_loss_callback()`."""
+        assert self._stream is not None
+        with contextlib.suppress(ValueError):  # it was called
+            self._stream.loss_callbacks.remove(callback)
+
     async def wait_for_answers(self) -> None:
         """Wait until every statement that was sent ahead has been answered, or the connection has ended."""
         if self.unanswered:
@@ -356,6 +367,7 @@ class Stream(asyncio.BufferedProtocol):
         self._error: bytes | None = None
         self._ended = False  # the transport was aborted, and nothing that still comes counts
         self._waiters: list[asyncio.Future[None]] = []
+        self.loss_callbacks: list[Callable[[], None]] = []
 
     def is_settled(self) -> bool:
         # Nothing else can end like this while no statement is under way: NUL ends the texts of all messages that come
@@ -473,6 +485,9 @@ class Stream(asyncio.BufferedProtocol):
         # asyncpg 0.31 keeps its transport: without this, only the garbage collector would free the three of them.
         self._protocol = asyncio.Protocol()
         self._pass_on = self._protocol.data_received
+        callbacks, self.loss_callbacks = self.loss_callbacks, []
+        for callback in callbacks:
+            callback()
 
     def pause_writing(self) -> None:
         self._protocol.pause_writing()

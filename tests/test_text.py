@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import unicodedata
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from neon_async._text import counted, escape
+import neon_async
+from neon_async._text import counted, escape, log
 
 
 @pytest.mark.parametrize(
@@ -35,6 +38,16 @@ def test_escaped_text_is_one_printable_line_and_escaping_it_again_changes_nothin
     assert not {unicodedata.category(character) for character in escaped} & {"Cc", "Cf", "Cs", "Zl", "Zp"}
     assert len(escaped.splitlines()) <= 1
     assert escape(escaped) == escaped
+
+
+def test_every_record_is_made_by_one_function_which_adds_its_facts_as_fields(caplog: pytest.LogCaptureFixture) -> None:
+    log(logging.WARNING, "%(endpoint)s: it took %(seconds).1f s", endpoint="ep-a", seconds=2.0, event="a")
+    [record] = caplog.records
+    assert record.getMessage() == "ep-a: it took 2.0 s"
+    assert (vars(record)["endpoint"], vars(record)["seconds"], vars(record)["event"]) == ("ep-a", 2.0, "a")
+    package = Path(neon_async.__file__).parent
+    loggers = {path.name for path in package.rglob("*.py") if "getLogger(" in path.read_text()}
+    assert loggers == {"_text.py", "main.py"}  # the command line adds a handler
 
 
 @pytest.mark.parametrize(("number", "text"), [(0, "0 callers"), (1, "1 caller"), (2, "2 callers")])

@@ -12,9 +12,7 @@ from dataclasses import dataclass
 
 from ._errors import CommitUnknownError, is_unavailable
 from ._pool.pool import Pool
-from ._text import escape
-
-_log = logging.getLogger("neon_async")
+from ._text import escape, log
 
 PROBLEM = "application/problem+json"  # RFC 9457
 # Seconds. A suspended compute wakes within this time, and an outage costs each client few requests.
@@ -65,10 +63,15 @@ def answer_to(error: BaseException, method: str, path: str) -> Answer | None:
         return None
     # The pool itself warns once when an outage begins, and a lost COMMIT is no outage.
     level = logging.WARNING if isinstance(error, CommitUnknownError) else logging.INFO
-    _log.log(
+    log(
         level,
-        "%s %s: answered 503, %s: %s",
-        *(escape(method), escape(path), type(error).__name__, " ".join(escape(str(error)).split())),
+        "%(method)s %(path)s: answered %(status)d, %(error)s: %(reason)s",
+        event="answered",
+        method=escape(method),
+        path=escape(path),
+        status=answer.status,
+        error=type(error).__name__,
+        reason=" ".join(escape(str(error)).split()),
     )
     return answer
 

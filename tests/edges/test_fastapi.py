@@ -212,7 +212,17 @@ async def test_an_outage_is_answered_with_503_and_its_end_with_200(
             "status": 503,
             "detail": "The database is unavailable at the moment. Try again.",
         }
-        assert any("GET /one: answered 503, PoolTimeoutError: " in message for message in caplog.messages)
+        [record] = [record for record in caplog.records if getattr(record, "event", "") == "answered"]
+        assert record.getMessage().startswith("GET /one: answered 503, PoolTimeoutError: ")
+        facts = {name: vars(record)[name] for name in ("levelname", "method", "path", "status", "error")}
+        assert facts == {
+            "levelname": "INFO",
+            "method": "GET",
+            "path": "/one",
+            "status": 503,
+            "error": "PoolTimeoutError",
+        }
+        assert record.getMessage().endswith(vars(record)["reason"])
         endpoint.accept()
 
         async def is_back() -> bool:

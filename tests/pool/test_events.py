@@ -138,7 +138,10 @@ async def test_a_function_that_fails_disturbs_nothing_and_is_logged(
     caplog.set_level(logging.ERROR, "neon_async")
     async with make_pool(postgres, on_event=fail) as pool:
         assert await pool.fetchval("SELECT 1") == 1
-    assert "on_event failed for Acquired" in caplog.messages
+    [record, *_] = [record for record in caplog.records if vars(record).get("failed") == "Acquired"]
+    assert (record.getMessage(), vars(record)["event"]) == ("on_event failed for Acquired", "on_event_failed")
+    assert record.exc_info
+    assert record.exc_info[0] is ZeroDivisionError
 
 
 def test_something_that_cannot_be_called_is_refused(postgres: LocalPostgres) -> None:

@@ -8,8 +8,10 @@ import datetime
 import logging
 import ssl
 import struct
+from collections.abc import Callable
 from typing import Any
 
+import asyncpg
 import pytest
 from cryptography import x509
 from cryptography.x509.oid import NameOID
@@ -20,6 +22,7 @@ from support.probes import HANG
 from support.verified_servers import BINDING, PASSWORD, error_from, final, verified_server
 
 import neon_async
+from neon_async._driver.healing import _as_cached_statement_error, _stale_error
 from neon_async._wire.chain import Chain, read_chain
 from neon_async._wire.revocation import check
 from neon_async._wire.revocation.lists import ListRefusedError, Source, read_list
@@ -106,6 +109,14 @@ async def test_neither_the_log_nor_the_error_of_a_pool_carries_it_unescaped(capl
     assert any(ESCAPED in line for line in logged)
     assert all(line.isprintable() for line in logged)
     assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("make", [_as_cached_statement_error, _stale_error])
+def test_the_reason_why_a_statement_is_stale_is_escaped(make: Callable[[Exception], Exception]) -> None:
+    """Where the server answers a statement, the error is asyncpg's, as it is; ours only quotes it."""
+    answer = asyncpg.PostgresError.new({"C": "XX000", "M": f"cache lookup failed for type {HOSTILE}", "D": HOSTILE})
+    assert f"cache lookup failed for type {ESCAPED}" in str(make(answer))
+    assert str(make(answer)).isprintable()
 
 
 async def test_names_in_certificates_are_escaped_in_reports() -> None:

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import asyncpg
 
 from .._errors import StaleStatementError
-from .._text import log
+from .._text import escape, log
 from . import holder
 from .holder import RecordT, StatementHooks, own_session, timeout_of
 from .losses import is_server_error
@@ -272,8 +272,8 @@ def _as_cached_statement_error(error: Exception) -> Exception:
     if isinstance(error, asyncpg.InvalidCachedStatementError):
         return error
     failure = asyncpg.InvalidCachedStatementError(
-        f"A prepared statement is stale: {error}. The transaction is aborted, and the statement is prepared again from "
-        "now on: run the transaction again."
+        f"A prepared statement is stale: {_reason_of(error)}. The transaction is aborted, and the statement is "
+        "prepared again from now on: run the transaction again."
     )
     failure.__cause__ = error
     return failure
@@ -282,8 +282,12 @@ def _as_cached_statement_error(error: Exception) -> Exception:
 def _stale_error(error: Exception) -> StaleStatementError:
     return StaleStatementError(
         f"The statement was executed, and its rows could not be read: they are not as they were when it was prepared "
-        f"({error}). It is prepared again from now on: call again, if it may be executed twice."
+        f"({_reason_of(error)}). It is prepared again from now on: call again, if it may be executed twice."
     )
+
+
+def _reason_of(error: Exception) -> str:
+    return escape(str(error.args[0] if error.args else error))
 
 
 class Once:

@@ -10,10 +10,11 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from .._text import log
+
 if TYPE_CHECKING:
     from .events import PoolEvent
 
-_log = logging.getLogger("neon_async")
 
 SECONDS_OF = {  # the field with the seconds of each count of PoolStats
     "acquires": "acquire_seconds",
@@ -109,7 +110,7 @@ def report(on_event: Callable[[PoolEvent], object], event: str, *facts: Any) -> 
 
 
 def _note_failure(name: str) -> None:
-    _log.exception("on_event failed for %s", name)
+    log(logging.ERROR, "on_event failed for %(failed)s", exc_info=True, event="on_event_failed", failed=name)
 
 
 class Tallies:

@@ -23,13 +23,17 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-def log(level: int, text: str, *, exc_info: bool = False, **facts: object) -> None:
+def log(level: int, text: str, **facts: object) -> None:
     """Log one line, with its facts as fields of the record (`extra`).
 
     Args:
         level: The level, as in `logging`.
         text: The line. It contains facts by name, such as `%(endpoint)s`.
-        exc_info: Whether the exception that is being handled follows, as in `logging`.
         **facts: The facts. The names are not those of the fields that every record has, such as `name` or `message`.
     """
-    _log.log(level, text, facts, extra=facts, stacklevel=2, exc_info=exc_info)
+    _log.log(level, text, facts, extra=facts, stacklevel=2)
+
+
+def log_exception(text: str, **facts: object) -> None:
+    """Log one line at ERROR as `log()` does, with the exception that is being handled."""
+    _log.exception(text, facts, extra=facts, stacklevel=2)

@@ -79,6 +79,17 @@ PARAMETERS = [
     ("hostname", "x", "Write host."),
     ("echo", "true", "another library"),
     ("num_workers", "3", "another library"),
+    ("maxsize", "5", "max_size="),
+    ("serverVersion", "15", "another library"),
+    ("charset", "utf8", "UTF-8"),
+    ("uselibpqcompat", "true", "another library"),
+    ("tcpKeepAlive", "true", "Write keepalives."),
+    ("check_hostname", "false", "always verified in full"),
+    ("server_hostname", "x", "always verified in full"),
+    ("on_connect", "x", "init="),
+    ("before_acquire", "x", "setup="),
+    ("retries", "3", "run_transaction(attempts=)"),
+    ("log", "true", "another library"),
 ]
 
 
@@ -91,6 +102,23 @@ def test_a_parameter_of_another_library_gets_an_answer(name: str, value: str, an
     ):
         assert message.startswith(f"{name!r} ({source}) is not a connection parameter. ")
         assert answer in message
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("Password", "Did you mean password?"),
+        ("ApplicationName", "Did you mean application_name?"),
+        ("sslmod", "Did you mean sslmode?"),
+        ("aplication_name", "Did you mean application_name?"),
+        ("hst", "Did you mean host?"),
+        ("zzz", "Leave it out. Server settings go into server_settings=."),
+        ("requirements", "Leave it out. Server settings go into server_settings=."),
+    ],
+)
+def test_only_a_slip_of_spelling_gets_the_parameter_that_it_looks_like(name: str, advice: str) -> None:
+    for message in (refusal(DSN, **{name: SECRET}), refusal(f"{DSN}?{name}={SECRET}")):
+        assert message.endswith(f" is not a connection parameter. {advice}")
 
 
 def test_a_context_and_a_flag_in_code_get_the_same_answers() -> None:
@@ -144,6 +172,22 @@ AROUND = [
     pytest.param(f"POSTGRESQL://alex:{SECRET}@{HOST}/d", "begins with 'POSTGRESQL://'", id="capitals"),
     pytest.param(f"alex:{SECRET}@{HOST}/d", "has no scheme", id="no scheme"),
     pytest.param(f"mysql://alex:{SECRET}@{HOST}/d", "begins with 'mysql://'", id="another database"),
+    pytest.param(f"PSQL '{DSN}'", "begins with the command psql", id="psql in capitals"),
+    pytest.param(f"sudo psql {DSN}", "begins with the command psql", id="sudo psql"),
+    pytest.param(f"pg_dump -d {DSN}", "begins with something else than a URL", id="another command"),
+    pytest.param(f"-e DATABASE_URL={DSN}", "begins with something else than a URL", id="an option"),
+    pytest.param(f"({DSN})", "begins with something else than a URL", id="in parentheses"),
+    pytest.param(f"- {DSN}", "begins with something else than a URL", id="an item of a list"),
+    pytest.param(f"postgresql//alex:{SECRET}@{HOST}/d", "lacks the '//' or the ':'", id="no colon"),
+    pytest.param(f"postgresql ://alex:{SECRET}@{HOST}/d", "lacks the '//' or the ':'", id="a space"),
+    pytest.param(f"psql://alex:{SECRET}@{HOST}/d", "begins with 'psql://'", id="psql as scheme"),
+    pytest.param(quote(DSN, safe=""), "is percent-encoded as a whole", id="percent-encoded"),
+    pytest.param("DATABASE_URL", "is the name of a variable", id="the name alone"),
+    pytest.param('url = env("DATABASE_URL")', "is the name of a variable", id="Prisma's schema"),
+    pytest.param("op://vault/item/url", "is the name of a secret", id="1Password"),
+    pytest.param("arn:aws:secretsmanager:us-east-2:1:secret:a", "is the name of a secret", id="AWS"),
+    pytest.param("/run/secrets/database_url", "is the path of a file", id="a file"),
+    pytest.param(r"C:\secrets\url.txt", "is the path of a file", id="a file on Windows"),
     pytest.param(f"{DSN}\u200b", "invisible character U+200B", id="a zero-width space at the end"),
     pytest.param(f"\ufeff{DSN}", "invisible character U+FEFF", id="a byte order mark"),
     pytest.param(f"\u00a0{DSN}", "invisible character U+00A0", id="a no-break space"),
@@ -192,6 +236,15 @@ def test_an_object_in_place_of_the_dsn_gets_an_answer(method: str, what: str) ->
         pytest.param(f"{DSN}/", "ends with '/'", id="a trailing slash"),
         pytest.param(f"{DSN}/?sslmode=verify-full", "ends with '/'", id="a slash before the parameters"),
         pytest.param(f'{DSN}"', "or a quotation mark", id="a quotation mark at the end"),
+        pytest.param(f"{DSN};", "comes from around it", id="a semicolon at the end"),
+        pytest.param(f"{DSN},", "comes from around it", id="a comma at the end"),
+        pytest.param(f"{DSN}`?sslmode=verify-full", "comes from around it", id="a backtick at the end"),
+        pytest.param(f"{DSN}>", "comes from around it", id="a bracket at the end"),
+        pytest.param(f"{DSN}\\n", "comes from around it", id="the text of a line break at the end"),
+        pytest.param(f"postgresql://alex:$PGPASSWORD@{HOST}/d", "is a placeholder", id="a variable as password"),
+        pytest.param(f"postgresql://alex:$(PASSWORD)@{HOST}/d", "is a placeholder", id="a variable of Kubernetes"),
+        pytest.param(f"postgresql://alex:[REDACTED]@{HOST}/d", "is a placeholder", id="redacted"),
+        pytest.param(f"postgresql://alex:__PASSWORD__@{HOST}/d", "is a placeholder", id="underscores"),
         pytest.param("postgresql://[user]:[password]@[neon_hostname]/[dbname]", "'[neon_hostname]'", id="Neon's"),
         pytest.param(
             "postgresql://[user]:[password]@[neon_hostname]/[dbname]?sslmode=require",

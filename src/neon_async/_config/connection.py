@@ -7,6 +7,7 @@ is judged, by its row in the table of keywords. It must not know what the parame
 # No `from __future__ import annotations`: the classes take longer to define when their annotations are strings.
 
 import os
+import re
 import urllib.parse
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -15,7 +16,7 @@ from typing import Literal, NoReturn, TypedDict, cast
 from .._errors import ConfigurationError, InsecureConfigurationError
 from .._neon.endpoint import Endpoint, parse_host
 from .dsn import VERIFIED_SCHEME, decode, harden_dsn, redact, split
-from .hints import answer_to_parameter, invisible_in, is_masked, is_password_placeholder, is_placeholder
+from .hints import answer_to_parameter, fold, invisible_in, is_masked, is_password_placeholder, is_placeholder
 from .keywords import BY_DSN_NAME, BY_NAME, KEYWORDS, Keyword
 from .literals import ChannelBinding, ProtocolVersion, RevocationMode, SSLNegotiation, TLSVersion
 from .password import Password, PasswordSource
@@ -237,10 +238,10 @@ def _given_in_dsn(dsn: object) -> dict[str, Given]:
         if text:
             _add(given, key, decode(text), _DSN)
     if url.path not in ("", "/"):
-        if url.path.endswith(("/", "'", '"')):
+        if re.search(_FROM_AROUND, url.path):
             raise ConfigurationError(
-                "The name of the database in the DSN ends with '/' or a quotation mark. Remove it, or write it as %2F, "
-                "%27 or %22 where it belongs to the name."
+                "The name of the database in the DSN ends with '/' or a quotation mark, or with another sign that "
+                "comes from around it. Remove it, or percent-encode it where it belongs to the name, such as %2F."
             )
         _add(given, "dbname", decode(url.path[1:]), _DSN)
     after_a_secret = False
@@ -261,6 +262,10 @@ def _given_in_dsn(dsn: object) -> dict[str, Given]:
     if url.scheme == VERIFIED_SCHEME:
         given["sslmode"] = Given("sslmode", "verify-full", f"scheme {VERIFIED_SCHEME}")
     return given
+
+
+# What a database's name ends with where more than the URL was copied. A bracket that was opened belongs to the name.
+_FROM_AROUND = r"""(?:[/'"`,;\\]|\\n|^[^<]*>|^[^(]*\)|^[^\[]*\]|^[^{]*\})\Z"""
 
 
 def _given_in_code(keywords: Mapping[str, object]) -> dict[str, Given]:
@@ -286,14 +291,21 @@ def _add(given: dict[str, Given], key: str, value: object, source: str) -> None:
 def _refuse_key(key: str, source: str) -> NoReturn:
     if key in BY_NAME:
         _refuse_outside_code(BY_NAME[key], key, source)
-    if answer := answer_to_parameter(key):
-        raise ConfigurationError(f"{key[:60]!r} ({source}) is not a connection parameter. {answer}")
+    advice = answer_to_parameter(key) or _nearest(key, BY_DSN_NAME if source == _DSN else BY_NAME)
+    raise ConfigurationError(f"{key[:60]!r} ({source}) is not a connection parameter. {advice}")
+
+
+def _nearest(key: str, known: Iterable[str]) -> str:
+    """Return the advice for a key that no library has: how a known one is spelled that looks like it."""
     import difflib  # takes a millisecond to import, and only this refusal needs it
 
-    known = BY_DSN_NAME if source == _DSN else BY_NAME
-    close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    advice = f"Did you mean {close[0]}?" if close else "Leave it out. Server settings go into server_settings=."
-    raise ConfigurationError(f"{key[:60]!r} ({source}) is not a connection parameter. {advice}")
+    spelled = {fold(name): name for name in known}
+    close = difflib.get_close_matches(fold(key), spelled, n=1, cutoff=_ALIKE)
+    return f"Did you mean {spelled[close[0]]}?" if close else "Leave it out. Server settings go into server_settings=."
+
+
+# From here on difflib's ratio means a slip: `sslmod` and `aplication_name`, but not `charset` for `host`.
+_ALIKE = 0.75
 
 
 def _refuse_outside_code(keyword: Keyword, key: str, source: str) -> NoReturn:

@@ -41,6 +41,7 @@ _OPENS = "leave it out: `async with create_pool(...)` or `await create_pool(...)
 _URL = "pass the connection URL as the first argument."
 _CONTENTS = "pass what is in it as keywords of the call."
 _NO_SESSION = "leave it out: a connection is asyncpg's; see its transaction(), and record_class=."
+_RETRIES = "leave it out: the pool retries until acquire_timeout; run_transaction(attempts=) repeats work."
 _FRAMEWORK = "leave it out: it is for another library."
 _POOLED = (
     "leave it out: a -pooler host is recognised by its name. For a PgBouncer of your own pass pooled=True in code."
@@ -78,14 +79,25 @@ _NAMES: Final = (
     ),
     ("check_server_identity insecure_skip_verify ssl_cert_reqs sslhostnameverifier", _VERIFIED),
     ("ssl_ca sslca ca cafile ssl_ca_certs ssl_cert_file sslrootcertdata root_cert ca_cert", _ROOT),
+    ("check_hostname server_hostname server_name sni cert_reqs verify_mode ssl_version ciphers alpn", _VERIFIED),
     ("open opened", _OPENS),
     ("conninfo connection_string conn_string url uri database_url db_url", _URL),
     ("connect_args connect_kwargs connection_kwargs kwargs connect_options engine_options", _CONTENTS),
     ("autocommit row_factory cursor_factory isolation_level", _NO_SESSION),
     ("echo echo_pool future poolclass pool_use_lifo pool_reset_on_return async_fallback dialect driver", _FRAMEWORK),
+    ("server_version target_server_type reuse_password uselibpqcompat workaround", _FRAMEWORK),
+    ("encoding charset", "leave it out: asyncpg reads and writes UTF-8."),
+    ("tcp_keep_alive tcp_keep_alives", "write keepalives."),
+    ("log logger log_level debug name pool pool_name", _FRAMEWORK),
+    (
+        "on_connect after_connect after_create",
+        "pass init= to create_pool(), an async function that takes a connection.",
+    ),
+    ("before_acquire after_acquire on_acquire configure", "pass setup= to create_pool(), or init= for what stays."),
+    ("retry retries max_retries retry_attempts retry_on_error", _RETRIES),
     ("num_workers reconnect_timeout reconnect_failed max_uses allow_exit_on_idle", _FRAMEWORK),
     ("username login", "write user."),
-    ("pwd passwd pass", "write password."),
+    ("pwd passwd pass pg_password", "write password."),
     ("hostname server address servername", "write host."),
     ("db databasename", "write dbname."),
     ("app_name", "write application_name."),
@@ -94,20 +106,23 @@ _NAMES: Final = (
 )
 
 
-def _folded(name: str) -> str:
+def fold(name: str) -> str:
+    """Return a name without what does not matter in it: upper and lower case, `_` and `-`."""
     return re.sub("[_-]", "", name.lower())
 
 
 @functools.cache  # not at import: only a refused parameter needs it
 def _answers() -> Mapping[str, str]:
-    return {_folded(name): answer for names, answer in _NAMES for name in names.split()}
+    """Return the answers by name, and by folded name: `maxsize` is not `max_size`. The first row wins."""
+    rows = [(name, answer) for names, answer in reversed(_NAMES) for name in names.split()]
+    return {fold(name): answer for name, answer in rows} | dict(rows)
 
 
 def answer_to_parameter(name: str) -> str:
     """Return what to write in place of a parameter of another library, as a sentence, or ''."""
     if name.startswith("amp;"):
         return "The DSN was copied from a web page: write '&' for '&amp;'."
-    answer = _answers().get(_folded(name), "")
+    answer = _answers().get(name) or _answers().get(fold(name), "")
     return answer[:1].upper() + answer[1:]
 
 
@@ -120,7 +135,11 @@ _COPY = "Copy the connection string from the Neon console again."
 _SHAPES: Final = (
     (r"\s*\Z", "is empty", "Set the variable that it comes from, such as DATABASE_URL."),
     (r"""\s*["'`<\u2018-\u201f\u00ab\u2039]""", "begins with a quotation mark or a bracket", "Pass what is in it."),
-    (r"\s*[$%>#]?\s*psql\b", "begins with the command psql", "Pass only the URL that follows it, without quotes."),
+    (
+        r"\s*[$%>#]?\s*(?:sudo\s+)?(?i:psql)\b(?!:)",
+        "begins with the command psql",
+        "Pass only the URL that follows it, without quotes.",
+    ),
     (r"jdbc:", "is for JDBC", "Remove 'jdbc:', and write user and password as postgresql://user:password@host/dbname."),
     (
         r"\s*(?:host|hostaddr|port|dbname|user|password|sslmode|service)\s*=",
@@ -133,12 +152,36 @@ _SHAPES: Final = (
         "Pass only what follows the '='.",
     ),
     (r"(?:export\s+)?[A-Za-z_][A-Za-z0-9_]*=", "begins with the name of a variable", "Pass only what follows the '='."),
-    (r"(?:None|null|undefined)\Z", "is the text of a missing value", "Set the variable that it comes from."),
-    (r"[${%]|os\.environ|process\.env|env\(", "is the name of a variable", "Pass the value of the variable."),
-    (r"(?i:postgres(?:ql)?)(?:\+\w+)?:/?(?!/)", "lacks the '//' behind the scheme", "Write postgresql://..."),
+    (
+        r"(?:None|null|nil|undefined|true|false)\Z",
+        "is the text of a missing value",
+        "Set the variable that it comes from.",
+    ),
+    (
+        r"[${%]|os\.environ|process\.env|(?:url\s*=\s*)?env\(|[A-Z][A-Z0-9_]*_(?:URL|URI|DSN)\Z",
+        "is the name of a variable",
+        "Pass the value of the variable.",
+    ),
+    (
+        r"(?i:postgres(?:ql)?(?:\+\w+)?%3a)",
+        "is percent-encoded as a whole",
+        "Encode only its parts, where they need it.",
+    ),
+    (
+        r"(?i:postgres(?:ql)?)(?:\+\w+)?(?:\s+:|:/?(?!/)|//)",
+        "lacks the '//' or the ':' behind the scheme",
+        "Write postgresql://...",
+    ),
     (r"prisma(?:\+postgres)?://", "leads to a service of Prisma and to no PostgreSQL server", _COPY),
+    (
+        r"(?:op|vault|secret|secretref|ssm|gcp-secret|keyvault|arn):",
+        "is the name of a secret",
+        "Pass the secret itself.",
+    ),
+    (r"\.{0,2}/(?!/)|~/|[A-Za-z]:\\", "is the path of a file", "Pass what the file contains."),
     (r"https?://", "is the address of a web page or of an HTTP API", _COPY),
     (r"[^/:\s]*\.neon\.tech\b", "is a host name", "Write postgresql://user:password@host/dbname, or pass host=."),
+    (r"(?s:.+?)\bpostgres(?:ql)?(?:\+\w+)?://", "begins with something else than a URL", "Pass only the URL in it."),
     (r"[^/\s]+:[^/\s]*@", "has no scheme", "Begin it with postgresql://."),
 )
 
@@ -173,7 +216,9 @@ _BRACKETED = r"\[[A-Za-z][A-Za-z _-]*\]|<[A-Za-z][A-Za-z _-]*>|\{+[A-Za-z][A-Za-
 _WHOSE = r"(?:your|my|the)?[-_ ]?(?:neon|db|database|pg|postgres)?[-_ ]?"
 _YOURS = r"(?i:your[-_ ]?(?:neon|db|database|pg|postgres)?[-_ ]?(?:host|hostname|user|username|database|dbname|name))"
 _WORD = rf"(?i:{_WHOSE}(?:password|passwd|pass|pwd|secret))"
-_HIDDEN = rf"\[{_WORD}\]|<{_WORD}>|\{{+{_WORD}\}}+|\$\{{[A-Z_]+\}}|(?i:your)[-_ ]?{_WORD}"
+_VARIABLE = r"\$(?:[A-Z_]*(?:PASS|PASSWORD|PWD|SECRET)|\{[A-Z_]+\}|\([A-Z_]+\))"
+_CUT_OUT = r"(?i:\[(?:redacted|hidden|masked|filtered)\]|<(?:redacted|hidden|masked|filtered)>|redacted|__password__)"
+_HIDDEN = rf"\[{_WORD}\]|<{_WORD}>|\{{+{_WORD}\}}+|{_VARIABLE}|{_CUT_OUT}|(?i:your)[-_ ]?{_WORD}"
 _MASKED = r"[*\u2022\u25cf\u2217\u2731]{3,}"
 
 

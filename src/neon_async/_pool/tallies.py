@@ -5,12 +5,11 @@ Knows names and numbers only. Without `on_event` it does without the events, whi
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from .._text import log
+from .._text import log_exception
 
 if TYPE_CHECKING:
     from .events import PoolEvent
@@ -110,7 +109,7 @@ def report(on_event: Callable[[PoolEvent], object], event: str, *facts: Any) -> 
 
 
 def _note_failure(name: str) -> None:
-    log(logging.ERROR, "on_event failed for %(failed)s", exc_info=True, event="on_event_failed", failed=name)
+    log_exception("on_event failed for %(failed)s", event="on_event_failed", failed=name)
 
 
 class Tallies:

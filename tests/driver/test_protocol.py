@@ -98,13 +98,15 @@ async def test_a_session_is_not_idle_after_a_prepare_until_something_is_executed
 
 async def test_a_session_is_idle_between_the_statements_of_a_transaction(connection: Any) -> None:
     protocol = protocol_of(connection)
-    async with connection.transaction():
+    transaction = connection.transaction()
+    await transaction.start()
+    assert protocol.is_idle()
+    async for _ in connection.cursor("SELECT generate_series(1, 3)", prefetch=1):
         assert protocol.is_idle()
-        async for _ in connection.cursor("SELECT generate_series(1, 3)", prefetch=1):
-            assert protocol.is_idle()
-        with pytest.raises(asyncpg.DivisionByZeroError):
-            await connection.execute("SELECT 1/0")
-        assert protocol.is_idle()
+    with pytest.raises(asyncpg.DivisionByZeroError):
+        await connection.execute("SELECT 1/0")
+    assert protocol.is_idle()
+    await transaction.rollback()
 
 
 @pytest.mark.parametrize("how", ["close", "terminate"])

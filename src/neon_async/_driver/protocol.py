@@ -469,12 +469,16 @@ class SessionProtocol:
         if isinstance(error, asyncpg.ConnectionDoesNotExistError) or (session.loss is not None and refused):
             return True
         # asyncpg has no transport any more.
-        return type(error) is AttributeError and error.obj is None and hasattr(asyncio.Transport, error.name or "")
+        return type(error) is AttributeError and error.obj is None and error.name in _OF_TRANSPORT
 
     def _take_failure(self) -> Exception:
         failure, self._failure = self._failure, None
         assert failure is not None
         return failure
+
+
+# What asyncpg calls of its transport.
+_OF_TRANSPORT = frozenset({"abort", "is_closing", "pause_reading", "resume_reading", "write", "writelines"})
 
 
 def _allowed(query: str) -> Effects | None:

@@ -90,7 +90,7 @@ CHARTS = (
         "saturation",
         "Requests per second, 64 tasks on 10 connections, asyncio",
         "One `fetchval()` per acquire, without a delay on the network.",
-        {"requests per second": "requests"},
+        {"requests": "requests"},
     ),
     Chart(
         "services",

@@ -45,6 +45,14 @@ def test_a_chart_shows_the_figures_that_are_stored(chart: charts.Chart) -> None:
     )
 
 
+@pytest.mark.parametrize("chart", [pytest.param(chart, id=chart.name) for chart in charts.CHARTS])
+def test_a_chart_draws_figures_that_its_benchmark_measures(chart: charts.Chart) -> None:
+    """Also where the figures are not stored yet."""
+    source = (ROOT / "benchmarks" / f"{chart.name}.py").read_text(encoding="utf-8")
+    words = {word for figure in chart.bars for word in re.split(", ", figure)}
+    assert [word for word in words if f'{word}"' not in source] == []
+
+
 def test_the_length_of_a_bar_is_its_value() -> None:
     bars = [charts.Bar("one", 20.0, "20 ms", "20 ms"), charts.Bar("two", 30.0, "30 + 10", "40", extra=10.0)]
     root = ET.fromstring(charts.bar_chart("a < b", [charts.Group("ours", bars, True)], extra="of these"))

@@ -7,6 +7,7 @@ import contextlib
 import gc
 import struct
 import threading
+import time
 import weakref
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
@@ -40,7 +41,7 @@ from neon_async import (
     NeonAsyncError,
 )
 from neon_async._driver.connector import prepare
-from neon_async._driver.loop import LoopAdapter
+from neon_async._driver.loop import LoopAdapter, StatementTimer
 from neon_async._wire.dial import Dialer
 from neon_async._wire.login import LoginCache
 from neon_async.testing import LocalPostgres
@@ -94,13 +95,54 @@ def adapter_for(dsn: str) -> LoopAdapter:
     return LoopAdapter(dialer, secret=lambda: PASSWORD, cache=LoginCache())
 
 
-async def test_everything_but_create_connection_is_the_running_loops() -> None:
+async def test_nearly_everything_is_the_running_loops() -> None:
     adapter, loop = adapter_for(f"postgresql://alex:{PASSWORD}@db.example.com/neondb"), asyncio.get_running_loop()
-    assert adapter.call_later == loop.call_later
     assert adapter.create_future == loop.create_future
     assert adapter.create_connection != loop.create_connection
     assert repr(adapter) == "<LoopAdapter for db.example.com>"
     assert PASSWORD not in repr(vars(adapter))
+
+
+class Calls:
+    """The running loop, and how often a timer of it was set."""
+
+    def __init__(self) -> None:
+        self.timers = 0
+
+    def call_later(self, delay: float, callback: Any) -> asyncio.TimerHandle:
+        self.timers += 1
+        return asyncio.get_running_loop().call_later(delay, callback)
+
+
+async def test_statements_that_end_in_time_share_one_timer_of_the_loop() -> None:
+    loop: Any = Calls()
+    timer = StatementTimer(loop)
+    for _ in range(100):
+        timer.start(HANG, pytest.fail).cancel()
+    assert loop.timers == 1
+
+
+@pytest.mark.parametrize("earlier", [0.0, 0.02, HANG], ids=["due at once", "due earlier", "due later"])
+async def test_a_statement_has_its_own_time_whatever_that_of_an_earlier_one_was(earlier: float) -> None:
+    loop = asyncio.get_running_loop()
+    timer, fired = StatementTimer(loop), loop.create_future()
+    timer.start(earlier, pytest.fail).cancel()
+    began = time.monotonic()
+    timer.start(0.04, fired.set_result, None)
+    async with asyncio.timeout(HANG):
+        await fired
+    assert time.monotonic() - began >= 0.04
+    assert repr(timer) == "<StatementTimer off>"
+
+
+async def test_a_timer_that_has_fired_can_be_started_again() -> None:
+    timer = StatementTimer(asyncio.get_running_loop())
+    async with asyncio.timeout(HANG):
+        for _ in range(3):
+            fired = asyncio.get_running_loop().create_future()
+            assert timer.start(0.001, fired.set_result, None) is timer
+            await fired
+    timer.cancel()
 
 
 async def test_the_adapter_makes_no_connection_without_tls() -> None:

@@ -8,6 +8,8 @@ asyncpg's protocol, and must not know its classes, pools or deadlines.
 from __future__ import annotations
 
 import asyncio
+import math
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +40,7 @@ class LoopAdapter:
         self.handshake_time = 0.0
         self.revocation: ChainCheck | None = None
         self._loop = loop = asyncio.get_running_loop()
-        self.call_later = loop.call_later  # asyncpg calls it for every statement, and `__getattr__()` would be slow
+        self.call_later = StatementTimer(loop).start  # asyncpg calls it for the timeout of a statement only
         self._dialer = dialer
         self._secret: Secret | None = secret
         self._cache = cache
@@ -119,3 +121,55 @@ class LoopAdapter:
         channel.lift_limit()
         self._cache.mechanism = channel.handshake.mechanism = mechanism
         return protocol
+
+
+class StatementTimer:
+    """The timer of the statement that is under way on a connection, of which there is one at most.
+
+    Nearly all statements end in time. So the timer of the event loop stays set when one has ended: it fires once in a
+    `command_timeout`, and is set again where a later statement has time left.
+
+    Args:
+        loop: The event loop.
+    """
+
+    __slots__ = ("_call", "_due", "_fires_at", "_handle", "_loop")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._handle: asyncio.TimerHandle | None = None
+        self._fires_at = math.inf
+        self._due = math.inf
+        self._call: tuple[Callable[..., object], tuple[object, ...]] | None = None
+
+    def __repr__(self) -> str:
+        return f"<StatementTimer {'off' if self._call is None else 'on'}>"
+
+    def start(self, delay: float, callback: Callable[..., object], *args: object) -> StatementTimer:
+        """Call `callback` after `delay` seconds, unless it is cancelled before; as `loop.call_later()`."""
+        self._due = time.monotonic() + delay
+        self._call = callback, args
+        if self._due < self._fires_at:
+            if self._handle is not None:
+                self._handle.cancel()
+            self._set(delay)
+        return self
+
+    def cancel(self) -> None:
+        """Call nothing: the statement has ended."""
+        self._call = None
+
+    def _set(self, delay: float) -> None:
+        self._fires_at = time.monotonic() + delay
+        self._handle = self._loop.call_later(delay, self._fire)
+
+    def _fire(self) -> None:
+        self._handle, self._fires_at = None, math.inf
+        if self._call is None:
+            return
+        left = self._due - time.monotonic()
+        if left > 0:
+            self._set(left)
+            return
+        (callback, args), self._call = self._call, None
+        callback(*args)

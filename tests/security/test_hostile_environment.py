@@ -113,6 +113,19 @@ async def test_the_openssl_policy_of_a_linux_distribution_is_accepted(
     assert (answer["ours"], answer["text"] in suites.split(":")) == ("accepted", True), answer
 
 
+async def test_a_policy_that_has_nothing_in_common_with_the_server_is_named(
+    postgres: LocalPostgres, tmp_path: Path
+) -> None:
+    configuration, anchor = tmp_path / "openssl.cnf", tmp_path / "root.pem"
+    configuration.write_text(
+        "openssl_conf = init\n[init]\nssl_conf = ssl\n[ssl]\nsystem_default = policy\n[policy]\nGroups = ffdhe2048\n"
+    )
+    anchor.write_bytes(postgres.trust_anchor)
+    answer = await run_child("dial", postgres.dsn, str(anchor), OPENSSL_CONF=str(configuration))
+    assert answer["ours"] == "TLSError"
+    assert "in common. Check the server, and OPENSSL_CONF, the OpenSSL configuration of this system." in answer["text"]
+
+
 @pytest.mark.parametrize("variables", [("SSL_CERT_FILE", "SSL_CERT_DIR", "SSLKEYLOGFILE"), ("OPENSSL_CONF",)])
 async def test_a_server_of_the_hostile_ca_is_refused_in_a_hostile_environment(
     hostile: dict[str, str], variables: tuple[str, ...], tmp_path: Path

@@ -125,6 +125,11 @@ _NO_ALPN = (
     "the server does not accept the protocol name postgresql",
     "Check that this is the port of a PostgreSQL server.",
 )
+_NOTHING_IN_COMMON = (
+    "client and server have no cipher suite, group or signature algorithm in common",
+    "Check the server, and OPENSSL_CONF, the OpenSSL configuration of this system.",
+)
+_CLIENT_CERTIFICATE = "Check sslcert and sslkey, and which CA the server trusts for clients."
 # OpenSSL's reasons for a failed handshake: the reason, and what to do about it.
 _TLS_REASONS = {
     "TLSV1_ALERT_PROTOCOL_VERSION": _OLD_TLS,
@@ -132,6 +137,19 @@ _TLS_REASONS = {
     "WRONG_SSL_VERSION": _OLD_TLS,
     **dict.fromkeys(NOT_TLS_REASONS, _NOT_TLS),
     "TLSV1_ALERT_NO_APPLICATION_PROTOCOL": _NO_ALPN,
+    **dict.fromkeys(
+        ("SSLV3_ALERT_HANDSHAKE_FAILURE", "TLSV1_ALERT_INSUFFICIENT_SECURITY", "NO_SUITABLE_KEY_SHARE")
+        + ("NO_SUITABLE_GROUPS", "NO_SUITABLE_SIGNATURE_ALGORITHM", "WRONG_SIGNATURE_TYPE", "WRONG_CURVE"),
+        _NOTHING_IN_COMMON,
+    ),
+    "TLSV1_UNRECOGNIZED_NAME": ("the server does not know this host name", "Check host."),
+    **dict.fromkeys(
+        ("SSLV3_ALERT_BAD_CERTIFICATE", "SSLV3_ALERT_CERTIFICATE_UNKNOWN", "SSLV3_ALERT_UNSUPPORTED_CERTIFICATE")
+        + ("TLSV1_ALERT_UNKNOWN_CA", "TLSV1_ALERT_ACCESS_DENIED"),
+        ("the server does not accept the client certificate", _CLIENT_CERTIFICATE),
+    ),
+    "SSLV3_ALERT_CERTIFICATE_EXPIRED": ("the server says that the client certificate has expired", "Renew sslcert."),
+    "SSLV3_ALERT_CERTIFICATE_REVOKED": ("the server says that the client certificate was revoked", "Renew sslcert."),
     "TLSV13_ALERT_CERTIFICATE_REQUIRED": ("the server requires a client certificate", "Set sslcert and sslkey."),
 }
 

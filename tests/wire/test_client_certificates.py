@@ -8,11 +8,15 @@ import ssl
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from anyio.from_thread import start_blocking_portal
-from support.handshakes import PASSPHRASE, ROOT, assert_policy, handshake, serve
+from cryptography.x509 import ExtendedKeyUsage
+from cryptography.x509.oid import ExtendedKeyUsageOID
+from support.certificates import DAY, NOW, Entity, issue
+from support.handshakes import OTHER_ROOT, PASSPHRASE, ROOT, assert_policy, handshake, serve
 from support.probes import HANG, assert_secret_free
 
 import neon_async
@@ -20,6 +24,7 @@ from neon_async._wire.tls import ClientCertificate, build_context
 from neon_async._wire.trust import load_trust_anchor
 from neon_async.testing import LocalPostgres
 
+CLIENT = [(ExtendedKeyUsage([ExtendedKeyUsageOID.CLIENT_AUTH]), False)]
 DSN = "postgresql://alex:s3cret@db.example.com/neondb"
 
 
@@ -177,6 +182,33 @@ async def test_a_real_server_that_requires_a_client_certificate_refuses_a_client
 ) -> None:
     with pytest.raises(neon_async.AuthenticationError, match="requires a valid client certificate"):
         await neon_async.connect(certified_postgres.dsn, trust_anchor=certified_postgres.trust_anchor)
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    ("entity", "text"),
+    [
+        pytest.param(
+            issue(OTHER_ROOT, "neon", names=[], also=CLIENT),
+            "the server does not accept the client certificate",
+            id="another CA",
+        ),
+        pytest.param(
+            issue(ROOT, "neon", names=[], also=CLIENT, not_after=NOW - DAY / 2),
+            "the client certificate has expired",
+            id="expired",
+        ),
+    ],
+)
+async def test_a_client_certificate_that_a_real_server_refuses_is_the_named_culprit(
+    certified_postgres: LocalPostgres, tmp_path: Path, entity: Entity, text: str
+) -> None:
+    file = tmp_path / "both"
+    file.write_bytes(entity.key_pem + entity.pem)
+    with pytest.raises(neon_async.NeonAsyncError, match=text):
+        await neon_async.connect(
+            certified_postgres.dsn, trust_anchor=certified_postgres.trust_anchor, sslcert=str(file)
+        )
 
 
 @pytest.mark.anyio

@@ -138,14 +138,26 @@ _TLS_REASONS = {
     **dict.fromkeys(NOT_TLS_REASONS, _NOT_TLS),
     "TLSV1_ALERT_NO_APPLICATION_PROTOCOL": _NO_ALPN,
     **dict.fromkeys(
-        ("SSLV3_ALERT_HANDSHAKE_FAILURE", "TLSV1_ALERT_INSUFFICIENT_SECURITY", "NO_SUITABLE_KEY_SHARE")
-        + ("NO_SUITABLE_GROUPS", "NO_SUITABLE_SIGNATURE_ALGORITHM", "WRONG_SIGNATURE_TYPE", "WRONG_CURVE"),
+        (
+            "SSLV3_ALERT_HANDSHAKE_FAILURE",
+            "TLSV1_ALERT_INSUFFICIENT_SECURITY",
+            "NO_SUITABLE_KEY_SHARE",
+            "NO_SUITABLE_GROUPS",
+            "NO_SUITABLE_SIGNATURE_ALGORITHM",
+            "WRONG_SIGNATURE_TYPE",
+            "WRONG_CURVE",
+        ),
         _NOTHING_IN_COMMON,
     ),
     "TLSV1_UNRECOGNIZED_NAME": ("the server does not know this host name", "Check host."),
     **dict.fromkeys(
-        ("SSLV3_ALERT_BAD_CERTIFICATE", "SSLV3_ALERT_CERTIFICATE_UNKNOWN", "SSLV3_ALERT_UNSUPPORTED_CERTIFICATE")
-        + ("TLSV1_ALERT_UNKNOWN_CA", "TLSV1_ALERT_ACCESS_DENIED"),
+        (
+            "SSLV3_ALERT_BAD_CERTIFICATE",
+            "SSLV3_ALERT_CERTIFICATE_UNKNOWN",
+            "SSLV3_ALERT_UNSUPPORTED_CERTIFICATE",
+            "TLSV1_ALERT_UNKNOWN_CA",
+            "TLSV1_ALERT_ACCESS_DENIED",
+        ),
         ("the server does not accept the client certificate", _CLIENT_CERTIFICATE),
     ),
     "SSLV3_ALERT_CERTIFICATE_EXPIRED": ("the server says that the client certificate has expired", "Renew sslcert."),

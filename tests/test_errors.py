@@ -298,6 +298,53 @@ def test_of_other_exceptions_only_those_of_the_network_may_pass(error: BaseExcep
     assert neon_async.is_unavailable(error) is expected
 
 
+LOST = neon_async.ConnectionLostError(TEXT)
+UNKNOWN = neon_async.CommitUnknownError(TEXT)
+
+
+@pytest.mark.parametrize(
+    ("error", "retryable", "unavailable"),
+    [
+        (ExceptionGroup("of a task group", [LOST, neon_async.PoolBusyError(TEXT)]), True, True),
+        (ExceptionGroup("of nested ones", [LOST, ExceptionGroup("inner", [LOST])]), True, True),
+        (ExceptionGroup("of asyncpg's", [LOST, asyncpg.SerializationError(TEXT)]), True, False),
+        (ExceptionGroup("with a bug", [LOST, KeyError()]), False, False),
+        (ExceptionGroup("with a lost COMMIT", [LOST, UNKNOWN]), False, False),
+        (BaseExceptionGroup("with the end of the program", [LOST, KeyboardInterrupt()]), False, False),
+    ],
+    ids=str,
+)
+def test_a_group_is_what_all_its_errors_are(error: BaseException, retryable: bool, unavailable: bool) -> None:
+    assert (neon_async.is_retryable(error), neon_async.is_unavailable(error)) == (retryable, unavailable)
+
+
+class Wrapping(Exception):
+    """An error with an `orig`, as SQLAlchemy's."""
+
+    def __init__(self, cause: BaseException | None) -> None:
+        super().__init__()
+        self.orig = RuntimeError()
+        self.orig.__cause__ = cause
+
+
+@pytest.mark.parametrize(
+    ("cause", "expected"),
+    [
+        (LOST, True),
+        (asyncpg.CannotConnectNowError(TEXT), True),
+        (TimeoutError(), True),
+        (UNKNOWN, False),
+        (asyncpg.PostgresSyntaxError(TEXT), False),
+        (ValueError(), False),
+        (None, False),
+    ],
+    ids=repr,
+)
+def test_an_error_that_wraps_one_is_what_that_is(cause: BaseException | None, expected: bool) -> None:
+    assert neon_async.is_retryable(Wrapping(cause)) is expected
+    assert neon_async.is_unavailable(Wrapping(cause)) is expected
+
+
 @pytest.mark.parametrize("cls", [neon_async.PoolTimeoutError, neon_async.PoolClosedError])
 @pytest.mark.parametrize("unavailable", [False, True])
 def test_a_pickled_error_says_whether_the_database_is_unavailable(cls: Any, unavailable: bool) -> None:

@@ -10,7 +10,7 @@ import errno
 import functools
 import socket
 import ssl
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import ClassVar, NamedTuple, ParamSpec, TypeVar
 
 import asyncpg
@@ -260,10 +260,13 @@ def is_retryable(error: BaseException) -> bool:
     where the outcome of a COMMIT is unknown (`CommitUnknownError`, SQLSTATEs 08007 and 40003).
 
     Args:
-        error: Anything that neon-async or asyncpg raised. For any other exception the answer is False, except for a
-            `ConnectionError`, a `TimeoutError` and a failed name resolution, which asyncpg raises, too.
+        error: Anything that neon-async or asyncpg raised, also as SQLAlchemy wraps it. For any other exception the
+            answer is False, except for a `ConnectionError`, a `TimeoutError` and a failed name resolution, which
+            asyncpg raises, too. Of a group, the answer has to be the same for all its exceptions.
     """
-    return error.retryable if isinstance(error, NeonAsyncError) else _outlook(error).retryable
+    return all(
+        one.retryable if isinstance(one, NeonAsyncError) else _outlook(one).retryable for one in originals_of(error)
+    )
 
 
 def is_unavailable(error: BaseException) -> bool:
@@ -278,7 +281,20 @@ def is_unavailable(error: BaseException) -> bool:
     Args:
         error: As for `is_retryable()`.
     """
-    return error.unavailable if isinstance(error, NeonAsyncError) else _outlook(error).unavailable
+    return all(
+        one.unavailable if isinstance(one, NeonAsyncError) else _outlook(one).unavailable for one in originals_of(error)
+    )
+
+
+def originals_of(error: BaseException) -> Iterator[BaseException]:
+    """Yield the errors of a group, or else the error itself, and what SQLAlchemy has wrapped in its place."""
+    if isinstance(error, BaseExceptionGroup):
+        for one in error.exceptions:
+            yield from originals_of(one)
+        return
+    # SQLAlchemy's error has one of the DB-API as `orig`, whose cause is what the driver has raised.
+    cause = getattr(getattr(error, "orig", None), "__cause__", None)
+    yield cause if isinstance(cause, NeonAsyncError | asyncpg.PostgresError | OSError) else error
 
 
 class _Outlook(NamedTuple):

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ._errors import CommitUnknownError, is_unavailable
+from ._errors import CommitUnknownError, is_unavailable, originals_of
 from ._pool.pool import Pool
 from ._text import escape, log
 
@@ -41,7 +41,8 @@ def answer_to(error: BaseException, method: str, path: str) -> Answer | None:
         method: Of the request, for the log.
         path: Of the request, for the log.
     """
-    if isinstance(error, CommitUnknownError):
+    is_unknown = any(isinstance(one, CommitUnknownError) for one in originals_of(error))
+    if is_unknown:
         answer = Answer(
             503,
             _problem(
@@ -62,7 +63,7 @@ def answer_to(error: BaseException, method: str, path: str) -> Answer | None:
     else:
         return None
     # The pool itself warns once when an outage begins, and a lost COMMIT is no outage.
-    level = logging.WARNING if isinstance(error, CommitUnknownError) else logging.INFO
+    level = logging.WARNING if is_unknown else logging.INFO
     log(
         level,
         "%(method)s %(path)s: answered %(status)d, %(error)s: %(reason)s",

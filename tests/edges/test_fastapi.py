@@ -115,6 +115,18 @@ async def unknown() -> None:
     raise neon_async.CommitUnknownError("ep-secret-host-123456: no answer to COMMIT")
 
 
+@router.get("/unknown/group")
+async def unknown_in_a_group() -> None:
+    raise ExceptionGroup("of tasks", [neon_async.ConnectError("gone"), neon_async.CommitUnknownError("no answer")])
+
+
+@router.get("/group")
+async def group(pool: Pool) -> None:
+    async with asyncio.TaskGroup() as tasks:
+        for _ in range(2):
+            tasks.create_task(pool.fetchval("SELECT 1"))
+
+
 @router.get("/broken")
 async def broken(pool: Pool) -> None:
     await pool.fetchval("SELECT nothing_of_this_name")
@@ -233,11 +245,22 @@ async def test_an_outage_is_answered_with_503_and_its_end_with_200(
                 pass
 
 
+async def test_an_outage_that_a_task_group_reports_is_answered_with_503(endpoint: LocalEndpoint) -> None:
+    async with served_by_uvicorn(service(endpoint, acquire_timeout=0.3)) as client:
+        assert (await client.get("/group")).status_code == 200
+        endpoint.refuse()
+        endpoint.cut()
+        answer = await client.get("/group")
+        assert answer.status_code == 503
+        assert answer.headers["retry-after"]
+
+
+@pytest.mark.parametrize("path", ["/unknown", "/unknown/group"])
 async def test_a_commit_of_unknown_outcome_is_answered_without_an_invitation_to_repeat(
-    endpoint: LocalEndpoint,
+    endpoint: LocalEndpoint, path: str
 ) -> None:
     async with served_by_uvicorn(service(endpoint)) as client:
-        answer = await client.get("/unknown")
+        answer = await client.get(path)
     assert answer.status_code == 503
     assert "retry-after" not in answer.headers
     assert "may have been committed" in answer.json()["detail"]

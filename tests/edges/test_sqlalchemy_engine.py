@@ -267,6 +267,27 @@ class TestErrors:
                 await committing
             assert isinstance(original(raised.value), neon_async.CommitUnknownError)
             assert raised.value.connection_invalidated
+            assert not neon_async.is_unavailable(raised.value)
+
+    async def test_an_outage_is_recognised_in_what_sqlalchemy_raises(self, endpoint: LocalEndpoint) -> None:
+        async with engine_to(endpoint) as engine:
+            endpoint.refuse()
+            with pytest.raises(sa.exc.OperationalError) as raised:
+                await engine.connect()
+            assert neon_async.is_unavailable(raised.value)
+            assert neon_async.is_retryable(raised.value)
+
+    async def test_a_commit_that_rolled_back_is_an_error(self, endpoint: LocalEndpoint) -> None:
+        async with engine_to(endpoint) as engine, engine.connect() as connection:
+            with pytest.raises(sa.exc.DBAPIError):
+                await connection.execute(sa.text("SELECT 1/0"))
+            with pytest.raises(sa.exc.OperationalError) as raised:
+                await connection.commit()
+            assert isinstance(original(raised.value), neon_async.TransactionAbortedError)
+            assert not raised.value.connection_invalidated
+            assert not neon_async.is_unavailable(raised.value)
+            await connection.rollback()  # as SQLAlchemy requires after any failed commit
+            assert await scalar(connection, "SELECT 1") == 1
 
     async def test_a_statement_that_takes_too_long(self, endpoint: LocalEndpoint) -> None:
         async with engine_to(endpoint, command_timeout=0.2) as engine, engine.connect() as connection:

@@ -159,11 +159,16 @@ async def test_no_renewal_outlives_the_connections(server: PresentingServer, pki
     connection = await neon_async.connect(server.dsn, trust_anchor=pki.root.pem, revocation="require")
     pool = await neon_async.create_pool(server.dsn, trust_anchor=pki.root.pem, revocation="require", init_size=2)
     listeners = [each.listeners for each in shard._shards.values()]
-    assert [len(each) for each in listeners] == [3, 3]
+    assert pool._connector.revocation is not None
+    renewals = pool._connector.revocation._chain.renewals
+    (renewal,) = renewals.values()
+    assert len(renewal._watches) == 3
     await connection.close()
-    assert [len(each) for each in listeners] == [2, 2]
+    assert len(renewal._watches) == 2
+    assert [len(each) for each in listeners] == [1, 1]
     pool.terminate()
-    await until(lambda: not any(listeners))
+    await until(lambda: not renewals)
+    assert not any(listeners)
 
 
 @pytest.mark.anyio

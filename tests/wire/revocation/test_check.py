@@ -19,7 +19,7 @@ from cryptography import x509
 from support.certificates import DAY, NOW, Entity, issue, present
 from support.crls import RevocablePKI, crl, point, scope, send
 from support.probes import HANG, nothing_is_left, until
-from support.revocations import forget_everything, let_expire, shard_on
+from support.revocations import forget_everything, let_expire, renew, shard_on
 
 import neon_async
 from neon_async._driver.connector import Connector, prepare
@@ -371,17 +371,56 @@ def listeners(of: check.ChainCheck) -> int:
     return sum(len(each.listeners) for each in of.shards)
 
 
+def watches(of: check.ChainCheck) -> int:
+    return sum(len(each._watches) for each in of._chain.renewals.values())
+
+
 async def test_a_watch_ends_with_its_user_or_when_it_is_stopped(pki: RevocablePKI) -> None:
     watched = await judged(pki, pki.leaf())
     user, other = User(), User()
     watched.watch(user, lambda _, error: None)
     stopped = watched.watch(other, lambda _, error: None)
-    assert listeners(watched) == 4
+    assert (listeners(watched), watches(watched)) == (2, 2)
     del user
-    assert listeners(watched) == 2
+    assert (listeners(watched), watches(watched)) == (2, 1)
     stopped.stop()
+    assert (listeners(watched), watches(watched)) == (0, 0)
+    again = watched.watch(other, lambda _, error: None)
     stopped.stop()
-    assert listeners(watched) == 0
+    assert (listeners(watched), watches(watched)) == (2, 1)
+    again.stop()
+    assert (listeners(watched), watches(watched)) == (0, 0)
+
+
+async def test_all_connections_on_a_chain_share_one_renewal_and_each_is_told(pki: RevocablePKI) -> None:
+    leaf, seen = pki.leaf(), list[User]()
+    one, other = await judged(pki, leaf), await judged(pki, leaf)
+    users = [User() for _ in range(50)]
+    for number, user in enumerate(users):
+        (one, other)[number % 2].watch(user, lambda user, error: seen.append(user))
+    assert (listeners(one), watches(one)) == (2, 50)
+    pki.publish("/1.crl", leaf)
+    renew(shard_on(pki))
+    await until(lambda: len(seen) == len(users))
+    assert {*seen} == {*users}
+    assert (listeners(one), watches(one)) == (0, 0)
+
+
+async def test_a_callback_that_fails_keeps_no_other_connection_in_use(pki: RevocablePKI) -> None:
+    leaf, seen = pki.leaf(), list[User]()
+    watched = await judged(pki, leaf)
+    errors: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: errors.append(context["exception"]))
+
+    def fail(_: User, error: Exception) -> None:
+        raise ValueError("a callback")
+
+    users = [User() for _ in range(10)]
+    for number, user in enumerate(users):
+        watched.watch(user, fail if number % 2 else lambda user, error: seen.append(user))
+    pki.publish("/1.crl", leaf)
+    renew(shard_on(pki))
+    await until(lambda: len(seen) == len(errors) == 5)
 
 
 async def test_a_watch_that_has_ended_is_freed_without_the_garbage_collector(pki: RevocablePKI) -> None:

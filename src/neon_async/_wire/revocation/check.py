@@ -15,7 +15,7 @@ import time
 import weakref
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
-from typing import Final, Generic, NamedTuple, TypeVar
+from typing import Any, Final, Generic, NamedTuple, TypeVar
 
 from ..._errors import CertificateRevokedError, RevocationUnknownError
 from ..._text import escape, log
@@ -98,34 +98,23 @@ class ChainCheck:
 
     def refresh(self) -> None:
         """Obtain in the background the lists that are missing or due."""
-        for shard in self._chain.shards:
-            shard.refresh()
+        self._chain.refresh()
 
     async def settle(self) -> None:
         """Wait until each list that is missing has been obtained, or could not be."""
         changed = asyncio.Event()
         wake = functools.partial(asyncio.get_running_loop().call_soon_threadsafe, changed.set)
-        self.listen(wake)
+        self._chain.listen(wake)
         try:
             while self.is_awaited:
                 await changed.wait()
                 changed.clear()
         finally:
-            self.ignore(wake)
-
-    def listen(self, listener: Callable[[], object]) -> None:
-        """Have `listener` called, in another thread, each time that a list has been obtained or could not be."""
-        for shard in self._chain.shards:
-            shard.listeners.add(listener)
-
-    def ignore(self, listener: Callable[[], object]) -> None:
-        """Have `listener` called no more."""
-        for shard in self._chain.shards:
-            shard.listeners.discard(listener)
+            self._chain.ignore(wake)
 
     def watch(self, user: _T, on_revoked: Callable[[_T, CertificateRevokedError], None]) -> Watch[_T]:
         """Keep the lists current while `user` exists, and call `on_revoked(user, error)` once the chain is revoked."""
-        return Watch(self, user, on_revoked)
+        return Watch(self, self._chain.renewal(), user, on_revoked)
 
     def report(self) -> RevocationReport:
         """Return what is known now."""
@@ -170,30 +159,73 @@ class ChainCheck:
 
 
 class Watch(Generic[_T]):
-    """Keeps the lists of one connection's chain current, in its event loop, until `stop()` or the connection's end."""
+    """The use of a chain by one connection, until `stop()` or the connection's end."""
 
-    __slots__ = ("_check", "_loop", "_on_revoked", "_timer", "_user")
+    __slots__ = ("_check", "_on_revoked", "_renewal", "_user")
 
-    def __init__(self, check: ChainCheck, user: _T, on_revoked: Callable[[_T, CertificateRevokedError], None]) -> None:
-        self._loop = asyncio.get_running_loop()
+    def __init__(
+        self,
+        check: ChainCheck,
+        renewal: Renewal,
+        user: _T,
+        on_revoked: Callable[[_T, CertificateRevokedError], None],
+    ) -> None:
         self._check = check
+        self._renewal = renewal
         # Weak, because all lists of the process lead here.
         self._user: weakref.ref[_T] | None = weakref.ref(user, self._end)
         self._on_revoked = on_revoked
-        self._timer: asyncio.TimerHandle | None = None
-        check.listen(self._wake)
-        self._look()
+        renewal.add(self)
+        self.look()
 
     def stop(self) -> None:
         """End the watch. It can be called again, and where the event loop is closed."""
         self._user = None
-        self._check.ignore(self._wake)
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        self._renewal.discard(self)
+
+    def look(self) -> None:
+        """Call `on_revoked` and end the watch, if the chain has been revoked."""
+        error = self._check.revoked()
+        if error is None or self._user is None:
+            return
+        user = self._user()
+        self.stop()
+        if user is not None:
+            self._on_revoked(user, error)
 
     def _end(self, _: object) -> None:
         self.stop()
+
+
+class Renewal:
+    """Keeps the lists of a chain current in one event loop, and has the connections that use the chain look at them.
+
+    There is one for all of these connections, so that a new list costs the event loop next to nothing.
+    """
+
+    __slots__ = ("_chain", "_loop", "_timer", "_watches")
+
+    def __init__(self, chain: KnownChain) -> None:
+        self._chain = chain
+        self._loop = asyncio.get_running_loop()
+        self._watches: set[Watch[Any]] = set()
+        self._timer: asyncio.TimerHandle | None = None  # none before the first connection and after the last one
+
+    def add(self, watch: Watch[Any]) -> None:
+        """Keep the lists current for one more connection."""
+        self._watches.add(watch)
+        if self._timer is None:
+            self._chain.listen(self._wake)
+            self._set_timer()
+
+    def discard(self, watch: Watch[Any]) -> None:
+        """Keep the lists current for the other connections only."""
+        self._watches.discard(watch)
+        if self._timer is not None and not self._watches:
+            self._chain.ignore(self._wake)
+            self._timer.cancel()
+            self._timer = None
+            self._chain.renewals.pop(self._loop, None)
 
     def _wake(self) -> None:
         """Have `_look()` called in the event loop, from another thread."""
@@ -201,22 +233,20 @@ class Watch(Generic[_T]):
 
     def _look(self) -> None:
         """React to what is known now, and come back when a list is due."""
-        if self._user is None:  # stopped
+        if self._timer is None:  # it has ended
             return
-        error = self._check.revoked()
-        if error is not None:
-            user = self._user()
-            self.stop()
-            if user is not None:
-                self._on_revoked(user, error)
-            return
-        if self._timer is not None:
-            self._timer.cancel()
-        wait = min((shard.next_refresh() for shard in self._check.shards), default=_LONGEST_WAIT)
+        if self._chain.verdict().revoked is not None:
+            for watch in [*self._watches]:
+                self._loop.call_soon(watch.look)
+        self._timer.cancel()
+        self._set_timer()
+
+    def _set_timer(self) -> None:
+        wait = min((shard.next_refresh() for shard in self._chain.shards), default=_LONGEST_WAIT)
         self._timer = self._loop.call_later(min(max(wait, _SHORTEST_WAIT), _LONGEST_WAIT), self._renew)
 
     def _renew(self) -> None:
-        self._check.refresh()
+        self._chain.refresh()
         self._look()
 
 
@@ -249,14 +279,39 @@ class KnownChain:
 
     Attributes:
         shards: The lists.
+        renewals: What keeps them current, by event loop.
     """
 
-    __slots__ = ("_facts", "_verdict", "shards")
+    __slots__ = ("_facts", "_verdict", "renewals", "shards")
 
     def __init__(self, facts: tuple[Facts, ...]) -> None:
         self._facts = facts
         self.shards: Final = tuple(shard_of(each.source) for each in facts if each.source is not None)
+        self.renewals: dict[asyncio.AbstractEventLoop, Renewal] = {}
         self._verdict = self._judge()
+
+    def refresh(self) -> None:
+        """Obtain in the background the lists that are missing or due."""
+        for shard in self.shards:
+            shard.refresh()
+
+    def listen(self, listener: Callable[[], object]) -> None:
+        """Have `listener` called, in another thread, each time that a list has been obtained or could not be."""
+        for shard in self.shards:
+            shard.listeners.add(listener)
+
+    def ignore(self, listener: Callable[[], object]) -> None:
+        """Have `listener` called no more."""
+        for shard in self.shards:
+            shard.listeners.discard(listener)
+
+    def renewal(self) -> Renewal:
+        """Return what keeps the lists current in the running event loop."""
+        loop = asyncio.get_running_loop()
+        renewal = self.renewals.get(loop)
+        if renewal is None:
+            renewal = self.renewals[loop] = Renewal(self)
+        return renewal
 
     def verdict(self) -> Verdict:
         """Return what is known now."""

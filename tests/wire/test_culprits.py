@@ -5,8 +5,12 @@ from __future__ import annotations
 import ssl
 from collections.abc import Callable
 from datetime import UTC, datetime
+from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric import rsa
+from cryptography.x509 import DNSName, ExtendedKeyUsage, NameConstraints, SubjectKeyIdentifier
+from cryptography.x509.oid import ExtendedKeyUsageOID
 from hypothesis import given
 from hypothesis import strategies as st
 from support.certificates import DAY, NOW, Entity, issue, look_alike
@@ -39,6 +43,16 @@ def error_for(anchor: Entity, leaf: Entity, *sent: Entity) -> CertificateError:
 
 def leaf(issuer: Entity, **changes: datetime) -> Entity:
     return issue(issuer, **changes)  # type: ignore[arg-type]
+
+
+def below(*, ca: bool = True, **changes: Any) -> tuple[Entity, Entity, Entity]:
+    """Return the root, and a leaf below an odd intermediate certificate, and that."""
+    odd = issue(ROOT, "odd", ca=ca, **changes)
+    return ROOT, leaf(odd), odd
+
+
+CONSTRAINTS = NameConstraints([DNSName("internal.test")], None), True
+LIMITED_ROOT = issue(subject="limited root", ca=True, also=[CONSTRAINTS])
 
 
 @pytest.mark.parametrize(
@@ -122,6 +136,62 @@ def leaf(issuer: Entity, **changes: datetime) -> Entity:
             "Check this machine's clock;",
             id="a leaf of tomorrow",
         ),
+        pytest.param(
+            lambda: error_for(ROOT, leaf(INTERMEDIATE), issue(ROOT, "intermediate", ca=True)),
+            "the server did not send the certificate of its issuer, CN=intermediate (",
+            "The server must send every intermediate certificate.",
+            id="another intermediate of the same name",
+        ),
+        pytest.param(
+            lambda: error_for(
+                ROOT, issue(INTERMEDIATE, names=[DNSName("a.test"), DNSName("b\x1b.test")]), INTERMEDIATE
+            ),
+            "it is for another name: it names a.test, b\\x1b.test (",
+            "Check the host;",
+            id="another name",
+        ),
+        pytest.param(
+            lambda: error_for(ROOT, issue(INTERMEDIATE, names=[]), INTERMEDIATE),
+            "it is for another name: it names no host (subjectAltName) (",
+            "Check the host;",
+            id="no name but the common one",
+        ),
+        pytest.param(
+            lambda: error_for(*below(also=[CONSTRAINTS])),
+            "its issuer CN=odd may not certify this name (nameConstraints) (",
+            "a name that it may certify",
+            id="an intermediate with name constraints",
+        ),
+        pytest.param(
+            lambda: error_for(LIMITED_ROOT, leaf(LIMITED_ROOT)),
+            "the trust anchor CN=limited root may not certify this name (nameConstraints) (",
+            "a name that it may certify",
+            id="a root with name constraints",
+        ),
+        pytest.param(
+            lambda: error_for(*below(without=[SubjectKeyIdentifier])),
+            "its issuer CN=odd has no subjectKeyIdentifier (",
+            "The server must send a chain that conforms to RFC 5280.",
+            id="an intermediate that strict verification refuses",
+        ),
+        pytest.param(
+            lambda: error_for(*below(also=[(ExtendedKeyUsage([ExtendedKeyUsageOID.CLIENT_AUTH]), False)])),
+            "its issuer CN=odd is not meant for servers (extendedKeyUsage) (",
+            "The server must send a chain that conforms to RFC 5280.",
+            id="an intermediate for clients",
+        ),
+        pytest.param(
+            lambda: error_for(*below(key=rsa.generate_private_key(65537, 1024))),
+            "its issuer CN=odd has a key that is too small (",
+            "The server must send a chain that conforms to RFC 5280.",
+            id="an intermediate with a small key",
+        ),
+        pytest.param(
+            lambda: error_for(*below(ca=False)),
+            "its issuer CN=odd does not say that it is a CA (basicConstraints) (",
+            "Do not connect; report this to the operator of the server.",
+            id="a leaf that issues certificates",
+        ),
     ],
 )
 def test_the_certificate_that_is_to_blame_is_named(
@@ -134,7 +204,7 @@ def test_the_certificate_that_is_to_blame_is_named(
 
 def test_where_the_code_says_it_all_nothing_is_added() -> None:
     anchor, now = load_trust_anchor(ROOT.pem), datetime.now(UTC)
-    for code in (23, 26, 62, 0):
+    for code in (23, 26, 47, 79, 0):
         assert find_culprit(code, [leaf(ROOT).der], anchor, now) is None
     for code in (9, 10, 19):  # and nothing of what was sent is to blame
         assert find_culprit(code, [leaf(ROOT).der], anchor, now) is None

@@ -155,6 +155,8 @@ class Described(NamedTuple):
         issuer: The issuer in DER.
         issuer_key: The identifier of the issuer's key, in hexadecimal digits, or "".
         not_before: When it becomes valid, in UTC. None where it cannot be read.
+        key: The identifier of its own key, in hexadecimal digits, or "".
+        der: The certificate.
     """
 
     shown: "ChainCertificate"
@@ -162,6 +164,8 @@ class Described(NamedTuple):
     issuer: bytes
     issuer_key: str
     not_before: datetime | None = None
+    key: str = ""
+    der: bytes = b""
 
     @property
     def is_self_issued(self) -> bool:
@@ -192,8 +196,9 @@ def describe(der: bytes) -> Described:
             sha256,
         )
         issuer_key = (certificate.authority_key_identifier or b"").hex()
+        key = (certificate.key_identifier or b"").hex()
         not_before = certificate.not_valid_before.astimezone(UTC)
-        return Described(shown, certificate.subject.dump(), certificate.issuer.dump(), issuer_key, not_before)
+        return Described(shown, certificate.subject.dump(), certificate.issuer.dump(), issuer_key, not_before, key, der)
     except Exception:  # noqa: BLE001  asn1crypto raises what it likes; a server may send anything besides its chain
         return Described(ChainCertificate("unreadable", "unreadable", None, sha256), b"", b"", "")
 

@@ -231,7 +231,7 @@ def certificate_error(
     if code in _NO_ISSUER and (root := root_without_cross_sign(served)):
         reason, advice = _explain_missing_cross_sign(root, anchor)
     elif culprit := find_culprit(code, served, anchor, datetime.now(UTC)):
-        reason, advice = culprit
+        reason, advice = culprit.reason, culprit.advice or advice
     failure = CertificateError(
         f"The certificate of {server_name} was refused: {reason} (OpenSSL: {detail}). Trust anchor: {anchor}. {advice}"
     )

@@ -142,6 +142,18 @@ def present_slowly(server: PresentingServer, pki: RevocablePKI, published: threa
 
 
 @TERMINALS
+@pytest.mark.parametrize("weak", ["", "&sslmode=require"], ids=["one refusal", "two refusals"])
+def test_settings_that_are_refused_in_any_case_are_shown_once(terminal: bool, weak: str) -> None:
+    with running("check", f"postgresql://a:b@c.invalid/d?sslsni=0{weak}", terminal=terminal) as command:
+        assert command.wait() == 1
+        assert steps(command)["parse"] == "✗"
+        assert command.output.count("sslsni (DSN) is '0'") == 1
+        assert ("create_pool() refuses" in command.output) is bool(weak)
+        assert "goes on" not in command.output
+        assert visible(command).rstrip().splitlines()[-1].startswith("Refused:")
+
+
+@TERMINALS
 def test_an_interrupt_leaves_the_steps_so_far(endpoint: LocalEndpoint, anchor: str, terminal: bool) -> None:
     endpoint.freeze()
     with running("check", endpoint.dsn, "--trust-anchor", anchor, terminal=terminal) as command:

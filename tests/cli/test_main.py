@@ -25,6 +25,7 @@ from neon_async.testing._impostor import SERVER_NAME, Impostor
 PASSWORD = "npg_hunter2"
 DSN = f"postgresql://neon:{PASSWORD}@{SERVER_NAME}/neondb"
 WEAK = f"{DSN}?sslmode=require&channel_binding=require"
+NOWHERE = "postgresql://a:b@c.invalid/d"
 COMMAND = f"{shlex.quote(sys.executable)} -m neon_async"
 
 
@@ -230,7 +231,11 @@ def test_a_reader_that_has_ended_leads_to_1_without_a_traceback(arguments: list[
     assert (finished.returncode, finished.stderr) == (1, b"")
 
 
-@pytest.mark.parametrize("arguments", [["roots"], ["roots", "--json"], ["harden", DSN], ["demo"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "arguments",
+    [["check", NOWHERE], ["check", "--json", NOWHERE], ["roots"], ["roots", "--json"], ["harden", DSN], ["demo"]],
+    ids=" ".join,
+)
 @pytest.mark.parametrize(
     ("redirection", "reason"),
     [

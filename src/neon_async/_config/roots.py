@@ -46,9 +46,8 @@ ISRG_ROOT_X1: Final = KnownRoot(
     "https://letsencrypt.org/certs/isrgrootx1.pem",
 )
 ISRG_ROOT_X1_SHA256: Final = ISRG_ROOT_X1.sha256
+"""The SHA-256 fingerprint of ISRG Root X1, the root that is trusted by default, in hexadecimal digits."""
 
-# For `trust_anchor=`: every root that Let's Encrypt may issue below. Neon needs ISRG Root X1 only: Let's Encrypt's
-# default chains contain certificates of X1 for the other three (cross-signs).
 LETS_ENCRYPT_ROOTS: Final = KnownRoots(
     (
         ISRG_ROOT_X1,
@@ -75,3 +74,8 @@ LETS_ENCRYPT_ROOTS: Final = KnownRoots(
         ),
     )
 )
+"""For `trust_anchor=`: every root that Let's Encrypt may issue below: ISRG Root X1 and X2, Root YR and Root YE.
+
+Neon needs ISRG Root X1 only: Let's Encrypt's default chains contain certificates of X1 for the other three
+(cross-signs).
+"""

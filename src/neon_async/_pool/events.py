@@ -187,3 +187,4 @@ PoolEvent: TypeAlias = (
     | ResetFailed
     | Retried
 )
+"""What `on_event=` is called with: one of the events of this module."""

@@ -7,11 +7,14 @@ from pathlib import Path
 
 import pytest
 from support.checkers import completeness, make_environment, mypy, pyright
+from support.documents import blocks_in
 
 TYPING = Path(__file__).parent / "typing"
-WITHOUT_STUBS = sorted((TYPING / "without_stubs").glob("*.py"))  # with them, too
-WITH_STUBS = [*sorted(TYPING.glob("*.py")), *WITHOUT_STUBS]
 STUBS = "asyncpg-stubs"
+EDGES = TYPING / "without_stubs" / "edges.py"  # the frameworks take long to check
+WITHOUT_STUBS = sorted({*(TYPING / "without_stubs").glob("*.py")} - {EDGES})
+WITH_ASYNCPG = TYPING / "with_asyncpg.py"  # asyncpg's classes must be known: by the stubs or by its code
+WITH_STUBS = [*sorted(TYPING.glob("*.py")), *WITHOUT_STUBS, EDGES]
 
 
 def test_mypy_judges_what_users_write_as_it_is_marked(tmp_path: Path) -> None:
@@ -22,13 +25,26 @@ def test_pyright_judges_what_users_write_as_it_is_marked(tmp_path: Path) -> None
     assert pyright(make_environment(tmp_path / "user"), WITH_STUBS, tmp_path) == ""
 
 
-@pytest.mark.parametrize("options", [[], ["--follow-untyped-imports"]], ids=["asyncpg-unknown", "asyncpg-as-it-is"])
-def test_mypy_judges_what_users_without_stubs_write_as_it_is_marked(tmp_path: Path, options: list[str]) -> None:
-    assert mypy(make_environment(tmp_path / "user", without=STUBS), WITHOUT_STUBS, tmp_path, *options) == ""
+def test_mypy_judges_what_users_without_stubs_write_as_it_is_marked(tmp_path: Path) -> None:
+    assert mypy(make_environment(tmp_path / "user", without=STUBS), [*WITHOUT_STUBS, EDGES], tmp_path) == ""
+
+
+def test_mypy_judges_it_as_it_is_marked_where_it_reads_the_code_of_asyncpg_itself(tmp_path: Path) -> None:
+    python = make_environment(tmp_path / "user", without=STUBS)
+    assert mypy(python, [*WITHOUT_STUBS, WITH_ASYNCPG], tmp_path, "--follow-untyped-imports") == ""
 
 
 def test_pyright_judges_what_users_without_stubs_write_as_it_is_marked(tmp_path: Path) -> None:
-    assert pyright(make_environment(tmp_path / "user", without=STUBS), WITHOUT_STUBS, tmp_path) == ""
+    python = make_environment(tmp_path / "user", without=STUBS)
+    assert pyright(python, [*WITHOUT_STUBS, EDGES, WITH_ASYNCPG], tmp_path) == ""
+
+
+@pytest.mark.parametrize("check", [mypy, pyright])
+def test_the_code_on_the_page_about_types_passes(tmp_path: Path, check: Callable[..., str]) -> None:
+    (block,) = [block for block in blocks_in("python") if block.page == "docs/guides/typing.md"]
+    path = tmp_path / "page.py"
+    path.write_text(block.code)
+    assert check(make_environment(tmp_path / "user", without=STUBS), [path], tmp_path) == ""
 
 
 @pytest.mark.parametrize("without", ["nothing", STUBS])

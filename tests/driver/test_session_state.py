@@ -95,6 +95,7 @@ LEAKS = rows(
     ("DO $$ BEGIN RAISE 'a'; EXCEPTION WHEN others THEN SET SESSION app.tenant TO a; END $$", (), SETTING),
     ("DO $$ <<a>> BEGIN CASE WHEN false THEN NULL; ELSE SET app.tenant = 'a'; END CASE; END $$", (), SETTING),
     ("DO E'BEGIN PERFORM set\\x5fconfig(\\'app.tenant\\', \\'a\\', false); END'", (), SETTING),
+    ("DO E'BEGIN\\nSET app.tenant = \\'a\\';\\nEND'", (), SETTING),
     ("DO 'BEGIN '\n'PERFORM set_config(''app.tenant'', ''a'', false); END'", (), SETTING),
     ("DO $$ BEGIN EXECUTE $a$SET app.tenant = 'a'$a$; END $$", (), SETTING),
     ("DO $$ BEGIN EXECUTE 'SET ' || 'app.tenant = 1'; END $$", (), SETTING),

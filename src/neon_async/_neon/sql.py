@@ -66,7 +66,7 @@ _WORDS = (
     *("query_to_xml", "ts_stat", "ts_rewrite", "crosstab"),
 )
 _SUSPICIOUS = (
-    rf"listen|pg_settings|pg_temp|{'|'.join(sorted(JUDGED))}|u&[\"']|\\[0-7xu]"
+    rf"listen|pg_settings|pg_temp|{'|'.join(sorted(JUDGED))}|u&[\"']|\\[0-7bfnrtxu]"
     r"|(?<![\w$])(?:temp|temporary|cursor)(?![\w$])|(?:\A|[;/\s'$>])(?:set|prepare|load)(?![\w$])"
 )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import assert_type
 
 import neon_async
@@ -42,6 +43,9 @@ async def use(dsn: str, anything: Pool) -> None:
     assert_type(await anything.fetch("SELECT 1", record_class=Order), list[Order])
     async for row in (await neon_async.connect(dsn)).cursor("SELECT 1", record_class=Order):
         assert_type(row, Order)
+
+    rows, status = await asyncio.gather(anything.fetch("SELECT 1"), anything.execute("SELECT 1"))
+    assert_type((rows, status), tuple[list[Record], str])
 
     await first(anything)  # type: ignore[arg-type]
     await anything.fetchh("SELECT 1")  # type: ignore[attr-defined]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import functools
 from collections.abc import AsyncIterator, Iterable
 from io import BytesIO
 from pathlib import Path
-from typing import Any, assert_type
+from typing import Any, Protocol, assert_type
 
 import neon_async
 from neon_async import Connection, Pool, Record, Transaction
@@ -127,3 +130,30 @@ async def with_listeners(connection: Connection) -> None:
     connection.add_termination_listener(ended)
 
     await connection.add_listener("orders", no_listener)  # type: ignore[arg-type]
+
+
+class Executes(Protocol):
+    """A protocol of a user's own, which pools and connections fulfil alike."""
+
+    async def execute(self, query: str, *args: object) -> str: ...
+    async def fetchrow(self, query: str, *args: object) -> Record | None: ...
+
+
+async def count(where: Executes) -> Record | None:
+    return await where.fetchrow("SELECT count(*) FROM orders")
+
+
+async def with_the_standard_library(dsn: str, pool: Pool, connection: Connection) -> None:
+    await count(pool)
+    await count(connection)
+    assert_type(await asyncio.wait_for(pool.fetchrow("SELECT 1"), 5), Record | None)
+    assert_type(await asyncio.create_task(neon_async.connect(dsn)), Connection)
+    async with contextlib.AsyncExitStack() as stack:
+        assert_type(await stack.enter_async_context(neon_async.create_pool(dsn)), Pool)
+        assert_type(await stack.enter_async_context(pool.acquire()), Connection)
+        assert_type(await stack.enter_async_context(pool.transaction()), Connection)
+        assert_type(await stack.enter_async_context(connection.transaction()), None)
+    execute = functools.partial(pool.execute, "SELECT 1")
+    assert_type(await execute(timeout=1), str)
+
+    await count(dsn)  # type: ignore[arg-type]

@@ -10,7 +10,13 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ._errors import CommitUnknownError, is_unavailable, originals_of
+from ._errors import (
+    CommitUnknownError,
+    ConnectionLostError,
+    QueryTimeoutError,
+    is_unavailable,
+    originals_of,
+)
 from ._pool.pool import Pool
 from ._text import escape, log
 
@@ -38,11 +44,11 @@ def answer_to(error: BaseException, method: str, path: str) -> Answer | None:
 
     Args:
         error: What the handler of the request raised.
-        method: Of the request, for the log.
+        method: Of the request. Only one that is idempotent is invited to repeat a statement that may have written.
         path: Of the request, for the log.
     """
-    is_unknown = any(isinstance(one, CommitUnknownError) for one in originals_of(error))
-    if is_unknown:
+    lost_commit = any(isinstance(one, CommitUnknownError) for one in originals_of(error))
+    if lost_commit:
         answer = Answer(
             503,
             _problem(
@@ -53,17 +59,28 @@ def answer_to(error: BaseException, method: str, path: str) -> Answer | None:
             {},
             PROBLEM,
         )
-    elif is_unavailable(error):
+    elif not is_unavailable(error):
+        return None
+    elif method not in _IDEMPOTENT and any(map(_may_have_written, originals_of(error))):
+        answer = Answer(
+            503,
+            _problem(
+                "Outcome unknown",
+                "The database became unavailable while a statement was under way, which may have been executed, or "
+                "not. Find out before the request is repeated.",
+            ),
+            {},
+            PROBLEM,
+        )
+    else:
         answer = Answer(
             503,
             _problem("Service Unavailable", "The database is unavailable at the moment. Try again."),
             {"Retry-After": str(RETRY_AFTER)},
             PROBLEM,
         )
-    else:
-        return None
     # The pool itself warns once when an outage begins, and a lost COMMIT is no outage.
-    level = logging.WARNING if is_unknown else logging.INFO
+    level = logging.WARNING if lost_commit else logging.INFO
     log(
         level,
         "%(method)s %(path)s: answered %(status)d, %(error)s: %(reason)s",
@@ -75,6 +92,17 @@ def answer_to(error: BaseException, method: str, path: str) -> Answer | None:
         reason=" ".join(escape(str(error)).split()),
     )
     return answer
+
+
+# The methods that a client may repeat whatever became of a request (RFC 9110, section 9.2.2).
+_IDEMPOTENT = frozenset({"DELETE", "GET", "HEAD", "OPTIONS", "PUT", "TRACE"})
+
+
+def _may_have_written(error: BaseException) -> bool:
+    """Return whether a statement without a transaction may have been executed: its own COMMIT was lost."""
+    if isinstance(error, ConnectionLostError):
+        return not error.nothing_committed
+    return isinstance(error, QueryTimeoutError)
 
 
 def _problem(title: str, detail: str) -> dict[str, object]:

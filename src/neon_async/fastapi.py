@@ -244,7 +244,8 @@ def add_exception_handlers(app: Starlette) -> None:
     """Answer 503 where the database is unavailable, with a problem document (RFC 9457). No other error is touched.
 
     Where `neon_async.is_unavailable(error)` is true, the answer has `Retry-After`. A `CommitUnknownError` is answered
-    with 503 as well, but without `Retry-After`, because a repeated request may write twice; the document says so. The
+    with 503 as well, but without `Retry-After`, because a repeated request may write twice; the document says so. So is
+    a statement of a POST or PATCH that was lost or timed out and that no transaction has rolled back for certain. The
     error itself is logged.
 
     Args:

@@ -39,6 +39,7 @@ from neon_async.testing import LocalEndpoint, LocalPostgres
 pytestmark = pytest.mark.anyio
 
 TABLE = "orders_of_fastapi"
+SLEEPS = f"wait_event = 'PgSleep' AND query LIKE 'INSERT INTO {TABLE}%'"
 
 
 class Order(BaseModel):
@@ -125,6 +126,16 @@ async def group(pool: Pool) -> None:
     async with asyncio.TaskGroup() as tasks:
         for _ in range(2):
             tasks.create_task(pool.fetchval("SELECT 1"))
+
+
+@router.api_route("/insert", methods=["POST", "PUT", "PATCH", "GET"])
+async def insert(pool: Pool) -> None:
+    await pool.execute(f"INSERT INTO {TABLE} SELECT 1 FROM pg_sleep(3600)")
+
+
+@router.post("/insert/transaction")
+async def insert_in_a_transaction(connection: Transaction) -> None:
+    await connection.execute(f"INSERT INTO {TABLE} SELECT 1 FROM pg_sleep(3600)")
 
 
 @router.get("/broken")
@@ -265,6 +276,38 @@ async def test_a_commit_of_unknown_outcome_is_answered_without_an_invitation_to_
     assert "retry-after" not in answer.headers
     assert "may have been committed" in answer.json()["detail"]
     assert "secret-host" not in answer.text
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "invited"),
+    [
+        ("POST", "/insert", False),
+        ("PATCH", "/insert", False),
+        ("PUT", "/insert", True),
+        ("GET", "/insert", True),
+        ("POST", "/insert/transaction", True),
+    ],
+)
+async def test_a_write_that_may_have_been_executed_is_no_invitation_to_write_twice(
+    endpoint: LocalEndpoint, postgres: LocalPostgres, method: str, path: str, invited: bool
+) -> None:
+    async with served_by_uvicorn(service(endpoint)) as client, connected(postgres) as admin, asyncio.timeout(20):
+        running = asyncio.ensure_future(client.request(method, path))
+        while not await admin.fetchval(f"SELECT count(*) FROM pg_stat_activity WHERE {SLEEPS}"):
+            await asyncio.sleep(0.005)
+        endpoint.cut()
+        answer = await running
+        # The server does not notice that its client is gone: it sleeps on, with a lock on the table.
+        await admin.execute(f"SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity WHERE {SLEEPS}")
+        assert answer.status_code == 503
+        assert ("retry-after" in answer.headers) is invited
+        assert ("may have been executed" in answer.json()["detail"]) is not invited
+
+
+async def test_a_write_that_timed_out_is_no_invitation_to_write_twice(endpoint: LocalEndpoint) -> None:
+    async with served_by_uvicorn(service(endpoint, command_timeout=0.1)) as client:
+        answer = await client.post("/insert")
+        assert (answer.status_code, "retry-after" in answer.headers) == (503, False)
 
 
 async def test_a_fault_of_the_code_stays_an_internal_error(endpoint: LocalEndpoint) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
 from typing import Any
 
@@ -58,6 +59,22 @@ class WithOwnContext(neon_async.Pool):
         return PoolAcquireContext(self, timeout)
 
 
+class WithOwnEnds(neon_async.Pool):
+    """A pool that notes what ends: a loan, and the pool itself."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.ends: list[str] = []
+
+    async def release(self, connection: Any, *, timeout: float | None = None) -> None:  # noqa: ASYNC109
+        self.ends.append("release")
+        await super().release(connection, timeout=timeout)
+
+    def terminate(self) -> None:
+        self.ends.append("terminate")
+        super().terminate()
+
+
 class OfRows(neon_async.Pool[asyncpg.Record]):
     pass
 
@@ -102,6 +119,34 @@ async def test_every_call_that_acquires_by_itself_works_with_an_overridden_acqui
 
         assert await pool.run_transaction(work) == 5
         await until(lambda: pool.get_idle_size() == 1 or not pool.get_size())
+
+
+async def test_a_release_of_the_class_ends_every_loan_as_on_asyncpg(postgres: LocalPostgres) -> None:
+    async with pool_of(postgres, pool_class=WithOwnEnds, max_size=1) as pool:
+        async with pool.acquire() as connection:
+            assert await connection.fetchval("SELECT 1") == 1
+        assert pool.ends == ["release"]
+        await pool.fetchval("SELECT 1")
+        async with pool.transaction():
+            pass
+        with pytest.raises(ZeroDivisionError):
+            async with pool.acquire():
+                raise ZeroDivisionError
+        await pool.release(await pool.acquire())
+        assert pool.ends == ["release"] * 5
+        assert (pool.get_size(), pool.get_idle_size()) == (1, 1)
+    assert pool.ends == ["release"] * 5  # closing is not terminating
+
+
+async def test_a_terminate_of_the_class_is_called_where_closing_fails(postgres: LocalPostgres) -> None:
+    for limit in ({"timeout": 0.01}, {}):
+        pool = pool_of(postgres, pool_class=WithOwnEnds)
+        await pool
+        await pool.acquire()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(None if limit else 0.01):
+                await pool.close(**limit)
+        assert pool.ends == ["terminate"]
 
 
 async def test_a_connection_class_and_a_pool_class_go_together(postgres: LocalPostgres) -> None:

@@ -14,7 +14,7 @@ import time
 import warnings
 import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Generic, NoReturn, Self, TypeVar, Unpack, overload
+from typing import TYPE_CHECKING, Any, Generic, NoReturn, Self, TypeVar, Unpack, cast, overload
 
 import asyncpg
 from asyncpg.pool import PoolAcquireContext
@@ -100,6 +100,16 @@ class AcquireContext(_AcquireContext[RecordT]):
         return self.pool._lend(self.timeout).__await__()
 
 
+class _ReleasingContext(AcquireContext):
+    """The same for a pool whose class has a `release()` of its own, which is called as asyncpg's context does."""
+
+    __slots__ = ()
+
+    async def __aexit__(self, *_: object) -> None:
+        connection, self.connection, self.done = self.connection, None, True
+        await self.pool.release(cast(Any, connection))
+
+
 class Pool(PoolBase[RecordT]):
     """A pool of verified connections, made by `create_pool()`. It does all that asyncpg's pool does.
 
@@ -124,6 +134,8 @@ class Pool(PoolBase[RecordT]):
         )
         self._connector = connector
         self._options = options
+        context: Any = AcquireContext if type(self).release is Pool.release else _ReleasingContext
+        self._context_class: type[AcquireContext[RecordT]] = context
         self._begin_life(None)
 
     def _begin_life(self, before: Supply | None) -> None:
@@ -303,7 +315,7 @@ class Pool(PoolBase[RecordT]):
         """
         if timeout is not None:
             check_timeout("timeout", timeout)
-        return AcquireContext(self, timeout)
+        return self._context_class(self, timeout)
 
     async def _lend(self, timeout: float | None) -> Connection[RecordT]:
         self._require_open()
@@ -508,7 +520,7 @@ class Pool(PoolBase[RecordT]):
             return
         self._require_opened()
         if self._own_loop.is_closed():  # nothing can be closed politely any more
-            self.terminate()
+            self._terminate()
             return
         self._require_own_loop()
         if self._phase is not _Phase.CLOSING:
@@ -526,8 +538,12 @@ class Pool(PoolBase[RecordT]):
                 in_use=count(State.IN_USE),
                 resetting=self._resetting(),
             )
-        finally:
             self.terminate()
+        except BaseException:
+            self.terminate()
+            raise
+        finally:
+            self._terminate()
         await self._supply.wait_for_tasks()
 
     def terminate(self) -> None:

@@ -53,8 +53,13 @@ def split(statement: list[str]) -> tuple[list[str], list[str]]:
 def _is_command(word: str, rest: list[str]) -> bool:
     if not rest or rest[0] in _AFTER_NAME:
         return False
-    if word in ("listen", "load"):  # and not the type of a variable that is declared
-        return len(rest) == 1 and (word == "listen" or string(rest[0]) is not None)
+    match word:  # and not a variable that is declared, with its type
+        case "listen":
+            return len(rest) == 1
+        case "load":
+            return string(rest[0]) is not None
+        case "prepare":
+            return rest[1:2] in (["as"], ["("])
     return True
 
 

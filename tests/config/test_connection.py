@@ -231,6 +231,12 @@ def test_other_weak_hosts_stay_refused_with_a_root_of_ones_own() -> None:
         pytest.param("db.example.com", {"pooled": True}, True, id="another host, pooled"),
         pytest.param("db.example.com", {"pooled": False}, False, id="another host, not pooled"),
         pytest.param(HOST, {"pooled": False}, False, id="a direct host"),
+        pytest.param(
+            POOLED.replace("neon.tech", "example.com"), {}, True, id="the name of a pooled endpoint elsewhere"
+        ),
+        pytest.param(POOLED.replace("neon.tech", "example.com"), {"pooled": False}, False, id="the same, not pooled"),
+        pytest.param(HOST.replace("neon.tech", "example.com"), {}, False, id="the name of a direct endpoint elsewhere"),
+        pytest.param("db-pooler.example.com", {}, False, id="a name that only ends alike"),
         pytest.param(POOLED, {}, True, id="a pooled host"),
         pytest.param(POOLED, {"pooled": True}, True, id="a pooled host, said twice"),
     ],

@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields
 from typing import Literal, NoReturn, TypedDict, cast
 
 from .._errors import ConfigurationError, InsecureConfigurationError
-from .._neon.endpoint import Endpoint, parse_host
+from .._neon.endpoint import Endpoint, is_named_pooled, parse_host
 from .dsn import VERIFIED_SCHEME, decode, harden_dsn, redact, split
 from .hints import answer_to_parameter, fold, invisible_in, is_masked, is_password_placeholder, is_placeholder
 from .keywords import BY_DSN_NAME, BY_NAME, KEYWORDS, Keyword
@@ -373,9 +373,11 @@ def _readers(given: Mapping[str, Given]) -> dict[str, Reader[object]]:
 
 
 def _is_pooled(host: str, endpoint: Endpoint | None, stated: object) -> bool:
-    """Return whether the host is a transaction pooler. The name of a Neon host says so, and code for any other."""
+    """Return whether the host is a transaction pooler: by the name of a Neon host, or what code says, or any name."""
     if endpoint is None or stated is None:
-        return endpoint.pooled if endpoint is not None else bool(stated)
+        if endpoint is not None:
+            return endpoint.pooled
+        return is_named_pooled(host) if stated is None else bool(stated)
     if stated is not endpoint.pooled:
         kind = "pooled" if endpoint.pooled else "direct"
         raise ConfigurationError(

@@ -31,8 +31,9 @@ class Endpoint:
 
 
 # The ID is a name and 6 or more digits, or 8 base-36 characters (Neon's documentation).
+_ID = r"ep-[a-z0-9]+-[a-z0-9]+-[a-z0-9]{6,}"
 _HOST = (
-    r"(?P<id>ep-[a-z0-9]+-[a-z0-9]+-[a-z0-9]{6,})(?P<pooled>-pooler)?(?:\.c-[0-9]+)?"
+    rf"(?P<id>{_ID})(?P<pooled>-pooler)?(?:\.c-[0-9]+)?"
     r"\.(?P<region>[a-z0-9-]+)\.(?:(?P<provider>[a-z]+)\.neon\.tech|postgres\.vercel-storage\.com|pg\.koyeb\.app|"
     r"retooldb\.com)"
 )
@@ -50,6 +51,11 @@ def parse_host(host: str) -> Endpoint | None:
         provider=match["provider"] or "aws",
         direct_host=host.replace("-pooler.", ".", 1) if match["pooled"] else host,
     )
+
+
+def is_named_pooled(host: str) -> bool:
+    """Return whether `host` has the name of a pooled endpoint, whatever its domain: a partner may have a new one."""
+    return re.match(rf"{_ID}-pooler\.", host) is not None
 
 
 def short_name(host: str, endpoint: Endpoint | None) -> str:

@@ -10,9 +10,11 @@ import asyncpg
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.logins import OK, SESSION_START, honest_login
 from support.private_names import pins
 from support.probes import HANG, until
 from support.transactions import Bench, cut_in_commit, frozen_in_commit, killed_in_commit, suspended_in_commit
+from support.verified_servers import BINDING, PASSWORD, connect_to, verified_server
 
 import neon_async
 from neon_async._driver.connection import Connection
@@ -21,6 +23,7 @@ from neon_async._driver.protocol import SessionProtocol
 from neon_async._errors import server_error
 from neon_async._neon.sql import commits
 from neon_async._wire.transport import _fatal_error_at_end
+from neon_async.testing import _impostor
 
 pytestmark = pytest.mark.anyio
 
@@ -239,6 +242,21 @@ class TestEveryCall:
             await cut(bench, connection)
             with pytest.raises(neon_async.ConnectionLostError):
                 connection._check_open()
+
+
+@pytest.mark.parametrize(
+    "junk", [b"\xff" * 50, _impostor.message(b"D", b"\0\0")], ids=["no message", "a row of no statement"]
+)
+async def test_a_server_that_sends_what_no_statement_asked_for_is_left(junk: bytes) -> None:
+    """asyncpg raises InternalClientError for this statement and for every other one, for ever."""
+    last = OK + SESSION_START + junk
+    honest = honest_login(PASSWORD, binding=BINDING, last=last)
+    async with asyncio.timeout(HANG), verified_server(honest, _impostor.Conversation.read_message) as server:
+        connection = await connect_to(server)
+        with pytest.raises(neon_async.ConnectionLostError, match="does not follow from any statement") as caught:
+            await connection.fetchval("SELECT 1")
+        assert caught.value.nothing_executed
+        assert connection.is_closed()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -38,6 +38,7 @@ CLOSED_BY_SERVER = Loss(_CLOSED)
 
 
 CANCEL_TIMED_OUT = Loss("a cancelled statement did not end in time, so it was terminated")
+OUT_OF_STEP = Loss("what the server sent does not follow from any statement, so it was terminated")
 # A call was under way; any later one is refused because the connection is closed.
 CLOSED_HERE = Loss("it was closed or terminated by this program while the call was under way")
 

@@ -27,6 +27,7 @@ from . import holder
 from .losses import (
     CANCEL_TIMED_OUT,
     CLOSED_HERE,
+    OUT_OF_STEP,
     Loss,
     Outcome,
     commit_error,
@@ -449,10 +450,10 @@ class SessionProtocol:
     def _was_lost(self, error: Exception) -> bool:
         """Return whether `error` says only that the connection has ended. Notes why it has, where that is new."""
         session, words = self._session, holder.last_words(self._transport)
-        if isinstance(error, asyncpg.InternalClientError) and words is not None:
-            # The server's last words came between two statements, which asyncpg does not expect: it refuses the next
-            # statement, unsent, until the end of the stream arrives. The connection can only be ended.
-            session.note_loss(loss_with(words))
+        if isinstance(error, asyncpg.InternalClientError) and (words is not None or _is_out_of_step(error)):
+            # The server's last words, or anything else, came between two statements, which asyncpg does not expect: it
+            # refuses the next statement, unsent, and every other one. The connection can only be ended.
+            session.note_loss(OUT_OF_STEP if words is None else loss_with(words))
             self._transport.abort()
             session.notify_closed()
             return True
@@ -475,6 +476,11 @@ class SessionProtocol:
         failure, self._failure = self._failure, None
         assert failure is not None
         return failure
+
+
+def _is_out_of_step(error: asyncpg.InternalClientError) -> bool:
+    """Return whether asyncpg has received what no statement had asked for. Of two calls at once it says otherwise."""
+    return str(error).startswith("cannot switch to state")
 
 
 # What asyncpg calls of its transport.

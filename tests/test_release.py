@@ -82,7 +82,8 @@ def test_every_link_of_the_readme_leads_to_the_site_on_pypi() -> None:
     assert re.findall(r"\]\((?!https://)", text) == []
     paths = [url.removeprefix(SITE) for url in re.findall(r"\]\((https://[^)]+)\)", text) if url.startswith(SITE)]
     assert len(paths) == len(relative) >= 15
-    files = [f"{path.removesuffix('/')}.md" if path.endswith("/") else path for path in paths]
+    pages = [path.partition("#")[0] for path in paths]
+    files = [f"{page.removesuffix('/')}.md" if page.endswith("/") else page for page in pages]
     assert [file for file in files if not (ROOT / "docs" / file).is_file()] == []
 
 

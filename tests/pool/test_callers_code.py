@@ -70,7 +70,6 @@ FAULTS: list[Any] = [
     pytest.param(await_something_cancelled, neon_async.ConnectError, id="a CancelledError from elsewhere"),
     pytest.param(raising(Unforeseen("vault")), Unforeseen, id="no Exception"),
 ]
-CANCELLATION = pytest.param(cancel_its_own_task, neon_async.ConnectError, id="a cancellation of its own task")
 
 
 class Flaky:
@@ -121,7 +120,7 @@ async def outcomes(pool: neon_async.Pool, count: int = CALLERS) -> list[Any]:
 
 
 @PLACES
-@pytest.mark.parametrize(("fault", "error"), [*FAULTS, CANCELLATION])
+@pytest.mark.parametrize(("fault", "error"), FAULTS)
 async def test_code_that_fails_once_fails_one_of_twenty_callers(
     postgres: LocalPostgres, place: Place, fault: Callable[[], Awaitable[None]], error: type[Exception]
 ) -> None:
@@ -135,7 +134,7 @@ async def test_code_that_fails_once_fails_one_of_twenty_callers(
 
 
 @PLACES
-@pytest.mark.parametrize(("fault", "error"), [*FAULTS, CANCELLATION])
+@pytest.mark.parametrize(("fault", "error"), FAULTS)
 async def test_code_that_always_fails_runs_once_for_each_acquire(
     postgres: LocalPostgres, place: Place, fault: Callable[[], Awaitable[None]], error: type[Exception]
 ) -> None:
@@ -149,6 +148,17 @@ async def test_code_that_always_fails_runs_once_for_each_acquire(
             assert (code.calls, pool.stats().dial_failures) == (number, number)
         assert {type(one) for one in await outcomes(pool, 4)} == {error}
         assert code.calls == 8
+        await until_settled(pool)
+
+
+@PLACES
+async def test_code_that_cancels_the_task_that_it_runs_in_does_not_storm(postgres: LocalPostgres, place: Place) -> None:
+    """For the pool that is as if the event loop ended, so the caller goes on waiting."""
+    code = Flaky(cancel_its_own_task, lambda call: call <= 3)
+    async with make_pool(postgres, **place(postgres, code)) as pool:
+        began = time.monotonic()
+        assert await outcomes(pool, 1) == [1]
+        assert pool.stats().dials == 4 <= 1 + 5 * (time.monotonic() - began)
         await until_settled(pool)
 
 

@@ -12,10 +12,11 @@ from collections.abc import AsyncIterator
 from typing import Any, cast
 
 import pytest
-from support.probes import HANG, Relay, ResetInBackground, assert_balanced, until, until_settled
+from support.probes import HANG, Relay, ResetInBackground, assert_balanced, make_pool, until, until_settled
 
 import neon_async
-from neon_async.testing import LocalPostgres
+from neon_async._pool import supply as _supply
+from neon_async.testing import LocalEndpoint, LocalPostgres
 
 pytestmark = pytest.mark.anyio
 
@@ -126,6 +127,17 @@ async def test_a_slow_reset_that_ends_after_all_gives_its_connection_back(postgr
         assert_balanced(pool)
         assert await pool.fetchval("SELECT pg_backend_pid()") == pid
         await until_settled(pool)
+
+
+async def test_a_distant_server_has_the_time_to_answer_a_ping(
+    postgres: LocalPostgres, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_supply, "_PING_TIMEOUT", 0.05)
+    async with LocalEndpoint(postgres) as endpoint, make_pool(endpoint, check_after_idle=1e-9) as pool:
+        endpoint.delay = 0.1  # 200 ms for a round trip, and at least as long for the handshake
+        async with asyncio.timeout(HANG):
+            pids = {await pool.fetchval("SELECT pg_backend_pid()") for _ in range(3)}
+        assert len(pids) == pool.stats().dials == 1
 
 
 async def test_a_slow_ping_that_is_answered_after_all_gives_its_connection_back(postgres: LocalPostgres) -> None:

@@ -70,12 +70,11 @@ async def open_connection(connector: Connector, options: PoolOptions, steps: Ste
     return connection
 
 
-def failure_of(error: BaseException, *, is_expected: bool) -> Exception | None:
+def failure_of(error: BaseException) -> Exception | None:
     """Return why a dial failed, or None if it did not fail but was cancelled.
 
     Args:
-        error: What `open_connection()` raised.
-        is_expected: Whether the pool cancels its dials.
+        error: What `open_connection()` raised in the current task.
 
     Raises:
         BaseException: `error`, which ends the program.
@@ -85,14 +84,12 @@ def failure_of(error: BaseException, *, is_expected: bool) -> Exception | None:
             return error
         case KeyboardInterrupt() | SystemExit():
             raise error
-        case asyncio.CancelledError() if is_expected:
-            return None
         case asyncio.CancelledError():
-            # Not by the pool, so by the caller's code, which may also have cancelled the task that it runs in.
-            failure = ConnectError(
-                "init or the password function raised CancelledError, or cancelled the task that connects. Catch it "
-                "there."
-            )
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                return None
+            # Something that the caller's code awaited was cancelled, but the dial itself was not cancelled.
+            failure = ConnectError("init or the password function raised CancelledError. Catch it there.")
             failure.__cause__ = error
             return CallersError(failure)
     return CallersError(cast(Exception, error))  # such as `pytest.fail.Exception`

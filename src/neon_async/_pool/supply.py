@@ -37,7 +37,8 @@ from .slots import UNANSWERED, Slot, Slots, State
 from .tallies import Tallies, report
 from .waiters import WaitQueue
 
-# A healthy server answers a ping in one round trip, and a caller waits for the answer.
+# A healthy server answers a ping in one round trip, and a caller waits for the answer. A distant server has longer, by
+# what its TLS handshake took.
 _PING_TIMEOUT = 2.0
 # After this time without an answer to a ping, a reset or a close, the pool does not count on the connection any more
 # and dials another one meanwhile. It is longer than nearly every round trip on earth.
@@ -410,10 +411,13 @@ class Supply:
 
     async def _check(self, slot: Slot) -> Exception | None:
         """Ping a connection that was silent for long. If there is no answer, end all that were silent for as long."""
-        deadline = asyncio.timeout(_PING_TIMEOUT)
+        connection = slot.holder.connection
+        if connection is None:
+            return None  # it ended before this task began
+        deadline = asyncio.timeout(max(_PING_TIMEOUT, own_session(connection).cancel_time))
         try:
             async with deadline:
-                await holder.send(slot.holder.connection, "SELECT 1")
+                await holder.send(connection, "SELECT 1")
         except Exception as error:  # noqa: BLE001  whatever it was, the connection is of no use
             self.log.befell(Mishap.SILENT, error)
             if deadline.expired():
@@ -499,10 +503,12 @@ class Supply:
             connection = await open_connection(self.connector, self.options, steps)
         except BaseException as error:
             self.tallies.dial_failures.since(began)
-            failure = failure_of(error, is_expected=self.closing)
+            failure = failure_of(error)
             cause = failure.error if isinstance(failure, CallersError) else failure
             self.report("ConnectFailed", self.name, time.monotonic() - began, tuple(steps.taken), cause)
             if failure is None:
+                # The event loop ends, or the caller's code cancels the task that it runs in, and that again and again.
+                self.pace.stopped_by_caller(began=began, connects=max(steps.connects, 1), told=False)
                 raise
             failure.with_traceback(None)  # its frames would live as long as the pool remembers the failure
         else:

@@ -10,6 +10,7 @@ import io
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
+import asyncpg
 import pytest
 from support.pgbouncer import LocalPgBouncer
 from support.pooled import TABLE, connector_to, opened
@@ -298,6 +299,54 @@ async def test_the_condition_of_a_copy_is_judged(pgbouncer: LocalPgBouncer, dire
                 await getattr(connection, name)(TABLE, where=where, **source)
         await getattr(connection, name)(TABLE, where="a > 4", **source)
     assert await direct.fetchval(f"SELECT count(*) FROM {TABLE}") == 4
+
+
+@pytest.mark.usefixtures("direct")
+@pytest.mark.parametrize("option", ["header", "freeze", "oids"])
+async def test_the_flags_of_a_copy_are_judged(pgbouncer: LocalPgBouncer, option: str) -> None:
+    """asyncpg writes them as they are."""
+    hidden: dict[str, Any] = {option: "false); SET app.tenant = 'a'; COPY healing FROM STDIN WITH (header false"}
+    async with opened(connector_to(pgbouncer)) as connection:
+        calls: list[Callable[[], Awaitable[object]]] = [
+            lambda: connection.copy_to_table(TABLE, source=io.BytesIO(b"5\n"), **hidden),
+            lambda: connection.copy_from_table(TABLE, output=io.BytesIO(), **hidden),
+            lambda: connection.copy_from_query("SELECT 1", output=io.BytesIO(), **hidden),
+        ]
+        for call in calls:
+            with pytest.raises(neon_async.PooledHostError, match=r"SET app\.tenant"):
+                await call()
+        await connection.copy_from_table(TABLE, output=io.BytesIO(), format="csv", header=True)
+
+
+async def test_a_transaction_whose_objects_would_be_temporary_is_refused(pgbouncer: LocalPgBouncer) -> None:
+    async with opened(connector_to(pgbouncer)) as connection:
+        with pytest.raises(neon_async.PooledHostError, match="search_path = pg_temp needs"):
+            connection.transaction(settings={"search_path": "pg_temp, public"})
+        async with connection.transaction(settings={"search_path": "public, pg_temp"}):
+            assert await connection.fetchval("SHOW search_path") == "public, pg_temp"
+
+
+@pytest.mark.usefixtures("pgbouncer_installed")
+@pytest.mark.parametrize(
+    "copy",
+    [
+        pytest.param(lambda c: c.copy_to_table("missing", source=io.BytesIO(b"1\n")), id="no such table"),
+        pytest.param(lambda c: c.copy_to_table(TABLE, source=io.BytesIO(b"x\n")), id="data that do not fit"),
+        pytest.param(lambda c: c.copy_records_to_table(TABLE, records=[(1,)], where="a / 0 = 1"), id="records"),
+    ],
+)
+async def test_a_copy_that_failed_keeps_no_server_connection_from_other_clients(
+    postgres: LocalPostgres, direct: Any, copy: Callable[[Any], Awaitable[object]]
+) -> None:
+    """PgBouncer waits for an answer to the rest of the data, until the client disconnects."""
+    async with LocalPgBouncer(postgres, default_pool_size=1) as bouncer:
+        pools = [neon_async.create_pool(bouncer.dsn, trust_anchor=bouncer.trust_anchor) for _ in range(2)]
+        async with pools[0] as pool, pools[1] as other:
+            with pytest.raises(asyncpg.PostgresError):
+                async with pool.acquire() as connection:
+                    await copy(connection)
+            assert await other.fetchval("SELECT 1", timeout=HANG) == 1
+            assert await pool.fetchval("SELECT 1", timeout=HANG) == 1
 
 
 @pytest.mark.usefixtures("pgbouncer_installed")

@@ -89,6 +89,9 @@ class Connection(HealedStatements[RecordT]):
         super().transaction()  # raises where the connection is closed
         return Transaction(self, isolation, readonly, deferrable, role, settings)
 
+    def check_search_path(self, search_path: object) -> None:
+        """Raise an error where a transaction with this `search_path` could leave something in the session."""
+
     def get_reset_query(self) -> str:
         """Return the SQL that `reset()` sends: it cleans everything, and restores what the pool's `init` set up."""
         session, protocol = own_session(self), protocol_of(self)

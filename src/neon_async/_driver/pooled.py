@@ -5,7 +5,7 @@ It refuses what needs a session of its own, and resets only what would follow th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from .._errors import PooledHostError
@@ -14,6 +14,7 @@ from .._neon.features import REPORTED_SETTINGS
 from .._neon.sql import quote, session_feature
 from .connection import Connection
 from .holder import Use, own_session
+from .losses import is_server_error
 from .session import Session
 from .transaction import Transaction
 
@@ -73,28 +74,33 @@ class PooledConnection(Connection):
         refuse_session_features(self, query, args)
         return super().cursor(query, *args, **options)
 
+    def check_search_path(self, search_path: object) -> None:
+        """Raise `PooledHostError` where CREATE would make temporary objects, which stay in the session."""
+        refuse_session_features(self, "SELECT set_config('search_path', $1, true)", (search_path,))
+
     def use_of(self, resource: object) -> Use:
         """Return a call on a prepared statement, a cursor or a transaction of this connection."""
         return Use(self, resource) if isinstance(resource, Transaction) else _HeldUse(self, resource)
 
     async def copy_from_query(self, query: str, *args: Any, **options: Any) -> Any:
         """Copy the rows of a query, as asyncpg does; `PooledHostError` where it needs a session of its own."""
-        with _HeldServer(refuse_session_features(self, query, args)):
+        refuse_session_features(self, query, args)
+        with _HeldServer(refuse_session_features(self, _unquoted(options))):
             return await super().copy_from_query(query, *args, **options)
 
     async def copy_from_table(self, table_name: str, **options: Any) -> Any:
         """Copy the rows of a table, as asyncpg does."""
-        with _HeldServer(own_session(self)):
+        with _HeldServer(refuse_session_features(self, _unquoted(options))):
             return await super().copy_from_table(table_name, **options)
 
     async def copy_to_table(self, table_name: str, *, where: str | None = None, **options: Any) -> Any:
         """Copy data to a table, as asyncpg does; `PooledHostError` where `where` needs a session of its own."""
-        with _HeldServer(refuse_session_features(self, f"SELECT {where}")):
+        with _HeldForData(refuse_session_features(self, _unquoted(options, where))):
             return await super().copy_to_table(table_name, where=where, **options)
 
     async def copy_records_to_table(self, table_name: str, *, where: str | None = None, **options: Any) -> Any:
         """Copy records to a table, as asyncpg does; `PooledHostError` where `where` needs a session of its own."""
-        with _HeldServer(refuse_session_features(self, f"SELECT {where}")):
+        with _HeldForData(refuse_session_features(self, _unquoted(options, where))):
             return await super().copy_records_to_table(table_name, where=where, **options)
 
     async def add_listener(self, *_: Any, **__: Any) -> NoReturn:
@@ -120,6 +126,11 @@ class PooledConnection(Connection):
         return result
 
 
+def _unquoted(options: Mapping[str, object], where: str | None = None) -> str:
+    """Return as SQL what asyncpg writes into a COPY as it is: the condition, and its flags, which may be strings."""
+    return f"SELECT {', '.join(str(options.get(name)) for name in ('oids', 'freeze', 'header'))}, {where}"
+
+
 class _HeldServer:
     """A call that is sent as one unit: PgBouncer reserves a server connection until it has ended.
 
@@ -135,6 +146,15 @@ class _HeldServer:
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         if error is None:
             self._session.holds_server = False
+
+
+class _HeldForData(_HeldServer):
+    """A COPY to the server, which PgBouncer does not get over when it fails; see `Session.pins_server`."""
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        super().__exit__(kind, error, traceback)
+        if error is not None and is_server_error(error):
+            self._session.pins_server = True
 
 
 class _HeldUse(Use):

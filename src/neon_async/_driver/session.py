@@ -225,6 +225,9 @@ class Session:
         holds_server: Whether PgBouncer may reserve a server connection for this client although no transaction is
             open. asyncpg ends a prepare with Flush, and the server connection stays reserved, with its locks on tables,
             until something is executed.
+        pins_server: Whether PgBouncer keeps a server connection for this client until the client disconnects. It does
+            so after a COPY to the server that failed (1.24): it waits for an answer to the rest of the data, which the
+            server passes over.
     """
 
     __slots__ = (
@@ -245,6 +248,7 @@ class Session:
         "loss",
         "on_closed",
         "on_last_call",
+        "pins_server",
         "reset_query",
         "revocation",
         "snapshot",
@@ -279,6 +283,7 @@ class Session:
         self.codecs: dict[tuple[str, str], Codec] = {}
         self.initial_settings: dict[str, str] = {}
         self.holds_server: bool = False
+        self.pins_server: bool = False
         self.calls: int = 0
         self.on_last_call: Callable[[], None] | None = None
         self.left: bool = False

@@ -94,6 +94,8 @@ class Transaction(ResourceHooks, AsyncpgTransaction):
     ) -> None:
         self._lent = lent(connection)
         search_path = (settings or {}).get("search_path")
+        if search_path is not None:
+            connection.check_search_path(search_path)
         self._observed = _Observed(connection, claims_of(role, settings), readonly=readonly, search_path=search_path)
         super().__init__(cast(Any, self._observed), isolation, readonly, deferrable)
 

@@ -27,7 +27,7 @@ class Facts(NamedTuple):
     Attributes:
         closed: It has ended.
         worn: It is not to be lent again: too old, too many queries, without statements that `init` had prepared in SQL,
-            expired, or the pool is closing.
+            with a server connection of PgBouncer that it pins, expired, or the pool is closing.
         own_reset: The reset is the caller's own code, which may do anything.
         untouched: Nothing was written to the server, and no type codec changed.
         leftovers: A call is under way, a statement is running or being cancelled, a transaction is open, or channels or
@@ -143,6 +143,7 @@ class Loan:
             worn
             or holder.queries_run(connection) >= supply.options.max_queries
             or holder.has_lost_statements(connection)
+            or session.pins_server
         )
         leftovers = (
             session.calls > 0

@@ -14,7 +14,6 @@ from .._neon.features import REPORTED_SETTINGS
 from .._neon.sql import quote, session_feature
 from .connection import Connection
 from .holder import Use, own_session
-from .losses import is_server_error
 from .session import Session
 from .transaction import Transaction
 
@@ -153,7 +152,7 @@ class _HeldForData(_HeldServer):
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         super().__exit__(kind, error, traceback)
-        if error is not None and is_server_error(error):
+        if error is not None:  # also of the caller's source: the server may have failed before
             self._session.pins_server = True
 
 

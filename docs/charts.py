@@ -94,11 +94,10 @@ CHARTS = (
     ),
     Chart(
         "services",
-        "Seconds until there is service again after a fault of the database",
-        "A web service under 220 requests per second: until the first answer 2xx, and the last other one, to requests "
-        "that are sent after the end of the fault.",
-        {"suspend": "suspend", "cut": "cut", "freeze": "freeze", "refuse": "refusal"},
-        table=1,
+        "Wrong answers of a web service through a suspend, cuts, a freeze and a refusal",
+        "220 requests per second, each of which writes a row. Errors are all answers but 2xx and 503. A row behind a "
+        "503 that says that the outcome is unknown is not counted.",
+        {"other errors": "error", "2xx without a row": "2xx, but no row", "rows without 2xx": "row, but no 2xx"},
     ),
 )
 # Rows whose names are those of files.

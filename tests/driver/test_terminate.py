@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
@@ -11,11 +12,11 @@ from typing import Any, TypeAlias
 import asyncpg
 import pytest
 import uvloop
-from support.probes import HANG, connected, sessions, until
+from support.probes import HANG, connected, open_sockets, sessions, until
 from support.processes import wait_for
 
 import neon_async
-from neon_async.testing import LocalPostgres
+from neon_async.testing import LocalEndpoint, LocalPostgres
 
 NAME = "to be terminated at once"
 NewLoop: TypeAlias = Callable[[], asyncio.AbstractEventLoop]
@@ -199,3 +200,20 @@ def test_a_connection_is_not_closed_in_another_event_loop_while_its_own_exists(
         assert first.run(connection.fetchval("SELECT 1")) == 1
         first.run(close(connection))
         second.run(close(connection))
+
+
+@pytest.mark.anyio
+async def test_a_close_that_is_cancelled_closes_the_socket(postgres: LocalPostgres) -> None:
+    async with LocalEndpoint(postgres) as endpoint, asyncio.timeout(HANG):
+        connection: Any = await neon_async.connect(endpoint.dsn, trust_anchor=endpoint.trust_anchor)
+        number = connection._transport.get_extra_info("socket").fileno()
+        own_socket = number, os.fstat(number).st_ino
+        query = asyncio.ensure_future(connection.execute("SELECT pg_sleep(1)"))
+        await until(lambda: connection._protocol.is_running)
+        endpoint.freeze()
+        closing = asyncio.ensure_future(connection.close())
+        await until(connection.is_closed)
+        assert own_socket in open_sockets()
+        closing.cancel()
+        await asyncio.gather(closing, query, return_exceptions=True)
+        await until(lambda: own_socket not in open_sockets())

@@ -168,8 +168,10 @@ class _Log:
 
 
 def _say(text: str) -> None:
-    with contextlib.suppress(OSError):  # the reader of the log has ended, and the endpoint goes on without it
+    try:
         print(text, file=sys.stderr, flush=True)
+    except OSError:  # the reader of the log has ended, and the endpoint goes on without it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())  # Python would try again at exit
 
 
 @contextlib.asynccontextmanager

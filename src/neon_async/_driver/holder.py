@@ -201,9 +201,11 @@ class ConnectionHooks(_Connection[RecordT]):
 
     def _abort(self) -> None:
         # asyncpg forgets its protocol here, and a call that comes back between two messages raises AttributeError.
-        ended = self._protocol
+        ended, session = self._protocol, session_of(self)
         super()._abort()  # type: ignore[misc]
-        self._protocol = _ClosedProtocol(session_of(self), was_in_transaction=had_transaction(ended))
+        self._protocol = _ClosedProtocol(session, was_in_transaction=had_transaction(ended))
+        if session is not None:
+            transport_of(self).abort()  # where a close() was cancelled, asyncpg's protocol leaves the socket open
 
     def _cleanup(self) -> None:
         # asyncpg calls this for every end of a connection: close(), terminate(), and a connection that was lost.

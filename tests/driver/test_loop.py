@@ -103,29 +103,26 @@ async def test_nearly_everything_is_the_running_loops() -> None:
     assert PASSWORD not in repr(vars(adapter))
 
 
-class Calls:
-    """The running loop, and how often a timer of it was set."""
+async def test_statements_that_end_in_time_share_one_timer_of_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    loop, timers = asyncio.get_running_loop(), list[float]()
+    call_at: Any = loop.call_at
 
-    def __init__(self) -> None:
-        self.timers = 0
+    def count(due: float, *args: Any) -> asyncio.TimerHandle:
+        timers.append(due)
+        handle: asyncio.TimerHandle = call_at(due, *args)
+        return handle
 
-    def call_later(self, delay: float, callback: Any) -> asyncio.TimerHandle:
-        self.timers += 1
-        return asyncio.get_running_loop().call_later(delay, callback)
-
-
-async def test_statements_that_end_in_time_share_one_timer_of_the_loop() -> None:
-    loop: Any = Calls()
-    timer = StatementTimer(loop)
-    for _ in range(100):
-        timer.start(HANG, pytest.fail).cancel()
-    assert loop.timers == 1
+    timer = StatementTimer()
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "call_at", count)
+        for _ in range(100):
+            timer.start(HANG, pytest.fail).cancel()
+    assert len(timers) == 1
 
 
 @pytest.mark.parametrize("earlier", [0.0, 0.02, HANG], ids=["due at once", "due earlier", "due later"])
 async def test_a_statement_has_its_own_time_whatever_that_of_an_earlier_one_was(earlier: float) -> None:
-    loop = asyncio.get_running_loop()
-    timer, fired = StatementTimer(loop), loop.create_future()
+    timer, fired = StatementTimer(), asyncio.get_running_loop().create_future()
     timer.start(earlier, pytest.fail).cancel()
     began = time.monotonic()
     timer.start(0.04, fired.set_result, None)
@@ -136,7 +133,7 @@ async def test_a_statement_has_its_own_time_whatever_that_of_an_earlier_one_was(
 
 
 async def test_a_timer_that_has_fired_can_be_started_again() -> None:
-    timer = StatementTimer(asyncio.get_running_loop())
+    timer = StatementTimer()
     async with asyncio.timeout(HANG):
         for _ in range(3):
             fired = asyncio.get_running_loop().create_future()

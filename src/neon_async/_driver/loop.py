@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from .._timing import Timer
 from .._wire.dial import Channel, Dialer, ignore_step, send_cancel_request
 from .._wire.login import EarlyLoginRefusedError, LoginCache, LoginProtocol, Secret, log_in
 from .._wire.transport import SessionTransport
@@ -39,8 +40,8 @@ class LoopAdapter:
         self.handshake: Handshake | None = None
         self.handshake_time = 0.0
         self.revocation: ChainCheck | None = None
-        self._loop = loop = asyncio.get_running_loop()
-        self.call_later = StatementTimer(loop).start  # asyncpg calls it for the timeout of a statement only
+        self._loop = asyncio.get_running_loop()
+        self.call_later = StatementTimer().start  # asyncpg calls it for the timeout of a statement only
         self._dialer = dialer
         self._secret: Secret | None = secret
         self._cache = cache
@@ -128,17 +129,12 @@ class StatementTimer:
 
     Nearly all statements end in time. So the timer of the event loop stays set when one has ended: it fires once in a
     `command_timeout`, and is set again where a later statement has time left.
-
-    Args:
-        loop: The event loop.
     """
 
-    __slots__ = ("_call", "_due", "_fires_at", "_handle", "_loop")
+    __slots__ = ("_call", "_due", "_timer")
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
-        self._handle: asyncio.TimerHandle | None = None
-        self._fires_at = math.inf
+    def __init__(self) -> None:
+        self._timer = Timer(self._fire)
         self._due = math.inf
         self._call: tuple[Callable[..., object], tuple[object, ...]] | None = None
 
@@ -149,27 +145,18 @@ class StatementTimer:
         """Call `callback` after `delay` seconds, unless it is cancelled before; as `loop.call_later()`."""
         self._due = time.monotonic() + delay
         self._call = callback, args
-        if self._due < self._fires_at:
-            if self._handle is not None:
-                self._handle.cancel()
-            self._set(delay)
+        self._timer.set(self._due)
         return self
 
     def cancel(self) -> None:
         """Call nothing: the statement has ended."""
         self._call = None
 
-    def _set(self, delay: float) -> None:
-        self._fires_at = time.monotonic() + delay
-        self._handle = self._loop.call_later(delay, self._fire)
-
     def _fire(self) -> None:
-        self._handle, self._fires_at = None, math.inf
         if self._call is None:
             return
-        left = self._due - time.monotonic()
-        if left > 0:
-            self._set(left)
+        if time.monotonic() < self._due:
+            self._timer.set(self._due)
             return
         (callback, args), self._call = self._call, None
         callback(*args)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..testing import LocalEndpoint, LocalPooler, LocalPostgres
+from .streams import discard
 
 __all__ = ("dev",)
 
@@ -171,7 +172,7 @@ def _say(text: str) -> None:
     try:
         print(text, file=sys.stderr, flush=True)
     except OSError:  # the reader of the log has ended, and the endpoint goes on without it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())  # Python would try again at exit
+        discard(sys.stderr)
 
 
 @contextlib.asynccontextmanager

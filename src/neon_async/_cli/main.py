@@ -9,13 +9,11 @@ from __future__ import annotations
 import argparse
 import asyncio
 import importlib.util
-import io
 import logging
 import os
 import sys
 import urllib.parse
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .. import ConfigurationError, NeonAsyncError, harden_dsn
@@ -24,6 +22,7 @@ from .._wire.trust import survey
 from . import render
 from .arguments import USAGE_ERROR, Parser, parse_arguments
 from .check import check
+from .streams import discard, open_streams
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -47,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: The arguments are wrong, a package is missing, or `--help` or `--version` was given.
     """
-    if not _open_streams():
+    if not open_streams():
         print("neon-async: Standard output is closed, and the result goes there. Open it.", file=sys.stderr)
         return _BAD
     try:
@@ -60,29 +59,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _INTERRUPTED
     except BrokenPipeError:  # the reader of the output has ended, as `head` does
-        _discard_output()
+        discard(sys.stdout)
         return _BAD
     except OSError as error:  # for example: the disk is full
-        _discard_output()
+        discard(sys.stdout)
         print(f"neon-async: {error}", file=sys.stderr)
         return _BAD
-
-
-def _open_streams() -> bool:
-    """Make both streams usable, and return whether standard output is open."""
-    is_open = sys.stdout is not None
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
-        if stream is None:  # closed; a socket must not get its descriptor, nor print() write to the other one
-            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115  open until the end
-        elif isinstance(stream, io.TextIOWrapper):  # a certificate can contain characters that the terminal lacks
-            stream.reconfigure(errors="backslashreplace")
-    return is_open
-
-
-def _discard_output() -> None:
-    """Discard what was not written: Python would try again at exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from support.transactions import Bench, within_transaction
 
 import neon_async
 from neon_async._driver.holder import own_session, transport_of
+from neon_async._wire.transport import SessionTransport
 from neon_async.testing import LocalPostgres
 
 pytestmark = pytest.mark.anyio
@@ -243,16 +244,22 @@ SOURCES: dict[str, Call] = {
 }
 
 
+async def under_way(connection: Any, call: Call, *, writes: int) -> tuple[asyncio.Future[Any], SessionTransport]:
+    """Return a call that has written so often, and the transport of its session."""
+    await prepare(connection)
+    transport = transport_of(connection)
+    running, before = asyncio.ensure_future(call(connection)), transport.writes
+    await until(lambda: transport.writes >= before + writes)
+    return running, transport
+
+
 class TestLost:
     """There is no `command_timeout` that would end the call."""
 
     @pytest.mark.parametrize("call", MANY_ROWS)
     async def test_a_call_that_waits_for_room_ends_with_the_connection(self, bench: Bench, call: Call) -> None:
         async with asyncio.timeout(HANG), bench.acquire(command_timeout=None) as connection:
-            await prepare(connection)
-            transport = transport_of(connection)
-            running, writes = asyncio.ensure_future(call(connection)), transport.writes
-            await until(lambda: transport.writes >= writes + 3)
+            running, transport = await under_way(connection, call, writes=3)
             bench.endpoint.freeze()
             await until(transport.get_write_buffer_size)
             bench.endpoint.cut()
@@ -262,10 +269,7 @@ class TestLost:
     @pytest.mark.parametrize("call", SOURCES.values(), ids=SOURCES)
     async def test_a_source_does_not_hold_a_copy_past_its_connection(self, bench: Bench, call: Call) -> None:
         async with asyncio.timeout(HANG), bench.acquire(command_timeout=None) as connection:
-            await prepare(connection)
-            transport = transport_of(connection)
-            running, writes = asyncio.ensure_future(call(connection)), transport.writes
-            await until(lambda: transport.writes >= writes + 2)
+            running, _ = await under_way(connection, call, writes=2)
             bench.endpoint.cut()
             with pytest.raises(neon_async.ConnectionLostError):
                 await running

@@ -189,42 +189,36 @@ async def test_code_that_hangs_fails_one_caller_after_connect_timeout(postgres: 
 # The class of the connections
 
 
-class Faulty(asyncpg.Connection):
-    """A caller's class that sometimes fails."""
+class Faults:
+    """A caller's class of connections that sometimes fails."""
 
     made = 0
     fails: Callable[[int], bool] = staticmethod(lambda number: number == 1)
     error: Exception = LookupError("no such tenant")
 
+    @classmethod
+    def make_one(cls) -> None:
+        cls.made += 1
+        if cls.fails(cls.made):
+            raise cls.error
+
+
+class Faulty(Faults, asyncpg.Connection):
     def __init__(self, *args: Any, **options: Any) -> None:
-        type(self).made += 1
-        if self.fails(self.made):
-            raise self.error
+        self.make_one()
         super().__init__(*args, **options)
 
 
-class FaultyLater(asyncpg.Connection):
-    made = 0
-    fails: Callable[[int], bool] = staticmethod(lambda number: number == 1)
-    error: Exception = LookupError("no such tenant")
-
+class FaultyLater(Faults, asyncpg.Connection):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        type(self).made += 1
-        if self.fails(self.made):
-            raise self.error
+        self.make_one()
 
 
-class FaultyOfOurs(neon_async.Connection[Any]):
-    made = 0
-    fails: Callable[[int], bool] = staticmethod(lambda number: number == 1)
-    error: Exception = LookupError("no such tenant")
-
+class FaultyOfOurs(Faults, neon_async.Connection[Any]):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        type(self).made += 1
-        if self.fails(self.made):
-            raise self.error
+        self.make_one()
 
 
 CLASSES = pytest.mark.parametrize("base", [Faulty, FaultyLater, FaultyOfOurs], ids=lambda base: base.__name__)

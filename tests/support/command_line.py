@@ -28,21 +28,17 @@ def run(
     *arguments: str, variables: Mapping[str, str] | None = None, command: Sequence[str] = ("-m", "neon_async")
 ) -> subprocess.CompletedProcess[str]:
     """Run neon-async with `variables` added to the environment. `command` are the arguments of Python itself."""
-    return subprocess.run(
-        [sys.executable, *command, *arguments],
-        env=os.environ | (variables or {}),
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        encoding="utf-8",
-        timeout=60,
-        check=False,
-    )
+    return _run([sys.executable, *command, *arguments], variables)
 
 
 def run_in_shell(script: str, *, variables: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     """Run a script of a POSIX shell with `variables` added to the environment."""
+    return _run(["sh", "-c", script], variables)
+
+
+def _run(command: Sequence[str], variables: Mapping[str, str] | None) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        ["sh", "-c", script],
+        command,
         env=os.environ | (variables or {}),
         stdin=subprocess.DEVNULL,
         capture_output=True,

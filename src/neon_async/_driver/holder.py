@@ -393,11 +393,6 @@ class ResourceHooks:
             raise _closed_error_of(self, meth_name)
 
 
-def connection_of(resource: Any) -> Any:
-    """Return the connection that a prepared statement, cursor or transaction belongs to."""
-    return resource._connection
-
-
 def transport_of(connection: Any) -> SessionTransport:
     """Return the transport of the session of a connection."""
     transport: SessionTransport = connection._transport

@@ -113,8 +113,8 @@ def _make_parser(commands: Mapping[str, Command]) -> Parser:
     check = add(
         "check",
         "open one verified connection and show each step of it",
-        "Where create_pool() refuses the connection string for its sslmode, the check says so first, and goes on under "
-        f"sslmode=verify-full. Exit status: 0 if a verified connection works. {_VISIBLE}",
+        "Where create_pool() refuses the connection string for its sslmode, the check says so first, and continues "
+        f"under sslmode=verify-full. Exit status: 0 if a verified connection works. {_VISIBLE}",
     )
     harden = add(
         "harden",

@@ -161,7 +161,7 @@ async def check(
     The revocation lists that the server's certificates name are fetched meanwhile, and waited for at the end.
 
     The connection is tried once. A refused configuration and a failed step are part of the result, not exceptions.
-    Settings that ask for less than verify-full are a part of the result, and the check goes on under verify-full.
+    Settings that ask for less than verify-full are a part of the result, and the check continues under verify-full.
     The dial ends within the `connect_timeout` of the parameters, the query within the same time again, and the wait for
     the lists likewise.
 

@@ -171,7 +171,7 @@ class _Log:
 def _say(text: str) -> None:
     try:
         print(text, file=sys.stderr, flush=True)
-    except OSError:  # the reader of the log has ended, and the endpoint goes on without it
+    except OSError:  # the reader of the log has ended, and the endpoint runs without it
         discard(sys.stderr)
 
 

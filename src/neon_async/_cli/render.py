@@ -184,7 +184,7 @@ def print_opening(result: CheckResult, console: Console) -> None:
             print_heading(console, "Use this string; `neon-async harden` prints it with its password")
             print_wrapped(console, hardened, indent=2)
         if result.target is not None:
-            print_heading(console, "The check goes on under sslmode=verify-full")
+            print_heading(console, "The check continues under sslmode=verify-full")
         console.print()
     if result.target is not None:
         print_wrapped(console, result.target.partition("?")[0], style="bold")

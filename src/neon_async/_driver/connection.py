@@ -255,7 +255,7 @@ def combine(base: type[Any], ours: type[Connection[Any]]) -> type[Any]:
         ) from error
 
 
-# The classes whose `__init__()` tells what the caller's raises from the rest.
+# The classes whose `__init__()` raises `CallersError` for an error of the caller's.
 _guarded: weakref.WeakSet[type[Any]] = weakref.WeakSet()
 
 

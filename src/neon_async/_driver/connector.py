@@ -186,7 +186,7 @@ class Connector:
             del failure  # the traceback leads to this frame
 
     async def open(self, *, connection_class: type[Any], record_class: type[Any], on_step: StepCallback) -> Connection:
-        """Return a new connection, as `connect()` does, and tell what the caller's own code raised from the rest.
+        """Return a new connection, as `connect()` does. An error of the caller's own code comes as `CallersError`.
 
         Raises:
             NeonAsyncError: The connection could not be made.

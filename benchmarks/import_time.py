@@ -5,7 +5,7 @@
 
 Each round starts a new Python that imports asyncpg, then neon_async, and times both. The second time is the additional
 cost, because asyncpg is loaded already. The byte code comes from a cache of this benchmark. Limit: the median of the
-additional cost is at most 25 ms.
+additional cost is at most 15 ms.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def measure(arguments: argparse.Namespace) -> Report:
             for name, seconds in zip((EXTRA, ASYNCPG), import_both(environment), strict=True):
                 table.add(name, TIME, seconds)
     milliseconds = table.value(EXTRA, TIME) * 1e3
-    return Report([table], [Limit("neon_async takes {} ms more than asyncpg", milliseconds, at_most=25)])
+    return Report([table], [Limit("neon_async takes {} ms more than asyncpg", milliseconds, at_most=15)])
 
 
 def import_both(environment: Mapping[str, str]) -> list[float]:

@@ -18,8 +18,9 @@ import asyncpg
 from charts import charts
 
 import neon_async
+from neon_async._config.keyword_readers import Refused
 from neon_async._config.keywords import KEYWORDS, Keyword
-from neon_async._config.readers import Choice, Refused
+from neon_async._config.readers import Choice
 from neon_async._pool.options import PoolOptions
 
 PACKAGE = Path(inspect.getfile(neon_async)).parent

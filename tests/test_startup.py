@@ -9,14 +9,64 @@ import sys
 import pytest
 
 import neon_async
+from neon_async.testing import LocalPostgres
 
-POOL = "neon_async.create_pool('postgresql://alex:s3cret@ep-a-b-123456.us-east-2.aws.neon.tech/neondb')"
+DSN = "postgresql://alex:s3cret@ep-a-b-123456.us-east-2.aws.neon.tech/neondb"
+POOL = f"neon_async.create_pool({DSN!r})"
 
 
-def printed_by(code: str) -> list[str]:
+# What opens and runs connections.
+CONNECTING = (
+    *("_config.connection", "_config.keywords", "_driver.connector", "_driver.loop", "_driver.pooled"),
+    *("_driver.protocol", "_neon.sql", "_wire.dial", "_wire.tls", "_wire.transport", "_wire.trust"),
+)
+# Every call that most services make, in a pool that has just been created.
+A_DAYS_WORK = """
+import asyncio, sys, neon_async
+
+async def main(dsn, anchor):
+    pool = neon_async.create_pool(dsn, trust_anchor=anchor, max_size=1)
+    before = set(sys.modules)
+    async with pool:
+        async with pool.acquire() as connection:
+            await connection.fetchval("SELECT $1::int", 1)
+            await connection.executemany("SELECT $1::int", [(1,), (2,)])
+            statement = await connection.prepare("SELECT 1")
+            await statement.fetch()
+            async with connection.transaction(isolation="serializable", settings={"app.tenant": "7"}):
+                await connection.execute("SELECT 1")
+                async for row in connection.cursor("SELECT 1"):
+                    pass
+        await pool.execute("SELECT 1")
+        await pool.run_transaction(lambda connection: connection.execute("SELECT 1"))
+    print(*[name for name in set(sys.modules) - before if name.startswith("neon_async")])
+
+asyncio.run(main(sys.argv[1], sys.argv[2]))
+"""
+
+
+def printed_by(code: str, *arguments: str) -> list[str]:
     """Return the words that a new interpreter prints for `code`."""
-    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    finished = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
     return finished.stdout.split()
+
+
+@pytest.mark.parametrize("code", ["import neon_async", "from neon_async import connect, create_pool, Pool"])
+def test_the_import_loads_nothing_that_opens_connections(code: str) -> None:
+    loaded = [name for name in printed_by(f"import sys; {code}; print(*sys.modules)") if name.startswith("neon_async.")]
+    assert "neon_async._pool.pool" in loaded
+    opens = ("neon_async._wire", "neon_async._pool.supply", *(f"neon_async.{name}" for name in CONNECTING))
+    assert not [name for name in loaded if name.startswith(opens)]
+
+
+@pytest.mark.parametrize("call", ["connect", "create_pool"])
+def test_what_opens_connections_is_loaded_by_the_call_that_asks_for_one(call: str) -> None:
+    loaded = printed_by(f"import sys, neon_async; opened = neon_async.{call}({DSN!r}); print(*sys.modules)")
+    assert {f"neon_async.{name}" for name in CONNECTING} <= set(loaded)
+
+
+def test_nothing_is_imported_while_a_pool_is_used(postgres: LocalPostgres) -> None:
+    assert printed_by(A_DAYS_WORK, postgres.dsn, postgres.trust_anchor.decode()) == []
 
 
 @pytest.fixture(scope="module")

@@ -1,18 +1,21 @@
 """Verified connections from async Python to Neon."""
 
+# An import loads what programs name: errors, classes, functions and the types of their arguments. What reads parameters
+# and connects is loaded by the calls that ask for a connection, `create_pool()` and `connect()`: they import
+# `_driver.connector` or `_driver.connectors`, and with them `_config` and `_wire`; a pool imports its `supply`. So a
+# program that opens no connection is spared half of the package, and one that does has loaded all of it before it
+# serves anything. Nothing that `import neon_async` loads may import these modules at its top; tests/test_startup.py.
+
 from __future__ import annotations
 
 import importlib as _importlib
 import typing as _typing
 
-from ._config.connection import ConnectKeywords
-from ._config.dsn import harden_dsn
+from ._config.arguments import AnchorSource, ConnectKeywords, PasswordSource
 from ._config.literals import IsolationLevel, PoolState, RevocationMode, RevocationStatus, SSLNegotiation
-from ._config.password import PasswordSource
 from ._config.roots import ISRG_ROOT_X1_SHA256, LETS_ENCRYPT_ROOTS
 from ._driver.connect import connect
-from ._driver.connection import Connection
-from ._driver.connector import connection_tls_report
+from ._driver.connection import Connection, connection_tls_report
 from ._driver.holder import Record
 from ._driver.transaction import Transaction
 from ._errors import (
@@ -54,15 +57,15 @@ from ._errors import (
 from ._neon.endpoint import Endpoint
 from ._pool.options import PoolKeywords
 from ._pool.pool import Pool, create_pool
-from ._wire.tls import create_ssl_context
-from ._wire.trust import AnchorSource
 
 if _typing.TYPE_CHECKING:
+    from ._config.dsn import harden_dsn
     from ._driver.listen import Gap, Listener, Notification, listen
     from ._patch import AsyncpgPatch, patch_asyncpg
     from ._pool.health import PoolHealth
     from ._pool.stats import PoolStats
     from ._wire.report import ChainCertificate, RevocationReport, TLSReport
+    from ._wire.tls import create_ssl_context
 
 __version__ = "0.1.0"
 
@@ -136,14 +139,16 @@ __all__ = (
 )
 
 
-# What most services do not need at their start, by its module, which is imported when it is used first (PEP 562). The
-# names of the modules stand here without the underscore that they begin with.
+# The public names of those modules, and of others that most services do not need at their start, by the module, which
+# is imported when a name of it is used first (PEP 562). The modules stand here without the underscore of their names.
 _LATER = {
+    "config.dsn": ("harden_dsn",),
     "driver.listen": ("Gap", "Listener", "Notification", "listen"),
     "patch": ("AsyncpgPatch", "patch_asyncpg"),
     "pool.health": ("PoolHealth",),
     "pool.stats": ("PoolStats",),
     "wire.report": ("ChainCertificate", "RevocationReport", "TLSReport"),
+    "wire.tls": ("create_ssl_context",),
 }
 _MODULE_OF = {name: module for module, names in _LATER.items() for name in names}
 

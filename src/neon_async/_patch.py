@@ -17,6 +17,7 @@ import asyncpg
 import asyncpg.connection
 import asyncpg.pool
 
+from ._config.arguments import AnchorSource
 from ._config.connection import check_keywords
 from ._config.keywords import canonical_name
 from ._driver.connect import connect
@@ -25,7 +26,6 @@ from ._driver.loop import LoopAdapter
 from ._errors import ConfigurationError, forget_arguments
 from ._pool.options import PoolKeywords, PoolOptions
 from ._pool.pool import create_pool
-from ._wire.trust import AnchorSource
 
 # Every place where asyncpg itself has the functions.
 _PLACES: tuple[tuple[types.ModuleType, str], ...] = (

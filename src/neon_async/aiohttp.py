@@ -22,12 +22,12 @@ from typing import Final, Unpack
 from aiohttp import web
 
 from . import _http
+from ._config.arguments import AnchorSource
 from ._config.literals import IsolationLevel
 from ._driver.connection import Connection
 from ._errors import ConfigurationError
 from ._pool.options import PoolKeywords
 from ._pool.pool import Pool, create_pool
-from ._wire.trust import AnchorSource
 
 __all__ = ("POOL", "pool_context", "readiness", "transaction", "unavailable_middleware", "use_pool")
 

@@ -27,13 +27,13 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from . import _http
+from ._config.arguments import AnchorSource
 from ._config.literals import IsolationLevel
 from ._driver.connection import Connection as _Connection
 from ._errors import ConfigurationError
 from ._pool.options import PoolKeywords
 from ._pool.pool import Pool as _Pool
 from ._pool.pool import create_pool
-from ._wire.trust import AnchorSource
 
 __all__ = (
     "Claims",

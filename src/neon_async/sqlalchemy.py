@@ -32,7 +32,8 @@ from sqlalchemy.pool import NullPool
 from sqlalchemy.pool import Pool as SQLAlchemyPool
 from sqlalchemy.util import await_only
 
-from ._config.connection import ConnectKeywords, keywords_of_url
+from ._config.arguments import AnchorSource, ConnectKeywords
+from ._config.connection import keywords_of_url
 from ._config.dsn import VERIFIED_SCHEME, decode, split
 from ._config.keywords import BY_NAME, canonical_name
 from ._config.readers import Given, Integer
@@ -55,7 +56,6 @@ from ._errors import (
 )
 from ._neon.endpoint import parse_host
 from ._pool.pool import Pool
-from ._wire.trust import AnchorSource
 
 if TYPE_CHECKING:
     from sqlalchemy.engine.interfaces import DBAPIConnection, DBAPICursor, DBAPIModule

@@ -14,9 +14,11 @@ from support.dsns import HOST, MINIMAL
 
 import neon_async
 from neon_async import ConfigurationError, InsecureConfigurationError
-from neon_async._config.connection import ConnectionParameters, ConnectKeywords, parse
+from neon_async._config.arguments import ConnectKeywords
+from neon_async._config.connection import ConnectionParameters, parse
+from neon_async._config.keyword_readers import Level, Refused
 from neon_async._config.keywords import BY_DSN_NAME, BY_NAME, KEYWORDS, Keyword
-from neon_async._config.readers import Choice, Given, Integer, Level, Refused, Seconds
+from neon_async._config.readers import Choice, Given, Integer, Seconds
 
 HONOURED = [keyword for keyword in KEYWORDS if not keyword.refused]
 REFUSED = [keyword for keyword in KEYWORDS if keyword.refused]

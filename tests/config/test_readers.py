@@ -14,25 +14,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from neon_async import ConfigurationError, InsecureConfigurationError
-from neon_async._config.readers import (
-    PEM,
-    AsyncFunction,
-    Choice,
-    FilePath,
-    Flag,
-    Given,
-    Host,
-    HostAddress,
-    Integer,
-    Level,
-    Name,
-    Reader,
-    Refused,
-    Seconds,
-    SSLMode,
-    SubclassOf,
-    Text,
-)
+from neon_async._config.keyword_readers import PEM, FilePath, Flag, Host, HostAddress, Level, Refused, SSLMode, Text
+from neon_async._config.readers import AsyncFunction, Choice, Given, Integer, Name, Reader, Seconds, SubclassOf
 
 HUGE = 10**5000  # which Python refuses to print
 NAN, INFINITY = float("nan"), float("inf")

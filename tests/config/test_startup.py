@@ -11,7 +11,8 @@ from support.dsns import HOST, MINIMAL, POOLED
 
 from neon_async import ConfigurationError
 from neon_async._config.connection import parse
-from neon_async._config.startup import SERVER_SETTINGS, startup_settings
+from neon_async._config.settings import SERVER_SETTINGS
+from neon_async._config.startup import startup_settings
 from neon_async._neon.endpoint import parse_host
 
 

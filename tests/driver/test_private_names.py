@@ -47,7 +47,7 @@ COMPUTED = {
 # What asyncpg does not document, without an underscore.
 IMPORTS = {
     HOLDER: {"asyncpg.connresource", "asyncpg.pool.PoolConnectionHolder", "asyncpg.pool.PoolConnectionProxy"},
-    "_driver.connector": {"asyncpg.pool.PoolConnectionProxy"},  # for type checkers
+    "_driver.connection": {"asyncpg.pool.PoolConnectionProxy"},  # for type checkers
     "_driver.resources": {"asyncpg.cursor", "asyncpg.prepared_stmt"},
     "_driver.transaction": {
         "asyncpg.transaction.Transaction",

@@ -16,7 +16,7 @@ from sqlalchemy.pool import NullPool
 from support.engines import SCHEME
 
 import neon_async
-from neon_async._config.connection import ConnectKeywords
+from neon_async._config.arguments import ConnectKeywords
 from neon_async.sqlalchemy import (
     EngineKeywords,
     NeonDBAPI,

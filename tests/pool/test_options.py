@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from support.probes import assert_secret_free
 
 from neon_async import ConfigurationError, connect, create_pool
-from neon_async._config.connection import ConnectKeywords
+from neon_async._config.arguments import ConnectKeywords
 from neon_async._pool.options import PoolKeywords, PoolOptions, check_timeout
 
 NAMES = [option.name for option in fields(PoolOptions)]

@@ -288,7 +288,7 @@ class AnchorPath(os.PathLike[str]):
     ],
 )
 def test_a_trust_anchor_is_accepted_in_every_form(
-    tmp_path: Path, pass_as: Callable[[Path], _trust.AnchorSource]
+    tmp_path: Path, pass_as: Callable[[Path], neon_async.AnchorSource]
 ) -> None:
     path = tmp_path / "root.pem"
     path.write_bytes(ROOT.pem)
@@ -342,7 +342,9 @@ NO_CA = issue(subject="root", also=[(x509.BasicConstraints(False, None), True)])
         pytest.param([ROOT.pem], NO_PEM, id="a list"),
     ],
 )
-def test_anything_but_one_or_a_few_roots_is_refused_as_trust_anchor(source: _trust.AnchorSource, reason: str) -> None:
+def test_anything_but_one_or_a_few_roots_is_refused_as_trust_anchor(
+    source: neon_async.AnchorSource, reason: str
+) -> None:
     for use in (
         load_trust_anchor,
         lambda source: neon_async.create_ssl_context(trust_anchor=source),

@@ -6,21 +6,22 @@ is judged, by its row in the table of keywords. It must not know what the parame
 
 # No `from __future__ import annotations`: the classes take longer to define when their annotations are strings.
 
-import os
 import re
 import urllib.parse
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Literal, NoReturn, TypedDict, cast
+from typing import NoReturn, cast
 
 from .._errors import ConfigurationError, InsecureConfigurationError
 from .._neon.endpoint import Endpoint, is_named_pooled, parse_host
+from .arguments import AnchorSource
 from .dsn import VERIFIED_SCHEME, decode, harden_dsn, redact, split
 from .hints import answer_to_parameter, fold, invisible_in, is_masked, is_password_placeholder, is_placeholder
+from .keyword_readers import Host, Level
 from .keywords import BY_DSN_NAME, BY_NAME, KEYWORDS, Keyword
-from .literals import ChannelBinding, ProtocolVersion, RevocationMode, SSLNegotiation, TLSVersion
-from .password import Password, PasswordSource
-from .readers import Given, Host, Level, Reader
+from .literals import ChannelBinding, RevocationMode, SSLNegotiation
+from .password import Password
+from .readers import Given, Reader
 from .roots import KnownRoots
 from .startup import check_startup_size, startup_settings
 
@@ -59,7 +60,7 @@ class ConnectionParameters:
     sslcert: str | None
     sslkey: str | None
     sslpassword: str | None
-    trust_anchor: str | bytes | os.PathLike[str] | KnownRoots | None
+    trust_anchor: AnchorSource | None
     channel_binding: ChannelBinding
     startup_settings: Mapping[str, str]
     command_timeout: float | None
@@ -80,69 +81,6 @@ class ConnectionParameters:
         user, database = (urllib.parse.quote(text, safe="") for text in (self.user, self.database))
         hostaddr = f"&hostaddr={urllib.parse.quote(self.hostaddr, safe=':')}" if self.hostaddr else ""
         return f"postgresql://{user}@{self.host}:{self.port}/{database}?sslmode=verify-full{hostaddr}"
-
-
-class ConnectKeywords(TypedDict, total=False):
-    """The keywords of `connect()` and `create_pool()`: every row of the table that code may give, by all its names.
-
-    `trust_anchor` is a parameter of both functions, and not listed here.
-    """
-
-    host: str | None
-    hostaddr: str | None
-    port: int | str | None
-    dbname: str | None
-    database: str | None
-    user: str | None
-    password: PasswordSource | None
-    options: str | None
-    application_name: str | None
-    fallback_application_name: str | None
-    client_encoding: Literal["UTF8", "UTF-8", "utf8", "utf-8"] | None
-    connect_timeout: float | str | None
-    timeout: float | None
-    keepalives: bool | Literal[0, 1, "0", "1"] | None
-    keepalives_idle: int | str | None
-    keepalives_interval: int | str | None
-    keepalives_count: int | str | None
-    tcp_user_timeout: int | str | None
-    sslmode: Literal["verify-full", True] | None
-    ssl: Literal["verify-full", True] | None
-    sslnegotiation: SSLNegotiation | Literal[""] | None
-    sslrootcert: str | os.PathLike[str] | None
-    sslcrl: str | os.PathLike[str] | None
-    crl: str | os.PathLike[str] | None
-    revocation: RevocationMode | None
-    sslcert: str | os.PathLike[str] | None
-    sslkey: str | os.PathLike[str] | None
-    sslpassword: str | None
-    sslcertmode: Literal["allow"] | None
-    sslsni: Literal["1", 1, True] | None
-    sslcompression: Literal["0", 0, False] | None
-    ssl_min_protocol_version: TLSVersion | None
-    ssl_max_protocol_version: Literal["TLSv1.3"] | None
-    min_protocol_version: Literal["3.0"] | None
-    max_protocol_version: ProtocolVersion | None
-    channel_binding: ChannelBinding | None
-    require_auth: Literal["scram-sha-256"] | None
-    target_session_attrs: Literal["any"] | None
-    load_balance_hosts: Literal["disable"] | None
-    gssencmode: Literal["disable", "prefer"] | None
-    gssdelegation: Literal["0", 0, False] | None
-    pooled: bool | None
-    command_timeout: float | None
-    statement_cache_size: int
-    max_cached_statement_lifetime: float
-    max_cacheable_statement_size: int
-    server_settings: Mapping[str, str] | None
-    # Refused, and given as "" only: to ignore the environment variable.
-    sslcrldir: Literal[""]
-    passfile: Literal[""]
-    krbsrvname: Literal[""]
-    gsslib: Literal[""]
-    requirepeer: Literal[""]
-    service: Literal[""]
-    servicefile: Literal[""]
 
 
 def parse(dsn: str | None, keywords: Mapping[str, object], environ: Mapping[str, str]) -> ConnectionParameters:

@@ -9,26 +9,11 @@ from these rows. This module is data: it must not know how sources are merged, n
 from collections.abc import Callable, Container, Mapping
 from typing import NamedTuple, get_args
 
+from .keyword_readers import PEM, FilePath, Flag, Host, HostAddress, Level, Refused, SSLMode, Text
 from .literals import ChannelBinding, ProtocolVersion, RevocationMode, SSLNegotiation, TLSVersion
 from .password import PasswordReader
-from .readers import (
-    INT32_MAX,
-    PEM,
-    Choice,
-    FilePath,
-    Flag,
-    Host,
-    HostAddress,
-    Integer,
-    Level,
-    Name,
-    Reader,
-    Refused,
-    Seconds,
-    SSLMode,
-    Text,
-)
-from .startup import SERVER_SETTINGS
+from .readers import INT32_MAX, Choice, Integer, Name, Reader, Seconds
+from .settings import SERVER_SETTINGS
 
 
 class Keyword(NamedTuple):

@@ -6,14 +6,11 @@ It must not know what the password is used for.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Awaitable, Callable
-from typing import NoReturn, TypeAlias, cast
+from typing import NoReturn, cast
 
 from .._errors import ConfigurationError
+from .arguments import PasswordSource
 from .readers import Given, Reader
-
-PasswordSource: TypeAlias = str | Callable[[], str] | Callable[[], Awaitable[str]]
-"""What `password=` accepts: the password, or a function, plain or async, that is called for each new connection."""
 
 
 class Password:

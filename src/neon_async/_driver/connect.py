@@ -8,12 +8,10 @@ from typing import Any, TypeVar, Unpack, overload
 
 import asyncpg
 
-from .._config.connection import ConnectKeywords
+from .._config.arguments import AnchorSource, ConnectKeywords
 from .._errors import forget_arguments
-from .._wire.trust import AnchorSource
+from .arguments import CONNECTION_CLASS, RECORD_CLASS, other_loop
 from .connection import Connection
-from .connector import CONNECTION_CLASS, RECORD_CLASS, other_loop
-from .connectors import connector_for
 from .holder import RecordT, coroutine_function
 
 _C = TypeVar("_C", bound=asyncpg.Connection)
@@ -87,6 +85,8 @@ def connect(
         EndpointError: Neon refused the connection.
         UnsupportedEventLoopError: No asyncio event loop is running.
     """
+    from .connectors import connector_for  # not at the top: see the package's __init__
+
     CONNECTION_CLASS.check("connection_class", connection_class)
     RECORD_CLASS.check("record_class", record_class)
     connector = connector_for(dsn, trust_anchor=trust_anchor, loop=other_loop(loop), **keywords)

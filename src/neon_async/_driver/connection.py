@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, Literal, Unpack, cast
 
 import asyncpg
 
-from .._config.literals import IsolationLevel
 from .._errors import ConfigurationError
 from .healing import HealedStatements, once
 from .holder import (
@@ -29,6 +28,7 @@ from .holder import (
     own_session,
     prepare_cached,
     protocol_of,
+    session_of,
 )
 from .progress import bounded, run_many
 from .resources import PreparedStatement, adopt_factory, adopt_statement
@@ -36,6 +36,10 @@ from .session import Codec
 from .transaction import Transaction
 
 if TYPE_CHECKING:
+    from asyncpg.pool import PoolConnectionProxy
+
+    from .._config.literals import IsolationLevel
+    from .._wire.report import TLSReport
     from .signatures import (
         CopyFromTableOptions,
         CopyOptions,
@@ -228,6 +232,21 @@ class Connection(HealedStatements[RecordT]):
         call = super().copy_records_to_table
         async with bounded(self, timeout) as (progress, seconds):
             return await call(table_name, records=progress.of_source(records), timeout=seconds, **options)
+
+
+def connection_tls_report(connection: asyncpg.Connection[Any] | PoolConnectionProxy[Any]) -> TLSReport:
+    """Return the result of the TLS handshake of `connection`.
+
+    Args:
+        connection: An open connection from `connect()`, or one that is acquired from a pool.
+
+    Raises:
+        ConfigurationError: The connection was not made by neon-async, or has been released to its pool.
+    """
+    session = session_of(connection)
+    if session is None:
+        raise ConfigurationError("This is not an open connection of neon-async. Pass one while it is acquired.")
+    return session.tls_report()
 
 
 def combine(base: type[Any], ours: type[Connection[Any]]) -> type[Any]:

@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 import asyncpg
 
 from .._config.connection import ConnectionParameters, parse
-from .._config.readers import SubclassOf
-from .._errors import CertificateRevokedError, ConfigurationError, UnsupportedEventLoopError, forget_arguments
+from .._errors import CertificateRevokedError, ConfigurationError, forget_arguments
 from .._neon import sql
 from .._neon.endpoint import short_name
 from .._text import log
@@ -25,38 +24,19 @@ from .._wire.dial import Dialer, context_for, ignore_step
 from .._wire.login import LoginCache, Secret
 from .._wire.race import StepCallback
 from .._wire.trust import TrustAnchor, find_isrg_root_x1, load_trust_anchor
+from .arguments import require_asyncio
 from .connection import Connection, combine
-from .holder import CallersError, begin_session, end_lost, is_current, leave_jit_alone, session_of
+from .holder import CallersError, begin_session, end_lost, leave_jit_alone
 from .loop import LoopAdapter
 from .pooled import PooledConnection, is_pooled, tracked_settings
 from .protocol import SessionProtocol
 from .session import Healing, Session
 
 if TYPE_CHECKING:
-    from asyncpg.pool import PoolConnectionProxy
-
     from .._config.literals import ConnectStep
     from .._wire.report import TLSReport
     from .._wire.revocation.check import ChainCheck, Checker
     from .._wire.tls import Handshake
-
-CONNECTION_CLASS = SubclassOf(asyncpg.Connection, "asyncpg.Connection")
-RECORD_CLASS = SubclassOf(asyncpg.Record, "asyncpg.Record")
-
-
-def connection_tls_report(connection: asyncpg.Connection[Any] | PoolConnectionProxy[Any]) -> TLSReport:
-    """Return the result of the TLS handshake of `connection`.
-
-    Args:
-        connection: An open connection from `connect()`, or one that is acquired from a pool.
-
-    Raises:
-        ConfigurationError: The connection was not made by neon-async, or has been released to its pool.
-    """
-    session = session_of(connection)
-    if session is None:
-        raise ConfigurationError("This is not an open connection of neon-async. Pass one while it is acquired.")
-    return session.tls_report()
 
 
 @forget_arguments
@@ -80,14 +60,6 @@ def judge(dsn: str | None, **parameters: object) -> ConnectionParameters:
         ConfigurationError: A parameter is refused.
     """
     return parse(dsn, parameters, os.environ)
-
-
-def other_loop(loop: object) -> object:
-    """Return None for the running event loop, which is used in any case, and anything else to be judged, and refused.
-
-    With another event loop, code could replace the sockets and the TLS of a connection.
-    """
-    return None if is_current(loop) else loop
 
 
 def load(parameters: ConnectionParameters) -> Connector:
@@ -312,17 +284,3 @@ def _end_revoked(name: str, connection: Connection, error: CertificateRevokedErr
         reason=str(error),
     )
     end_lost(connection, "the server's certificate has been revoked, so it was terminated")
-
-
-def require_asyncio() -> None:
-    """Raise `UnsupportedEventLoopError` unless an asyncio event loop is running."""
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        pass
-    else:
-        return
-    raise UnsupportedEventLoopError(
-        "No asyncio event loop is running. neon-async runs on asyncio and uvloop, and asyncpg cannot run on trio: run "
-        "this service with asyncio, for instance with anyio.run(main, backend='asyncio')."
-    )

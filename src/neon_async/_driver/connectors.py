@@ -15,8 +15,8 @@ from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
 from .._config.connection import ConnectionParameters
+from .._config.keyword_readers import PEM, FilePath
 from .._config.keywords import KEYWORDS
-from .._config.readers import PEM, FilePath
 from .._config.roots import KnownRoots
 from .connector import Connector, judge, load
 

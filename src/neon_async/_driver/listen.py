@@ -18,13 +18,12 @@ from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any, Self, Unpack
 
-from .._config.connection import ConnectKeywords
+from .._config.arguments import AnchorSource, ConnectKeywords
 from .._config.readers import LIMIT, Integer, Seconds
 from .._errors import ConfigurationError, NeonAsyncError, forget_arguments, is_retryable
 from .._neon.endpoint import short_name
 from .._text import escape, log
 from .._timing import backoff
-from .._wire.trust import AnchorSource
 from .connector import Connector, prepare
 
 # Seconds between two attempts to connect: the shortest pause, which limits the connects per second, and the longest.

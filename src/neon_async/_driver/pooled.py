@@ -11,7 +11,8 @@ from typing import Any, NoReturn
 from .._errors import PooledHostError
 from .._neon.endpoint import direct_host
 from .._neon.features import REPORTED_SETTINGS
-from .._neon.sql import quote, session_feature
+from .._neon.quoting import quote
+from .._neon.sql import session_feature
 from .connection import Connection
 from .holder import Use, own_session
 from .session import Session

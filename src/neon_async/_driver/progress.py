@@ -13,13 +13,15 @@ import contextlib
 import os
 import time
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Coroutine, Iterator
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import asyncpg
 
-from .._wire.transport import SessionTransport
 from . import holder
 from .losses import CLOSED_HERE, lost_error, outcome_of, stalled, timed_out
+
+if TYPE_CHECKING:
+    from .._wire.transport import SessionTransport
 
 _T = TypeVar("_T")
 

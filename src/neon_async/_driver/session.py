@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .._neon.endpoint import Endpoint, short_name
-from .._neon.sql import quote, quote_name
+from .._neon.quoting import quote, quote_name
 from .losses import Loss
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from asyncpg.transaction import Transaction as AsyncpgTransaction
 
 from .._config.literals import IsolationLevel
 from .._config.readers import AsyncFunction, Choice, Given, Integer, Name
-from .._config.startup import TRANSACTION_SETTINGS
+from .._config.settings import TRANSACTION_SETTINGS
 from .._errors import (
     ConfigurationError,
     ConnectionLostError,
@@ -27,7 +27,7 @@ from .._errors import (
     TransactionAbortedError,
     ends_session,
 )
-from .._neon.sql import quote, quote_name
+from .._neon.quoting import quote, quote_name
 from .._timing import backoff
 from .holder import ResourceHooks, end_lost, guarded, has_open_transaction, lent, own_session, protocol_of, use_of
 from .losses import aborted_error, is_server_error, leaves_commit_open, unsent_error

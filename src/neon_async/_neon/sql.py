@@ -359,17 +359,3 @@ def _end_of_gap(query: str, position: int) -> int:
     gap = compiled(_GAP).match(query, position)
     assert gap
     return gap.end()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Literals
-
-
-def quote(text: str) -> str:
-    """Return `text` as a string literal, whatever `standard_conforming_strings` says."""
-    return "E'" + text.replace("\\", "\\\\").replace("'", "''") + "'"
-
-
-def quote_name(name: str) -> str:
-    """Return `name` as a quoted identifier."""
-    return '"' + name.replace('"', '""') + '"'

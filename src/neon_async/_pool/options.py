@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, Generic, TypeAlias, cast
 
 import asyncpg
 
-from .._config.connection import ConnectKeywords
+from .._config.arguments import ConnectKeywords
 from .._config.readers import LIMIT, AsyncFunction, Function, Integer, Seconds
-from .._driver.connector import CONNECTION_CLASS, RECORD_CLASS
+from .._driver.arguments import CONNECTION_CLASS, RECORD_CLASS
 from .._driver.holder import RecordT, Subscriptable
 
 if TYPE_CHECKING:

@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING, Any, Generic, NoReturn, Self, TypeVar, Unpack,
 import asyncpg
 from asyncpg.pool import PoolAcquireContext
 
+from .._config.arguments import AnchorSource
 from .._config.literals import IsolationLevel
 from .._config.readers import SubclassOf
+from .._driver.arguments import other_loop, require_asyncio
 from .._driver.connection import Connection
-from .._driver.connector import Connector, other_loop, prepare, require_asyncio
 from .._driver.holder import Holder, HolderQueue, PoolBase, RecordT, Subscriptable, call_in, holder_of, is_current
 from .._driver.transaction import run_transaction
 from .._errors import (
@@ -36,21 +37,21 @@ from .._errors import (
     forget_arguments,
 )
 from .._text import counted
-from .._wire.trust import AnchorSource
 from .loan import Loan
 from .log import text_of
 from .options import PoolKeywords, PoolOptions, RowlessPoolKeywords, check_timeout
 from .slots import Slot, State
-from .supply import Supply
 from .waiters import WaitExpired
 
 if TYPE_CHECKING:
     from asyncpg.pool import PoolConnectionProxy
 
+    from .._driver.connector import Connector
     from .._neon.endpoint import Endpoint
     from .._wire.report import TLSReport
     from .health import PoolHealth
     from .stats import PoolStats
+    from .supply import Supply
 
     class _AcquireContext(PoolAcquireContext[RecordT], Generic[RecordT]): ...
 else:
@@ -140,6 +141,8 @@ class Pool(PoolBase[RecordT]):
 
     def _begin_life(self, before: Supply | None) -> None:
         """Start with no connections, with the statistics of the supply before this one, if there was one."""
+        from .supply import Supply  # not at the top: see the package's __init__
+
         holders = [Holder(self) for _ in range(self._options.max_size)]
         self._supply = Supply(self._connector, self._options, holders, before)
         self._set_holders(holders, HolderQueue(len(holders), self._free_holders, lambda: len(self._supply.waiters)))
@@ -853,6 +856,8 @@ def create_pool(
     Warns:
         UserWarning: `min_size` is above 0 on a Neon host, which keeps its compute from scaling to zero.
     """
+    from .._driver.connector import prepare  # not at the top: see the package's __init__
+
     _POOL_CLASS.check("pool_class", pool_class)
     options, parameters = PoolOptions.split(keywords)
     connector = prepare(dsn, trust_anchor=trust_anchor, loop=other_loop(loop), **parameters)

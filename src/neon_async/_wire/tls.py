@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final
 
+from .._config.arguments import AnchorSource
 from .._config.roots import KnownRoot
 from .._errors import CertificateError, ConfigurationError, InsecureConfigurationError
 from .chain import (
@@ -27,7 +28,6 @@ from .chain import (
 )
 from .files import MAX_CERTIFICATES, MAX_REVOCATION_LISTS, read_file, require_file
 from .trust import (
-    AnchorSource,
     TrustAnchor,
     distinguished_name,
     find_isrg_root_x1,

@@ -15,16 +15,14 @@ import ssl
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
+from .._config.arguments import AnchorSource
 from .._config.roots import ISRG_ROOT_X1_SHA256, KnownRoots
 from .._errors import ConfigurationError, InsecureConfigurationError
 from .._text import escape, log
 from .files import MAX_CERTIFICATES, read_file
 from .strict import fault_of_root
-
-AnchorSource: TypeAlias = str | bytes | os.PathLike[str] | KnownRoots
-"""What `trust_anchor=` accepts: PEM text or the path of a PEM file, PEM bytes, a path, or `LETS_ENCRYPT_ROOTS`."""
 
 
 class TrustAnchor(NamedTuple):

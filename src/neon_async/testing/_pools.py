@@ -11,7 +11,7 @@ from collections.abc import AsyncGenerator, Mapping
 from typing import Any, cast
 
 from .._config.readers import LIMIT
-from .._driver.connector import require_asyncio
+from .._driver.arguments import require_asyncio
 from .._errors import ConfigurationError, NeonAsyncError, PoolClosedError, UnsupportedEventLoopError
 from .._pool.pool import Pool, create_pool
 from ._rollback import RollbackConnection

@@ -17,7 +17,7 @@ from .._driver.holder import protocol_of, send
 from .._driver.losses import aborted_error
 from .._driver.transaction import STALE_STATEMENT, Transaction, claims_of
 from .._errors import ConfigurationError, ConnectionLostError
-from .._neon.sql import quote
+from .._neon.quoting import quote
 
 _T = TypeVar("_T")
 

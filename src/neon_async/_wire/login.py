@@ -6,6 +6,7 @@ This module knows the messages of a login and their order. It must not know TCP,
 from __future__ import annotations
 
 import asyncio
+import functools
 import re
 import struct
 from typing import TYPE_CHECKING, TypeAlias, cast
@@ -213,11 +214,12 @@ class LoginProtocol(asyncio.Protocol):
         """
         position, kind = 9 + len(await self._peek(_OK)), b"R"
         while kind != b"Z":
-            kind, body = await self._message(position, limit=_MAX_SESSION_START)
+            message = self._complete_message(position, _MAX_SESSION_START)
+            kind, body = message or await self._message(position, limit=_MAX_SESSION_START)
             position += 5 + len(body)
             if kind == b"E":
                 raise server_error(body)
-            if kind not in _AFTER_LOGIN or not re.fullmatch(_AFTER_LOGIN[kind], body):
+            if kind not in _AFTER_LOGIN or not _form_of(kind).fullmatch(body):
                 raise ProtocolError(
                     f"{self.host} sent message {kind!r} after the login, where it is not allowed. Check the server."
                 )
@@ -254,26 +256,33 @@ class LoginProtocol(asyncio.Protocol):
 
     async def _message(self, position: int = 0, *, limit: int = _MAX_MESSAGE) -> tuple[bytes, bytes]:
         """Wait until the message at `position`, of at most `limit` bytes, is complete, and return its type and body."""
-        while True:
-            if len(self._received) >= position + 5:
-                kind, length = struct.unpack_from("!ci", self._received, position)
-                if not 4 <= length <= limit:
-                    raise ProtocolError(
-                        f"{self.host} announced a message of {length} bytes during authentication; 4 to "
-                        f"{limit} are accepted. Check the server."
-                    )
-                if len(self._received) >= position + 1 + length:
-                    return kind, bytes(self._received[position + 5 : position + 1 + length])
+        while (message := self._complete_message(position, limit)) is None:
             if self._end:
                 raise self._end
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
+        return message
+
+    def _complete_message(self, position: int, limit: int) -> tuple[bytes, bytes] | None:
+        """Return the type and body of the message at `position`, or None where it has not come completely."""
+        received = self._received
+        if len(received) < position + 5:
+            return None
+        kind, length = _HEADER.unpack_from(received, position)
+        if not 4 <= length <= limit:
+            raise ProtocolError(
+                f"{self.host} announced a message of {length} bytes during authentication; 4 to {limit} are accepted. "
+                "Check the server."
+            )
+        end = position + 1 + length
+        return (kind, bytes(received[position + 5 : end])) if len(received) >= end else None
 
     def _wake(self) -> None:
         if self._waiter and not self._waiter.done():
             self._waiter.set_result(None)
 
 
+_HEADER = struct.Struct("!ci")  # the type of a message, and its length without the type
 _MAX_NOTICES = 16  # PostgreSQL sends none here
 
 # PostgreSQL documentation, section 54.7, Authentication*.
@@ -299,3 +308,8 @@ _AFTER_LOGIN = {
     b"N": rb"(?:[^\0]+\0)*\0",  # NoticeResponse: fields
     b"Z": rb"I",  # ReadyForQuery, outside of a transaction
 }
+
+
+@functools.cache  # compiled for the first login, and not when this module is imported
+def _form_of(kind: bytes) -> re.Pattern[bytes]:
+    return re.compile(_AFTER_LOGIN[kind])

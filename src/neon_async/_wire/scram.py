@@ -33,6 +33,8 @@ PLUS: Final = "SCRAM-SHA-256-PLUS"
 # RFC 7677, section 4, sets the minimum, which is PostgreSQL's default, too. A million iterations take a second; no
 # honest server requests more.
 _MIN_ITERATIONS, _MAX_ITERATIONS = 4096, 1_000_000
+# Random bytes of our nonce, as many as libpq takes (SCRAM_RAW_NONCE_LEN). scramp looks at each character in Python.
+_NONCE_SIZE = 18
 
 
 @functools.lru_cache(maxsize=8)  # a server presents the same few certificates for months
@@ -91,7 +93,11 @@ class Exchange:
         self._host = host
         # PostgreSQL takes the user from the StartupMessage and ignores this one; pgjdbc sends "*", too.
         self._client = _Client(
-            [mechanism], "*", "", channel_binding=None if binding is None else ("tls-server-end-point", binding)
+            [mechanism],
+            "*",
+            "",
+            channel_binding=None if binding is None else ("tls-server-end-point", binding),
+            c_nonce=secrets.token_urlsafe(_NONCE_SIZE),
         )
 
     def __repr__(self) -> str:
@@ -220,9 +226,13 @@ class _Client(ScramClient):  # type: ignore[misc]  # scramp has no types
         without_proof = f"c={b64encode(channel).decode()},r={self.nonce}"
         message = f"{self.client_first_bare},{self.server_first},{without_proof}".encode()
         signature = hmac.digest(hashlib.sha256(keys.client_key).digest(), message, "sha256")
-        proof = bytes(a ^ b for a, b in zip(keys.client_key, signature, strict=True))
+        proof = _xor(keys.client_key, signature)
         self.server_signature = hmac.digest(keys.server_key, message, "sha256")
         return f"{without_proof},p={b64encode(proof).decode()}"
+
+
+def _xor(one: bytes, other: bytes) -> bytes:
+    return (int.from_bytes(one, "big") ^ int.from_bytes(other, "big")).to_bytes(len(one), "big")
 
 
 _DIGEST_KEY = secrets.token_bytes(32)

@@ -112,8 +112,8 @@ class Race(Generic[_T]):
     def note_wait(self, attempt: Attempt) -> None:
         """Start another attempt beside `attempt` if the server stays silent from now on."""
         attempt.due = self._loop.time() + self._silence
-        if attempt.due < self._wakes_at and not self._woken.done():
-            self._woken.set_result(None)
+        if attempt.due < self._wakes_at:
+            self._wake()
 
     async def winner(self) -> tuple[Attempt, _T]:
         """Return the first attempt that succeeds, and its result. All others are ended.
@@ -139,10 +139,7 @@ class Race(Generic[_T]):
     async def _outcome(self) -> tuple[Attempt, _T] | BaseException:
         self._start_next()
         while self._running:
-            waited: list[asyncio.Future[Any]] = [*self._running, self._woken]
-            await asyncio.wait(waited, timeout=self._patience(), return_when=asyncio.FIRST_COMPLETED)
-            if self._woken.done():
-                self._woken = self._loop.create_future()
+            await self._wait()
             for task in [task for task in self._running if task.done()]:
                 error = task.exception()
                 if error is not None and not isinstance(error, UnverifiedError):
@@ -160,14 +157,26 @@ class Race(Generic[_T]):
         if self._waiting:
             attempt = self._waiting.popleft()
             attempt.due = self._loop.time() + _CONNECT_DELAY
-            self._running[asyncio.ensure_future(self._run(self, attempt))] = attempt
+            task = asyncio.ensure_future(self._run(self, attempt))
+            task.add_done_callback(self._wake)
+            self._running[task] = attempt
             self._announce()
 
-    def _patience(self) -> float | None:
-        """Return the seconds after which another attempt may have to start, or None while none can."""
+    async def _wait(self) -> None:
+        """Wait until an attempt has ended or begins to wait for the server, or another one may have to start."""
         due = [attempt.due for attempt in self._running.values() if self._waiting or attempt.other_way is not None]
         self._wakes_at = min(due, default=math.inf)
-        return None if self._wakes_at == math.inf else max(0.0, self._wakes_at - self._loop.time())
+        timer = None if self._wakes_at == math.inf else self._loop.call_at(self._wakes_at, self._wake)
+        try:
+            await self._woken
+        finally:
+            if timer is not None:
+                timer.cancel()
+        self._woken = self._loop.create_future()
+
+    def _wake(self, _: object = None) -> None:
+        if not self._woken.done():
+            self._woken.set_result(None)
 
     def _start_beside_the_silent(self) -> None:
         now = self._loop.time()

@@ -93,11 +93,10 @@ def build_context(
     context.check_hostname = True
     context.verify_mode = ssl.CERT_REQUIRED
     context.hostname_checks_common_name = False
-    context.verify_flags |= ssl.VERIFY_X509_STRICT
-    context.verify_flags &= ~ssl.VERIFY_X509_PARTIAL_CHAIN
+    context.verify_flags = (context.verify_flags | ssl.VERIFY_X509_STRICT) & ~ssl.VERIFY_X509_PARTIAL_CHAIN
     # OpenSSL's security level 2: 112 bits, no SHA-1. OPENSSL_CONF may have lowered it, down to ciphers without
-    # encryption. The ciphers named here are those of TLS 1.2, which is disabled; a short list is quick to check.
-    context.set_ciphers("ECDHE+AESGCM:@SECLEVEL=2")
+    # encryption. The cipher named here is one of TLS 1.2, which is disabled; a short list is quick to check.
+    context.set_ciphers("ECDHE-RSA-AES256-GCM-SHA384:@SECLEVEL=2")
     context.options &= ~_LEGACY_OPTIONS
     context.set_alpn_protocols([ALPN])
     context.load_verify_locations(cadata=b"".join(root.der for root in anchor.roots))
@@ -267,23 +266,25 @@ _CIPHERS = {
 # SSL_OP_LEGACY_SERVER_CONNECT and SSL_OP_ALLOW_UNSAFE_LEGACY_RENEGOTIATION: without effect on TLS 1.3, but OPENSSL_CONF
 # can set them.
 _LEGACY_OPTIONS = 0x4 | 0x40000
+_STRICT, _PARTIAL_CHAIN = int(ssl.VERIFY_X509_STRICT), int(ssl.VERIFY_X509_PARTIAL_CHAIN)
 
 
 def _require_policy(context: ssl.SSLContext, anchor: TrustAnchor) -> None:
     """Refuse a context that verifies less than it must, because of OPENSSL_CONF, a patch or a later Python."""
     suites = {cipher["name"] for cipher in context.get_ciphers() if cipher["protocol"] == "TLSv1.3"}
-    flags, roots = context.verify_flags, context.cert_store_stats()["x509"]
+    flags = int(context.verify_flags)  # of an enumeration, each `&` would take a microsecond
+    roots, expected = context.cert_store_stats()["x509"], len(anchor.roots)
     kept = {
         "verify_mode is not CERT_REQUIRED": context.verify_mode is ssl.CERT_REQUIRED,
         "check_hostname is off": context.check_hostname,
         "hostname_checks_common_name is on": not context.hostname_checks_common_name,
         "minimum_version is below TLS 1.3": context.minimum_version is ssl.TLSVersion.TLSv1_3,
-        "VERIFY_X509_STRICT is off": flags & ssl.VERIFY_X509_STRICT,
-        "VERIFY_X509_PARTIAL_CHAIN is on": not flags & ssl.VERIFY_X509_PARTIAL_CHAIN,
+        "VERIFY_X509_STRICT is off": flags & _STRICT,
+        "VERIFY_X509_PARTIAL_CHAIN is on": not flags & _PARTIAL_CHAIN,
         f"the security level is {context.security_level}, below 2": context.security_level >= 2,
         f"the weak cipher suite {', '.join(sorted(suites - _CIPHERS))} is on": suites <= _CIPHERS,
         "no cipher suite of TLS 1.3 is on": suites,
-        f"{roots} root certificates are trusted, not {len(anchor.roots)}": roots == len(anchor.roots),
+        f"{roots} root certificates are trusted, not {expected}": roots == expected,
         "the session keys are written to a file": context.keylog_filename is None,
     }
     differences = [difference for difference, is_kept in kept.items() if not is_kept]

@@ -51,7 +51,7 @@ class TrustAnchor(NamedTuple):
     @property
     def roots(self) -> tuple[TrustAnchor, ...]:
         """All roots, each without others."""
-        return (self._replace(others=()), *self.others)
+        return (self._replace(others=()), *self.others) if self.others else (self,)
 
     def root(self, sha256: str) -> TrustAnchor | None:
         """Return the root with this fingerprint, or None where it is not one of them."""
@@ -144,6 +144,7 @@ def fingerprint(der: bytes) -> str:
     return hashlib.sha256(der).hexdigest()
 
 
+@functools.lru_cache(maxsize=64)  # the certificates of a few servers; their connections share the text
 def distinguished_name(name: object) -> str:
     """Return a name in the form of `getpeercert()` and `get_ca_certs()` as text, most specific attribute first."""
     pairs = [pair for rdn in name for pair in rdn] if isinstance(name, tuple) else []

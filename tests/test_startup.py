@@ -65,6 +65,11 @@ def test_what_opens_connections_is_loaded_by_the_call_that_asks_for_one(call: st
     assert {f"neon_async.{name}" for name in CONNECTING} <= set(loaded)
 
 
+@pytest.mark.parametrize("call", ["connect", "create_pool", "Connection.transaction", "Pool.transaction"])
+def test_the_type_hints_of_a_call_can_be_evaluated_before_it_is_made(call: str) -> None:
+    assert "return" in printed_by(f"import neon_async, typing; print(*typing.get_type_hints(neon_async.{call}))")
+
+
 def test_nothing_is_imported_while_a_pool_is_used(postgres: LocalPostgres) -> None:
     assert printed_by(A_DAYS_WORK, postgres.dsn, postgres.trust_anchor.decode()) == []
 

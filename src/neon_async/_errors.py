@@ -363,7 +363,7 @@ def ends_session(error: asyncpg.PostgresError) -> bool:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What makes errors
+# What makes errors, and what shows them
 
 
 ServerError = asyncpg.PostgresError  # the class of what `server_error()` returns
@@ -377,6 +377,13 @@ def server_error(body: bytes) -> asyncpg.PostgresError:
     fields = {chr(field[0]): escape(field[1:].decode("utf-8", "replace")) for field in body.split(b"\0") if field}
     error: asyncpg.PostgresError = asyncpg.PostgresError.new(fields)
     return error
+
+
+def text_of(error: Exception) -> str:
+    """Return what log lines and messages say of a failed dial."""
+    if isinstance(error, NeonAsyncError):
+        return escape(str(error))
+    return f"{type(error).__name__}."  # its text may contain anything
 
 
 def forget_arguments(function: Callable[_P, _T]) -> Callable[_P, _T]:

@@ -40,7 +40,7 @@ COMPUTED = {
     "_driver.loop": {"LoopAdapter.__getattr__"},  # the running loop's
     "_driver.protocol": {"SessionProtocol.__getattr__"},  # all of asyncpg's protocol, for asyncpg
     "_driver.transaction": {"_Observed.__getattr__", "_Observed.__setattr__"},  # all of a connection's, for asyncpg
-    "_pool.options": {"PoolOptions.__post_init__"},
+    "_pool.options": {"PoolOptions.__init__"},
     "sqlalchemy": {"_dbapi_class"},  # names of PEP 249
 }
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, Unpack, cast
 
 import asyncpg
 
+from .._config.literals import IsolationLevel
 from .._errors import ConfigurationError
 from .healing import HealedStatements, once
 from .holder import (
@@ -38,7 +39,6 @@ from .transaction import Transaction
 if TYPE_CHECKING:
     from asyncpg.pool import PoolConnectionProxy
 
-    from .._config.literals import IsolationLevel
     from .._wire.report import TLSReport
     from .signatures import (
         CopyFromTableOptions,

@@ -3,7 +3,7 @@
 Data only. Knows no connection and sends nothing.
 """
 
-from __future__ import annotations
+# No `from __future__ import annotations`: the classes take longer to define when their annotations are strings.
 
 import os
 from collections.abc import Awaitable, Callable, Mapping
@@ -262,10 +262,10 @@ class Session:
         host: str,
         endpoint: Endpoint | None,
         healing: Healing,
-        handshake: Handshake,
+        handshake: "Handshake",
         handshake_time: float,
         cancel: Callable[[int, int], Awaitable[None]],
-        revocation: ChainCheck | None = None,
+        revocation: "ChainCheck | None" = None,
     ) -> None:
         self.host: str = host
         self.endpoint: Endpoint | None = endpoint
@@ -311,7 +311,7 @@ class Session:
         """The name of the database in log lines."""
         return short_name(self.host, self.endpoint)
 
-    def tls_report(self) -> TLSReport:
+    def tls_report(self) -> "TLSReport":
         """Return what the TLS handshake settled on, and what is known now about the revocation of the chain."""
         return self._handshake.report(self.revocation)
 

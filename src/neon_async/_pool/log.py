@@ -10,8 +10,8 @@ import logging
 import time
 from collections import Counter
 
-from .._errors import NeonAsyncError
-from .._text import escape, log
+from .._errors import text_of
+from .._text import log
 from .._timing import Timer
 
 # Seconds in which everything of one kind that follows the first one makes one more record.
@@ -145,10 +145,3 @@ class PoolLog:
                 _, several = mishap.value
                 self.info(f"%(count)d more connections {several}", event=mishap.name.lower(), count=count)
         self._untold.clear()
-
-
-def text_of(error: Exception) -> str:
-    """Return what log lines and messages say of a failed dial."""
-    if isinstance(error, NeonAsyncError):
-        return escape(str(error))
-    return f"{type(error).__name__}."  # its text may contain anything

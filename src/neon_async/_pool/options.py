@@ -39,7 +39,7 @@ _LIFETIME = {"reader": Seconds(zero="never")}
 _CALLBACK = {"reader": AsyncFunction()}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+@dataclass(init=False, frozen=True, slots=True, eq=False)
 class PoolOptions:
     """The options of a pool, checked. `create_pool()` takes the same ones, by the same names.
 
@@ -102,12 +102,14 @@ class PoolOptions:
     connection_class: type[Any] = field(default=asyncpg.Connection, metadata={"reader": CONNECTION_CLASS})
     record_class: type[Any] = field(default=asyncpg.Record, metadata={"reader": RECORD_CLASS})
 
-    def __post_init__(self) -> None:
+    def __init__(self, **options: Any) -> None:  # one parameter for each would take long to define
         for option in fields(self):
-            value = getattr(self, option.name)
+            value = options.pop(option.name, option.default)
             by_default = value is None and option.default is None
             if "reader" in option.metadata and not by_default:
                 option.metadata["reader"].check(option.name, value)
+            object.__setattr__(self, option.name, value)
+        assert not options, "what is no option of the pool"
         # The bounds of these two are other options.
         Integer(0, self.max_size, maximum_is="max_size").check("min_size", self.min_size)
         Integer(self.min_size, self.max_size, maximum_is="max_size").check("init_size", self.opening_size)

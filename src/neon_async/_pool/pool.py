@@ -14,6 +14,7 @@ import time
 import warnings
 import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator, Mapping
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any, Generic, NoReturn, Self, TypeVar, Unpack, cast, overload
 
 import asyncpg
@@ -35,10 +36,10 @@ from .._errors import (
     QueryTimeoutError,
     UnsupportedEventLoopError,
     forget_arguments,
+    text_of,
 )
 from .._text import counted
 from .loan import Loan
-from .log import text_of
 from .options import PoolKeywords, PoolOptions, RowlessPoolKeywords, check_timeout
 from .slots import Slot, State
 from .waiters import WaitExpired
@@ -875,7 +876,11 @@ def _with_options(function: Callable[..., Any]) -> inspect.Signature:
     """Return the signature of `create_pool()` with the options of the pool, which stand once, in `PoolOptions`."""
     signature = inspect.signature(function)
     *own, keywords = signature.parameters.values()
-    return signature.replace(parameters=[*own, *inspect.signature(PoolOptions).parameters.values(), keywords])
+    options = [
+        inspect.Parameter(option.name, inspect.Parameter.KEYWORD_ONLY, default=option.default, annotation=option.type)
+        for option in fields(PoolOptions)
+    ]
+    return signature.replace(parameters=[*own, *options, keywords])
 
 
 create_pool.__signature__ = _with_options(create_pool)  # type: ignore[attr-defined]  # for help() and editors

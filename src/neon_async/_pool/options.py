@@ -109,7 +109,7 @@ class PoolOptions:
             if "reader" in option.metadata and not by_default:
                 option.metadata["reader"].check(option.name, value)
             object.__setattr__(self, option.name, value)
-        assert not options, "what is no option of the pool"
+        assert not options, f"not options of a pool: {sorted(options)}"
         # The bounds of these two are other options.
         Integer(0, self.max_size, maximum_is="max_size").check("min_size", self.min_size)
         Integer(self.min_size, self.max_size, maximum_is="max_size").check("init_size", self.opening_size)

@@ -488,7 +488,7 @@ class Supply:
     def _start_dial(self) -> None:
         """Dial for the first waiter for which no dial is under way, or for none."""
         slot = self.slots.vacant[-1]
-        served = {other.dialed_for for other in self.slots}
+        served = {other.dialed_for for other in self.slots} if self.slots.count(State.CONNECTING) else ()
         slot.dialed_for = next((waiter for waiter in self.waiters if waiter not in served), None)
         self._start(slot, State.CONNECTING, self._dial(slot))
 

@@ -212,17 +212,11 @@ class LoginProtocol(asyncio.Protocol):
 
         The messages between the two are checked: an authentication request there crashes the process with asyncpg 0.32.
         """
-        position, kind = 9 + len(await self._peek(_OK)), b"R"
-        while kind != b"Z":
-            message = self._complete_message(position, _MAX_SESSION_START)
-            kind, body = message or await self._message(position, limit=_MAX_SESSION_START)
-            position += 5 + len(body)
-            if kind == b"E":
-                raise server_error(body)
-            if kind not in _AFTER_LOGIN or not _form_of(kind).fullmatch(body):
-                raise ProtocolError(
-                    f"{self.host} sent message {kind!r} after the login, where it is not allowed. Check the server."
-                )
+        position, is_ready = 9 + len(await self._peek(_OK)), False
+        while not is_ready:
+            position, is_ready = self._check_session_start(position)
+            if not is_ready:
+                await self._receive_more()
         if self._end:  # the transport reports the end only once, and has reported it to this protocol
             raise self._end
         self.transport.set_protocol(protocol)
@@ -254,28 +248,59 @@ class LoginProtocol(asyncio.Protocol):
             )
         return body[4:]
 
-    async def _message(self, position: int = 0, *, limit: int = _MAX_MESSAGE) -> tuple[bytes, bytes]:
-        """Wait until the message at `position`, of at most `limit` bytes, is complete, and return its type and body."""
-        while (message := self._complete_message(position, limit)) is None:
-            if self._end:
-                raise self._end
-            self._waiter = asyncio.get_running_loop().create_future()
-            await self._waiter
-        return message
+    def _check_session_start(self, position: int) -> tuple[int, bool]:
+        """Check the messages after the login that have come completely, from `position` on.
 
-    def _complete_message(self, position: int, limit: int) -> tuple[bytes, bytes] | None:
-        """Return the type and body of the message at `position`, or None where it has not come completely."""
+        Returns:
+            Where they end, and whether the last one is ReadyForQuery.
+        """
+        received, size = self._received, len(self._received)
+        while position + _HEADER.size <= size:
+            kind, length = _HEADER.unpack_from(received, position)
+            self._require_length(length, _MAX_SESSION_START)
+            begin, end = position + _HEADER.size, position + 1 + length
+            if end > size:
+                break
+            form = _form_of(kind)
+            if form is None or not form.fullmatch(received, begin, end):
+                if kind == b"E":
+                    raise server_error(bytes(received[begin:end]))
+                raise ProtocolError(
+                    f"{self.host} sent message {kind!r} after the login, where it is not allowed. Check the server."
+                )
+            position = end
+            if kind == b"Z":
+                return position, True
+        return position, False
+
+    async def _message(self) -> tuple[bytes, bytes]:
+        """Wait until the first message in the buffer is complete, and return its type and body."""
         received = self._received
-        if len(received) < position + 5:
-            return None
-        kind, length = _HEADER.unpack_from(received, position)
+        while True:
+            if len(received) >= _HEADER.size:
+                kind, length = _HEADER.unpack_from(received)
+                self._require_length(length, _MAX_MESSAGE)
+                if len(received) > length:
+                    return kind, bytes(received[_HEADER.size : 1 + length])
+            await self._receive_more()
+
+    def _require_length(self, length: int, limit: int) -> None:
         if not 4 <= length <= limit:
             raise ProtocolError(
                 f"{self.host} announced a message of {length} bytes during authentication; 4 to {limit} are accepted. "
                 "Check the server."
             )
-        end = position + 1 + length
-        return (kind, bytes(received[position + 5 : end])) if len(received) >= end else None
+
+    async def _receive_more(self) -> None:
+        """Wait until the server has sent something.
+
+        Raises:
+            Exception: The connection has ended.
+        """
+        if self._end:
+            raise self._end
+        self._waiter = asyncio.get_running_loop().create_future()
+        await self._waiter
 
     def _wake(self) -> None:
         if self._waiter and not self._waiter.done():
@@ -311,5 +336,5 @@ _AFTER_LOGIN = {
 
 
 @functools.cache  # compiled for the first login, and not when this module is imported
-def _form_of(kind: bytes) -> re.Pattern[bytes]:
-    return re.compile(_AFTER_LOGIN[kind])
+def _form_of(kind: bytes) -> re.Pattern[bytes] | None:
+    return re.compile(_AFTER_LOGIN[kind]) if kind in _AFTER_LOGIN else None

@@ -157,10 +157,14 @@ class Race(Generic[_T]):
         if self._waiting:
             attempt = self._waiting.popleft()
             attempt.due = self._loop.time() + _CONNECT_DELAY
-            task = asyncio.ensure_future(self._run(self, attempt))
-            task.add_done_callback(self._wake)
-            self._running[task] = attempt
+            self._running[asyncio.ensure_future(self._make(attempt))] = attempt
             self._announce()
+
+    async def _make(self, attempt: Attempt) -> _T:
+        try:
+            return await self._run(self, attempt)
+        finally:
+            self._wake()  # not by a callback of the task, which would take one more iteration of the event loop
 
     async def _wait(self) -> None:
         """Wait until an attempt has ended or begins to wait for the server, or another one may have to start."""
@@ -174,7 +178,7 @@ class Race(Generic[_T]):
                 timer.cancel()
         self._woken = self._loop.create_future()
 
-    def _wake(self, _: object = None) -> None:
+    def _wake(self) -> None:
         if not self._woken.done():
             self._woken.set_result(None)
 

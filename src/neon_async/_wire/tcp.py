@@ -77,6 +77,8 @@ def in_order(addresses: Sequence[Address]) -> list[Address]:
     The address families alternate, the preferred one first (RFC 8305, section 4). The addresses that failed lately come
     last, and of these the one that failed first.
     """
+    if len(addresses) < 2:
+        return list(addresses)
     expired = time.monotonic() - MEMORY
     preferred = [address for address in addresses if address.family == addresses[0].family]
     others = [address for address in addresses if address.family != addresses[0].family]

@@ -287,13 +287,14 @@ def _require_policy(context: ssl.SSLContext, anchor: TrustAnchor) -> None:
         f"{roots} root certificates are trusted, not {expected}": roots == expected,
         "the session keys are written to a file": context.keylog_filename is None,
     }
+    if all(kept.values()):
+        return
     differences = [difference for difference, is_kept in kept.items() if not is_kept]
-    if differences:
-        raise InsecureConfigurationError(
-            f"The TLS context verifies less than it must, because something in this process changed it: "
-            f"{'; '.join(differences)}. Check OPENSSL_CONF, the OpenSSL configuration of this system, and code that "
-            "patches ssl."
-        )
+    raise InsecureConfigurationError(
+        f"The TLS context verifies less than it must, because something in this process changed it: "
+        f"{'; '.join(differences)}. Check OPENSSL_CONF, the OpenSSL configuration of this system, and code that "
+        "patches ssl."
+    )
 
 
 def _load_crl(context: ssl.SSLContext, path: str) -> None:

@@ -255,10 +255,11 @@ class LoginProtocol(asyncio.Protocol):
             Where they end, and whether the last one is ReadyForQuery.
         """
         received, size = self._received, len(self._received)
-        while position + _HEADER.size <= size:
+        while (begin := position + _HEADER_SIZE) <= size:
             kind, length = _HEADER.unpack_from(received, position)
-            self._require_length(length, _MAX_SESSION_START)
-            begin, end = position + _HEADER.size, position + 1 + length
+            if not 4 <= length <= _MAX_SESSION_START:
+                raise self._bad_length(length, _MAX_SESSION_START)
+            end = position + 1 + length
             if end > size:
                 break
             form = _form_of(kind)
@@ -277,19 +278,19 @@ class LoginProtocol(asyncio.Protocol):
         """Wait until the first message in the buffer is complete, and return its type and body."""
         received = self._received
         while True:
-            if len(received) >= _HEADER.size:
+            if len(received) >= _HEADER_SIZE:
                 kind, length = _HEADER.unpack_from(received)
-                self._require_length(length, _MAX_MESSAGE)
+                if not 4 <= length <= _MAX_MESSAGE:
+                    raise self._bad_length(length, _MAX_MESSAGE)
                 if len(received) > length:
-                    return kind, bytes(received[_HEADER.size : 1 + length])
+                    return kind, bytes(received[_HEADER_SIZE : 1 + length])
             await self._receive_more()
 
-    def _require_length(self, length: int, limit: int) -> None:
-        if not 4 <= length <= limit:
-            raise ProtocolError(
-                f"{self.host} announced a message of {length} bytes during authentication; 4 to {limit} are accepted. "
-                "Check the server."
-            )
+    def _bad_length(self, length: int, limit: int) -> ProtocolError:
+        return ProtocolError(
+            f"{self.host} announced a message of {length} bytes during authentication; 4 to {limit} are accepted. "
+            "Check the server."
+        )
 
     async def _receive_more(self) -> None:
         """Wait until the server has sent something.
@@ -308,6 +309,7 @@ class LoginProtocol(asyncio.Protocol):
 
 
 _HEADER = struct.Struct("!ci")  # the type of a message, and its length without the type
+_HEADER_SIZE = 5
 _MAX_NOTICES = 16  # PostgreSQL sends none here
 
 # PostgreSQL documentation, section 54.7, Authentication*.

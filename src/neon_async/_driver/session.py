@@ -186,6 +186,9 @@ class Snapshot(NamedTuple):
         return "; ".join([RESET, *restore])
 
 
+_AS_NEW = Snapshot()  # its `reset_query()` is RESET
+
+
 # A cancelled statement ends after a connect, a TLS handshake, the request and its answer, and one more statement may
 # follow: the handshake and three round trips, and a handshake takes one at least. The rest is for a busy server.
 _CANCEL_HANDSHAKES = 6
@@ -279,7 +282,8 @@ class Session:
         self.cancel_time: float = cancel_time_for(handshake_time)
         self.cancel: Callable[[int, int], Awaitable[None]] = cancel
         self.on_closed: Callable[[], None] | None = None
-        self.remember(Snapshot())
+        self.snapshot: Snapshot = _AS_NEW
+        self.reset_query: str = RESET
         self.codecs: dict[tuple[str, str], Codec] = {}
         self.initial_settings: dict[str, str] = {}
         self.holds_server: bool = False
@@ -303,8 +307,8 @@ class Session:
 
     def remember(self, snapshot: Snapshot) -> None:
         """Have every reset restore `snapshot`."""
-        self.snapshot: Snapshot = snapshot
-        self.reset_query: str = snapshot.reset_query()
+        self.snapshot = snapshot
+        self.reset_query = snapshot.reset_query()
 
     @property
     def name(self) -> str:

@@ -117,7 +117,7 @@ async def _prove(
 
     salt, iterations = exchange.challenge(challenge)
     cached = cache.keys = cache.keys or KeyCache()
-    keys = cached.get(secret, salt, iterations)
+    known = keys = cached.get(secret, salt, iterations)
     if keys is None:  # PBKDF2 takes milliseconds, or a second where the server requests it: not on the event loop
         keys = await threads.run(Keys, secret, salt, iterations)
     protocol.require_silence()
@@ -128,7 +128,8 @@ async def _prove(
     except (AuthenticationError, ServerError):
         cached.evict(secret)
         raise
-    cached.put(secret, salt, iterations, keys)
+    if known is None:
+        cached.put(secret, salt, iterations, keys)
 
 
 # Messages before AuthenticationOk are short: libpq accepts 2,000 bytes, and 30,000 for errors (fe-connect.c). Servers

@@ -43,31 +43,34 @@ class LimitedTLS(RecordingSSLObject):
         self._incoming = None
 
     def do_handshake(self) -> None:
-        before = self._incoming.pending if self._incoming is not None else 0
+        incoming = self._incoming
+        if incoming is None:
+            super().do_handshake()
+            return
+        before = incoming.pending
         try:
             super().do_handshake()
         finally:
-            self._count(before, b"")
+            self._count(before - incoming.pending, b"")
 
     def read(self, len: int = 1024, buffer: Any = None) -> bytes:  # noqa: A002  the name in ssl
-        if self._incoming is None:
+        incoming = self._incoming
+        if incoming is None:
             return super().read(len, buffer)
-        before, data = self._incoming.pending, b""
+        before, data = incoming.pending, b""
         try:
             data = super().read(len, buffer)
         finally:
-            self._count(before, data)
+            self._count(before - incoming.pending, data)
         return data
 
-    def _count(self, before: int, data: bytes) -> None:
-        """Add what was taken from `before` bytes, less the data in it.
+    def _count(self, taken: int, data: bytes) -> None:
+        """Add the bytes that were taken, less the data in them.
 
         Raises:
             TLSError: It is too much.
         """
-        if self._incoming is None:
-            return
-        self._overhead += before - self._incoming.pending - len(data)
+        self._overhead += taken - len(data)
         if self._overhead > _MAX_OVERHEAD:
             raise TLSError(
                 f"{self.server_hostname} sent more than {_MAX_OVERHEAD} bytes of TLS records without data before the "

@@ -177,13 +177,15 @@ class KeyCache:
 
     def get(self, secret: Callable[[], str], salt: bytes, iterations: int) -> Keys | None:
         """Return the keys, or None where they are not cached."""
-        return self._keys.get((_digest(secret), salt, iterations))
+        entry = _digest(secret), salt, iterations
+        if entry not in self._keys:
+            return None
+        self._keys.move_to_end(entry)
+        return self._keys[entry]
 
     def put(self, secret: Callable[[], str], salt: bytes, iterations: int, keys: Keys) -> None:
-        """Cache `keys`, which a server has accepted, and evict the oldest ones."""
-        entry = _digest(secret), salt, iterations
-        self._keys[entry] = keys
-        self._keys.move_to_end(entry)
+        """Cache `keys`, which a server has accepted, and evict those that were used longest ago."""
+        self._keys[_digest(secret), salt, iterations] = keys
         while len(self._keys) > self._SIZE:
             self._keys.popitem(last=False)
 

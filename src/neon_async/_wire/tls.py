@@ -105,7 +105,7 @@ def build_context(
         _load_crl(context, crl)
     if client_certificate is not None:
         _load_client_certificate(context, client_certificate)
-    _require_policy(context, anchor)
+    _require_policy(context, anchor, {one["name"] for one in context.get_ciphers() if one["protocol"] == "TLSv1.3"})
     return context
 
 
@@ -118,10 +118,10 @@ def check_handshake(
         CertificateError: The session has another context, version or name, or no verified certificate.
         InsecureConfigurationError: The context was weakened meanwhile.
     """
-    _require_policy(context, anchor)
     der, facts, cipher = tls.getpeercert(binary_form=True), tls.getpeercert(), tls.cipher()
     if tls.context is not context or tls.version() != "TLSv1.3" or tls.server_hostname != server_name:
         raise CertificateError(f"The TLS session with {server_name} is not the requested one and is not used.")
+    _require_policy(context, anchor, {cipher[0]} if cipher else set())
     if not der or not facts or not cipher or cipher[2] < 128:
         raise CertificateError(
             f"The TLS session with {server_name} lacks a verified certificate or encryption and is not used."
@@ -269,9 +269,14 @@ _LEGACY_OPTIONS = 0x4 | 0x40000
 _STRICT, _PARTIAL_CHAIN = int(ssl.VERIFY_X509_STRICT), int(ssl.VERIFY_X509_PARTIAL_CHAIN)
 
 
-def _require_policy(context: ssl.SSLContext, anchor: TrustAnchor) -> None:
-    """Refuse a context that verifies less than it must, because of OPENSSL_CONF, a patch or a later Python."""
-    suites = {cipher["name"] for cipher in context.get_ciphers() if cipher["protocol"] == "TLSv1.3"}
+def _require_policy(context: ssl.SSLContext, anchor: TrustAnchor, suites: set[str]) -> None:
+    """Refuse a context that verifies less than it must, because of OPENSSL_CONF, a patch or a later Python.
+
+    Args:
+        context: The context.
+        anchor: The trust anchor.
+        suites: The cipher suites of TLS 1.3 that may be used, or the one that is in use.
+    """
     flags = int(context.verify_flags)  # of an enumeration, each `&` would take a microsecond
     roots, expected = context.cert_store_stats()["x509"], len(anchor.roots)
     kept = {

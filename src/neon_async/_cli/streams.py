@@ -1,4 +1,4 @@
-"""Standard output and standard error, where they are closed, or where nobody reads them any more.
+"""Standard output and standard error, where they are closed, or no longer have a reader.
 
 It must not know what is printed.
 """

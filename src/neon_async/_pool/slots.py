@@ -4,6 +4,7 @@
     IDLE ─────ping──▶ CHECKING ───┤             ┌─ a caller waits ──▶ RESERVED ──▶ IN_USE
     IN_USE ───reset─▶ RESETTING ──┼── offered ──┤
     IN_USE, clean ────────────────┤             └─ no caller waits ─▶ IDLE ──────▶ IN_USE
+    IDLE, a caller waits ─────────┤
     RESERVED, its caller gave up ─┘
 
     every state with a connection ──close──▶ CLOSING

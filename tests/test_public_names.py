@@ -17,6 +17,7 @@ import asyncpg
 import pytest
 
 import neon_async
+from neon_async import testing
 from neon_async._pool.health_log import HealthLog
 
 PUBLIC = [(name, getattr(neon_async, name)) for name in neon_async.__all__]
@@ -75,6 +76,15 @@ def test_a_public_name_is_of_the_package_and_not_of_a_private_module(name: str, 
     assert value.__module__ == "neon_async"
     assert value.__qualname__ == name
     assert getattr(sys.modules[value.__module__], value.__qualname__) is value
+
+
+@pytest.mark.parametrize("name", [name for name in testing.__all__ if name != "EndpointState"])
+def test_a_class_of_testing_is_of_that_package_and_its_annotations_can_be_evaluated(name: str) -> None:
+    cls = getattr(testing, name)
+    assert repr(cls) == f"<class 'neon_async.testing.{name}'>"
+    assert pickle.loads(pickle.dumps(cls)) is cls
+    typing.get_type_hints(cls)
+    typing.get_type_hints(cls.__init__)
 
 
 @pytest.mark.parametrize(("name", "cls"), CLASSES)

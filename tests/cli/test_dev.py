@@ -146,8 +146,8 @@ def test_an_interrupt_during_the_start_leaves_nothing(scene: Scene) -> None:
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        pytest.param(["--port", "70000"], "port=70000 is not valid", id="port"),
-        pytest.param(["--suspend-after", "-1"], "suspend_after=-1.0 is not valid", id="time"),
+        pytest.param(["--port", "70000"], "port must be a whole number from 0 to 65535, not 70000", id="port"),
+        pytest.param(["--suspend-after", "-1"], "suspend_after must be a number of seconds above 0", id="time"),
         pytest.param(["--schema", "nothing.sql"], "schema='nothing.sql' cannot be read", id="schema"),
         pytest.param(["--bin-dir", "/nowhere"], "does not contain initdb", id="programs"),
     ],

@@ -19,3 +19,7 @@ __all__ = (
     "LocalPostgres",
     "LocalPostgresError",
 )
+
+for _name in __all__:
+    if isinstance(globals()[_name], type):
+        globals()[_name].__module__ = __name__  # in tracebacks, reprs and pickles

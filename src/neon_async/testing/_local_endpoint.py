@@ -22,7 +22,9 @@ from types import TracebackType
 from typing import Literal, Protocol, Self, TypeAlias
 from urllib.parse import urlsplit
 
-from .._errors import ConfigurationError, NeonAsyncError
+from .._config.readers import Integer, Seconds
+from .._errors import NeonAsyncError
+from .._text import counted
 
 _ADDRESS = "127.0.0.1"
 _BACKLOG = 4096  # connects that arrive at once are counted at once; the kernel's own limit may be lower
@@ -31,6 +33,8 @@ _MOST_HELD = 1 << 20  # bytes held in each direction of a connection; above this
 _MOST_UNREAD = 1 << 26  # bytes; more than a kernel holds of one connection (net.ipv4.tcp_rmem: a few MB)
 _CALL_TIMEOUT = 10.0  # seconds for a call from another thread, which takes microseconds unless the loop is blocked
 _LINGER_ZERO = struct.pack("ii", 1, 0)  # SO_LINGER on, with 0 s: close() sends RST (socket(7))
+_PORT, _PORT_OF_TWO = Integer(0, 65535), Integer(0, 65534)
+_TIME, _LIMIT = Seconds(zero="at once"), Seconds()
 
 EndpointState: TypeAlias = Literal["new", "awake", "suspended", "waking", "closed"]
 """What a `LocalEndpoint` is doing."""
@@ -90,12 +94,9 @@ class LocalEndpoint:
             Default: none.
 
     Raises:
-        ConfigurationError: A time is negative or not finite, `suspend_after` is 0, or `port` is not a port.
+        ConfigurationError: A time is negative, above 1,000,000,000 or no number, `suspend_after` is 0, or `port` is not
+            a port.
     """
-
-    # Set when the block is entered.
-    _loop: asyncio.AbstractEventLoop
-    _thread: int
 
     def __init__(
         self,
@@ -108,18 +109,16 @@ class LocalEndpoint:
         port: int = 0,
         on_state: Callable[[EndpointState], None] | None = None,
     ) -> None:
-        if suspend_after == 0:
-            raise ConfigurationError("suspend_after=0 leaves no time to connect. Pass more seconds, or None for never.")
-        highest = 65535 if pooler is None else 65534
-        if not 0 <= port <= highest:
-            raise ConfigurationError(f"port={port!r} is not valid. Pass 1 to {highest}, or 0 for a free one.")
+        _PORT.check("port", port) if pooler is None else _PORT_OF_TWO.check("port", port)
+        self._loop: asyncio.AbstractEventLoop  # this and the next one are set when the block is entered
+        self._thread: int
         self._server = server
         self._pooler = pooler
         self._on_state = on_state
         self._listeners: list[socket.socket] = []
-        self._wake_time = _checked_seconds("wake_time", wake_time)
-        self._suspend_after = math.inf if suspend_after is None else _checked_seconds("suspend_after", suspend_after)
-        self._delay = _checked_seconds("delay", delay)
+        self._wake_time = _TIME.check("wake_time", wake_time)
+        self._suspend_after = math.inf if suspend_after is None else _LIMIT.check("suspend_after", suspend_after)
+        self._delay = _TIME.check("delay", delay)
         self._state: EndpointState = "new"
         self._frozen = False
         self._refusing = False
@@ -139,8 +138,8 @@ class LocalEndpoint:
             self._state,
             *["frozen"] * self._frozen,
             *["refusing"] * self._refusing,
-            _count(self.connections, "connection"),
-            _count(self.wakes, "wake"),
+            counted(self.connections, "connection"),
+            counted(self.wakes, "wake"),
         ]
         return f"<LocalEndpoint on {_ADDRESS}:{self._port}: {', '.join(parts)}>"
 
@@ -219,13 +218,13 @@ class LocalEndpoint:
         """Seconds that each byte waits, in each direction.
 
         Raises:
-            ConfigurationError: The new value is negative or not finite.
+            ConfigurationError: The new value is negative, above 1,000,000,000 or no number.
         """
         return self._delay
 
     @delay.setter
     def delay(self, seconds: float) -> None:
-        self._delay = _checked_seconds("delay", seconds)
+        self._delay = _TIME.check("delay", seconds)
 
     async def __aenter__(self) -> Self:
         """Start to listen.
@@ -677,13 +676,3 @@ def _drain(sock: socket.socket) -> None:
     for _ in range(_MOST_UNREAD // _CHUNK):  # bounded, because a sender can be faster than this loop
         if not sock.recv(_CHUNK):
             break
-
-
-def _checked_seconds(name: str, seconds: float) -> float:
-    if not 0 <= seconds < math.inf:
-        raise ConfigurationError(f"{name}={seconds!r} is not valid. Pass a finite number of seconds, 0 or more.")
-    return seconds
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -1205,8 +1205,9 @@ class PoolBase(_Pool[RecordT]):
     def _own_loop(self) -> asyncio.AbstractEventLoop:
         return self._loop
 
-    async def _lend(self, timeout: float | None) -> Any:
-        raise NotImplementedError
+    if TYPE_CHECKING:  # the pool's own
+
+        async def _lend(self, timeout: float | None) -> Any: ...
 
     async def _acquire(self, timeout: float | None) -> Any:
         """Serve code that calls asyncpg's own method of this name, such as asyncpg's acquire context."""

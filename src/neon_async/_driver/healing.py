@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from typing import Any, NoReturn
 
 import asyncpg
@@ -19,7 +19,7 @@ import asyncpg
 from .._errors import StaleStatementError
 from .._text import escape, log
 from . import holder
-from .holder import RecordT, StatementHooks, own_session, timeout_of
+from .holder import RecordT, StatementHooks, own_session, timed_out_call, timeout_of
 from .losses import is_server_error
 from .session import Session
 
@@ -65,17 +65,23 @@ class HealedStatements(StatementHooks[RecordT]):
 
     async def run_statement(self, query: str, executor: Any, timeout: float | None, **options: Any) -> Any:
         """Prepare and execute a text, and once more where it is stale and that does no harm."""
-        prepared = holder.prepares(self)
-        began, state = time.monotonic(), None
+        session, began = own_session(self), time.monotonic()
+        healing, prepared, left = session.healing, holder.prepares(self), timeout
+        # What nearly every statement is: prepared, and not stale. It needs none of what `get_statement()` does.
+        is_usual = session.heals_seen == healing.heals and not healing.has_tokens
+        state = self.cached_statement(query, **options) if is_usual else None
         try:
-            state = await holder.get_statement(self, query, timeout, options)
-            left = None if timeout is None else timeout - (time.monotonic() - began)
+            if state is None:
+                state = await holder.get_statement(self, query, timeout, options)
+                left = None if timeout is None else timeout - (time.monotonic() - began)
             return await executor(state, left), state
+        except TimeoutError as error:
+            raise timed_out_call(self, error, began, timeout) from error.__cause__
         except Exception as error:
             if state is None or self.is_closed():
                 raise
             is_old = holder.prepares(self) == prepared
-            async with asyncio.timeout(_left(self, timeout, began)):
+            async with _within(self, timeout, began):
                 await self._allow_second_run(error, query, state, is_old=is_old)
         with _second_run(self, timeout, began) as left:
             began_again = time.monotonic()
@@ -102,7 +108,7 @@ class HealedStatements(StatementHooks[RecordT]):
         except Exception as error:
             if self.is_closed() or not holder.has_own_name(state):
                 raise
-            async with asyncio.timeout(_left(self, timeout, began)):
+            async with _within(self, timeout, began):
                 await self._allow_second_run(error, query, state, is_old=True)
         with _second_run(self, timeout, began) as left:
             own = {"named": bool(state.name), "use_cache": False, "record_class": state.record_class}
@@ -245,6 +251,16 @@ def _aborts(connection: Any, error: Exception) -> bool:
     return is_server_error(error) and bool(connection.is_in_transaction())
 
 
+@contextlib.asynccontextmanager
+async def _within(connection: Any, timeout: float | None, began: float) -> AsyncIterator[None]:
+    """Bound what comes between the two runs of a call that began at `began`."""
+    try:
+        async with asyncio.timeout(_left(connection, timeout, began)):
+            yield
+    except TimeoutError as error:
+        raise timed_out_call(connection, error, began, timeout) from error.__cause__
+
+
 @contextlib.contextmanager
 def _second_run(connection: Any, timeout: float | None, began: float) -> Iterator[float | None]:
     """The second run of a statement: yield its share of the timeout, and count its time.
@@ -257,6 +273,8 @@ def _second_run(connection: Any, timeout: float | None, began: float) -> Iterato
     healing, begins = own_session(connection).healing, time.monotonic()
     try:
         yield _left(connection, timeout, began)
+    except TimeoutError as error:
+        raise timed_out_call(connection, error, began, timeout) from error.__cause__
     finally:
         healing.seconds += time.monotonic() - begins
 

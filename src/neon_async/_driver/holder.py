@@ -226,21 +226,12 @@ class ConnectionHooks(_Connection[RecordT]):
         self._check_open()
         super().add_log_listener(callback)
 
-    # asyncpg resolves `timeout` and `command_timeout` here, and gives what is left of them to each step.
-
-    async def _execute(self, query: Any, args: Any, limit: Any, timeout: Any, **options: Any) -> Any:
-        began = time.monotonic()
-        try:
-            return await super()._execute(query, args, limit, timeout, **options)  # type: ignore[misc]
-        except TimeoutError as error:
-            raise _timed_out(self, error, began, timeout) from error.__cause__
-
     async def _executemany(self, query: Any, args: Any, timeout: Any, **options: Any) -> Any:
         began = time.monotonic()
         try:
             return await super()._executemany(query, args, timeout, **options)  # type: ignore[misc]
         except TimeoutError as error:
-            raise _timed_out(self, error, began, timeout) from error.__cause__
+            raise timed_out_call(self, error, began, timeout) from error.__cause__
 
     async def _cancel(self, waiter: Any, cancel_waiter: Any = None) -> None:
         """Send a cancel request over a verified channel, within `command_timeout`, and always resolve `waiter`.
@@ -272,9 +263,17 @@ class ConnectionHooks(_Connection[RecordT]):
                 waiter.set_result(None)
 
 
-def _timed_out(connection: Any, error: TimeoutError, began: float, timeout: float | None) -> Exception:
+def timed_out_call(connection: Any, error: TimeoutError, began: float, timeout: float | None) -> Exception:
+    """Return the error of a call whose time is over, of which the step that `error` ended had a part only.
+
+    Args:
+        connection: The connection.
+        error: What ended the step.
+        began: When the call began.
+        timeout: The `timeout` of the call, or the `command_timeout` that asyncpg has put in its place.
+    """
     host, limit = own_session(connection).host, connection._config.command_timeout
-    return timed_out(host, error, time.monotonic() - began, timeout, limit)
+    return timed_out(host, error, time.monotonic() - began, None if timeout == limit else timeout, limit)
 
 
 def _give_up_cancelling(connection: Any, name: str, waiter: asyncio.Future[None], error: Exception) -> None:
@@ -430,6 +429,13 @@ class StatementHooks(ConnectionHooks[RecordT]):
         """Return asyncpg's state of a prepared statement, from its cache or from the server."""
         state: Awaitable[Any] = super()._get_statement(query, timeout, **options)  # type: ignore[misc]
         return state
+
+    def cached_statement(
+        self, query: str, *, record_class: type[RecordT] | None = None, ignore_custom_codec: bool = False
+    ) -> Any:
+        """Return asyncpg's state of a prepared statement where it is in the cache, else None."""
+        key = (query, record_class or self._protocol.get_record_class(), ignore_custom_codec)
+        return self._stmt_cache.get(key)
 
     def run_statement(self, query: str, executor: Any, timeout: float | None, **options: Any) -> Awaitable[Any]:
         """Get the statement and execute it with `executor`; return the result and the state."""

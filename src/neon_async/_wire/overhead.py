@@ -25,6 +25,7 @@ class LimitingContext(ssl.SSLContext):
         tls = super().wrap_bio(incoming, *args, **kwargs)
         assert isinstance(tls, LimitedTLS)
         tls.limit(incoming)
+        tls.call_directly("write", "pending")
         return tls
 
 
@@ -33,6 +34,7 @@ class LimitedTLS(RecordingSSLObject):
 
     _incoming: ssl.MemoryBIO | None = None
     _overhead = 0
+    _sslobj: Any
 
     def limit(self, incoming: ssl.MemoryBIO) -> None:
         """Count what is taken from `incoming`."""
@@ -41,6 +43,12 @@ class LimitedTLS(RecordingSSLObject):
     def lift_limit(self) -> None:
         """Count no more: the session is ready, and the server has proved who it is."""
         self._incoming = None
+        self.call_directly("read")
+
+    def call_directly(self, *methods: str) -> None:
+        """Spare every statement the frames of Python in which SSLObject only calls these methods of `_ssl`."""
+        for method in methods:
+            setattr(self, method, getattr(self._sslobj, method))
 
     def do_handshake(self) -> None:
         incoming = self._incoming
@@ -55,8 +63,9 @@ class LimitedTLS(RecordingSSLObject):
 
     def read(self, len: int = 1024, buffer: Any = None) -> bytes:  # noqa: A002  the name in ssl
         incoming = self._incoming
-        if incoming is None:
-            return super().read(len, buffer)
+        if incoming is None:  # uvloop keeps this method from the beginning
+            data: bytes = self._sslobj.read(len, buffer) if buffer is not None else self._sslobj.read(len)
+            return data
         before, data = incoming.pending, b""
         try:
             data = super().read(len, buffer)

@@ -361,6 +361,7 @@ class Stream(asyncio.BufferedProtocol):
         self._protocol = protocol
         self._pass_on = protocol.data_received
         self._buffer = b""
+        self._view = memoryview(b"")  # what is being read
         # The reset of a pool is the same again and again, and so is its answer.
         self._usual = b""  # the latest answer without an error and without messages that belong to no statement
         self._begin: int | None = 0  # of the answer at hand, or None where it is not such a one, or began before
@@ -385,49 +386,47 @@ class Stream(asyncio.BufferedProtocol):
         await waiter
 
     def get_buffer(self, sizehint: int) -> memoryview:
-        return _read_buffer.view
+        self._view = _read_buffer.view  # of the thread that the event loop runs in now
+        return self._view
 
     def buffer_updated(self, nbytes: int) -> None:
-        self.data_received(bytes(_read_buffer.view[:nbytes]))
+        self.data_received(bytes(self._view[:nbytes]))
 
     def data_received(self, data: bytes) -> None:
         """Receive bytes that were read elsewhere, too: together with the end of the login."""
         self.chunks += 1
-        if self._ended:
+        if self.waiting and not self._ended:
+            data = self._read_answers(self._buffer + data if self._buffer else data)
+        if not data or self._ended:
             return
-        if self.waiting:
-            self._read_answers(self._buffer + data if self._buffer else data)
-        else:
-            self.tail = data[-_READY_SIZE:] if len(data) >= _READY_SIZE else (self.tail + data)[-_READY_SIZE:]
-            if data.endswith(_END_OF_ERROR):
-                self._last_words = _fatal_error_at_end(data)
-            self._pass_on(data)
+        self.tail = data[-_READY_SIZE:] if len(data) >= _READY_SIZE else (self.tail + data)[-_READY_SIZE:]
+        if data.endswith(_END_OF_ERROR):
+            self._last_words = _fatal_error_at_end(data)
+        self._pass_on(data)
 
-    def _read_answers(self, data: bytes) -> None:
-        """Read `data`, which begins with a message, up to the end of the last answer that is expected."""
+    def _read_answers(self, data: bytes) -> bytes:
+        """Read `data`, which begins with a message, and return what comes after the last answer that is expected."""
         position = 0
         while self.waiting:
-            following = self._read_usual_answer(data, position) or self._read_message(data, position)
+            if self._usual and position == self._begin and data.startswith(self._usual, position):
+                following = position + len(self._usual)
+                self._end_answer(data, following)
+            else:
+                following = self._read_message(data, position)
             if self._ended:
-                return
+                return b""
             if not following:
                 break
             position = following
         self._begin = 0 if self._begin == position else None
-        self._buffer = data[position:]
-        if not self.waiting:
-            rest, self._buffer = self._buffer, b""
+        rest = data[position:]
+        if self.waiting:
+            self._buffer = rest
+            return b""
+        self._buffer = b""
+        if self._waiters:
             self._release()
-            if rest:
-                self.data_received(rest)
-
-    def _read_usual_answer(self, data: bytes, position: int) -> int:
-        """Return where the answer at `position` ends if it is, byte by byte, the same as the latest one; else 0."""
-        if position != self._begin or not self._usual or not data.startswith(self._usual, position):
-            return 0
-        following = position + len(self._usual)
-        self._end_answer(data, following)
-        return following
+        return rest
 
     def _read_message(self, data: bytes, position: int) -> int:
         """Read the message at `position`, and return where it ends, or 0 if not all of it has come."""
@@ -462,8 +461,6 @@ class Stream(asyncio.BufferedProtocol):
         self._ended = self._transport.is_closing()  # what the answer led to
 
     def _release(self) -> None:
-        if not self._waiters:
-            return
         waiters, self._waiters = self._waiters, []
         for waiter in waiters:
             if not waiter.done():

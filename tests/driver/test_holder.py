@@ -322,9 +322,9 @@ class TestLeftovers:
         hearing = holder.callbacks_of(connection)
         assert list(hearing.listeners) == ["news"]
         assert [len(one) for one in (hearing.listeners["news"], *hearing[1:])] == [1] * 4
-        writes = holder.writes(connection)
+        writes = holder.transport_of(connection).writes
         holder.set_callbacks(connection, before)
-        assert holder.writes(connection) == writes
+        assert holder.transport_of(connection).writes == writes
         assert not holder.listens_otherwise(connection, before)
         assert holder.callbacks_of(connection) == NO_CALLBACKS
         await connection.execute("NOTIFY news; DO 'BEGIN RAISE NOTICE ''heard''; END'")

@@ -241,12 +241,12 @@ class TestStatements:
             assert holder.queries_run(connection) - count == expected + 1
 
     async def test_writes_and_statements_are_counted(self, connection: Any) -> None:
-        writes, queries = holder.writes(connection), holder.queries_run(connection)
+        writes, queries = holder.transport_of(connection).writes, holder.queries_run(connection)
         connection.add_log_listener(listener := lambda *_: None)
         connection.remove_log_listener(listener)
-        assert (holder.writes(connection), holder.queries_run(connection)) == (writes, queries)
+        assert (holder.transport_of(connection).writes, holder.queries_run(connection)) == (writes, queries)
         await connection.execute("SELECT 1")
-        assert holder.writes(connection) > writes
+        assert holder.transport_of(connection).writes > writes
         assert holder.queries_run(connection) == queries + 1
         await holder.send(connection, "SELECT 1")
         assert holder.queries_run(connection) == queries + 2

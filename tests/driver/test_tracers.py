@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import contextvars
 import io
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import asyncpg
@@ -207,9 +207,9 @@ def ahead(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     ahead: list[str] = []
     send_reset_ahead = SessionProtocol.send_reset_ahead
 
-    def noting(protocol: SessionProtocol, sql: str, *callbacks: Callable[[], None]) -> None:
-        ahead.append(sql)
-        send_reset_ahead(protocol, sql, *callbacks)
+    def noting(protocol: SessionProtocol) -> None:
+        ahead.append(protocol.reset_query)
+        send_reset_ahead(protocol)
 
     monkeypatch.setattr(SessionProtocol, "send_reset_ahead", noting)
     return ahead

@@ -230,10 +230,10 @@ async def test_what_is_awaited_after_the_loan_sends_nothing_to_the_next_session(
         async with following.transaction():
             assert await following.fetchval("SELECT 1") == 1
             session: Any = following._con  # type: ignore[attr-defined]
-            writes = holder.writes(session)
+            writes = holder.transport_of(session).writes
             with pytest.raises(asyncpg.InterfaceError, match=RELEASED):
                 await late
-            assert holder.writes(session) == writes
+            assert holder.transport_of(session).writes == writes
             assert following.is_in_transaction()
             assert holder.callbacks_of(session) == NO_CALLBACKS
         assert await following.fetchval("SELECT current_setting('app.tenant')") == "the next"
@@ -290,10 +290,10 @@ async def test_a_block_of_the_callers_class_that_outlives_the_loan_is_left_with_
     await pool.release(lent)
     async with pool.acquire() as following:
         session: Any = following._con  # type: ignore[attr-defined]
-        writes = holder.writes(session)
+        writes = holder.transport_of(session).writes
         with pytest.raises(asyncpg.InterfaceError, match=RELEASED):
             await block.__aexit__(None, None, None)
-        assert holder.writes(session) == writes
+        assert holder.transport_of(session).writes == writes
     await assert_whole(pool)
 
 

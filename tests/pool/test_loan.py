@@ -168,9 +168,9 @@ async def a_type_codec(connection: Any) -> None:
 
 
 async def a_type_codec_of_which_the_server_does_not_know(connection: Any) -> None:
-    writes = holder.writes(connection._con)
+    writes = holder.transport_of(connection._con).writes
     await connection.set_type_codec("int8", schema="pg_catalog", encoder=str, decoder=str)
-    assert holder.writes(connection._con) == writes
+    assert holder.transport_of(connection._con).writes == writes
 
 
 async def a_type_codec_that_is_reset(connection: Any) -> None:

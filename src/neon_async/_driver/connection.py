@@ -98,10 +98,8 @@ class Connection(HealedStatements[RecordT]):
 
     def get_reset_query(self) -> str:
         """Return the SQL that `reset()` sends: it cleans everything, and restores what the pool's `init` set up."""
-        session, protocol = own_session(self), protocol_of(self)
-        if protocol is not None and protocol.has_prepared:
-            return f"{session.reset_query}; {session.snapshot.deallocate_query()}"
-        return session.reset_query
+        protocol = protocol_of(self)
+        return own_session(self).reset_query if protocol is None else protocol.reset_query
 
     async def set_type_codec(
         self,

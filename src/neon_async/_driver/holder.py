@@ -434,8 +434,8 @@ class StatementHooks(ConnectionHooks[RecordT]):
         self, query: str, *, record_class: type[RecordT] | None = None, ignore_custom_codec: bool = False
     ) -> Any:
         """Return asyncpg's state of a prepared statement where it is in the cache, else None."""
-        key = (query, record_class or self._protocol.get_record_class(), ignore_custom_codec)
-        return self._stmt_cache.get(key)
+        cache: Any = self._stmt_cache  # type: ignore[attr-defined]
+        return cache.get((query, record_class or self._protocol.get_record_class(), ignore_custom_codec))
 
     def run_statement(self, query: str, executor: Any, timeout: float | None, **options: Any) -> Awaitable[Any]:
         """Get the statement and execute it with `executor`; return the result and the state."""
@@ -642,12 +642,6 @@ def timeout_by(protocol: Any, timeout: float | None) -> float | None:
     return seconds
 
 
-def writes(connection: Any) -> int:
-    """Return how often something was written to the server."""
-    count: int = connection._transport.writes
-    return count
-
-
 def queries_run(connection: Any) -> int:
     """Return how many statements the connection has run."""
     return int(connection._protocol.queries_count)
@@ -655,7 +649,7 @@ def queries_run(connection: Any) -> int:
 
 def is_cancelling(connection: Any) -> bool:
     """Return whether a cancelled statement has not ended yet."""
-    return has_cancelled(connection._protocol)
+    return bool(connection._protocol.has_cancelled())
 
 
 # What asyncpg and this package call of a protocol in every statement.
@@ -666,11 +660,7 @@ def keep_frequent_methods(own: Any, protocol: Any) -> None:
     """Give `own`, which stands in for asyncpg's protocol, those methods of it that every statement needs."""
     for name in FREQUENT_METHODS:
         setattr(own, name, getattr(protocol, name))
-
-
-def has_cancelled(protocol: Any) -> bool:
-    """Return what `is_cancelling()` does, by the protocol of the connection."""
-    return bool(protocol._is_cancelling())
+    own.has_cancelled = protocol._is_cancelling
 
 
 def is_idle(connection: Any) -> bool:
@@ -697,11 +687,6 @@ def is_running(connection: Any) -> bool:
 def has_transaction(connection: Any) -> bool:
     """Return whether a transaction is open, on the server or in asyncpg's bookkeeping."""
     return bool(connection._protocol.is_in_transaction() or connection._top_xact is not None)
-
-
-def has_lost_statements(connection: Any) -> bool:
-    """Return whether statements that `init` has prepared in SQL may be gone: only their own SQL could restore them."""
-    return bool(own_session(connection).snapshot.statements) and connection._protocol.has_deallocated
 
 
 def callbacks_of(connection: Any) -> Callbacks:
@@ -809,7 +794,8 @@ class Proxy(_Proxy):
         return connection
 
     async def _call(self, method: Callable[..., Awaitable[Any]], args: Any, keywords: Any) -> Any:
-        session = own_session(self._lent(method.__name__))
+        connection = self._con or self._lent(method.__name__)
+        session: Session = connection._transport.session
         session.calls += 1
         try:
             return await method(*args, **keywords)
@@ -874,82 +860,84 @@ class Proxy(_Proxy):
 
         @functools.wraps(PoolConnectionProxy.execute)
         def execute(self, *args, **keywords):
-            return self._call(self._lent("execute").execute, args, keywords)
+            return self._call((self._con or self._lent("execute")).execute, args, keywords)
 
         @functools.wraps(PoolConnectionProxy.executemany)
         def executemany(self, *args, **keywords):
-            return self._call(self._lent("executemany").executemany, args, keywords)
+            return self._call((self._con or self._lent("executemany")).executemany, args, keywords)
 
         @functools.wraps(PoolConnectionProxy.fetch)
         def fetch(self, *args, **keywords):
-            return self._call(self._lent("fetch").fetch, args, keywords)
+            return self._call((self._con or self._lent("fetch")).fetch, args, keywords)
 
         @functools.wraps(PoolConnectionProxy.fetchval)
         def fetchval(self, *args, **keywords):
-            return self._call(self._lent("fetchval").fetchval, args, keywords)
+            return self._call((self._con or self._lent("fetchval")).fetchval, args, keywords)
 
         @functools.wraps(PoolConnectionProxy.fetchrow)
         def fetchrow(self, *args, **keywords):
-            return self._call(self._lent("fetchrow").fetchrow, args, keywords)
+            return self._call((self._con or self._lent("fetchrow")).fetchrow, args, keywords)
 
         @functools.wraps(PoolConnectionProxy.fetchmany)
         def fetchmany(self, *args, **keywords):
-            return self._call(self._lent("fetchmany").fetchmany, args, keywords)
+            return self._call((self._con or self._lent("fetchmany")).fetchmany, args, keywords)
 
         @functools.wraps(PoolConnectionProxy.prepare)
         def prepare(self, *args, **keywords):
-            return self._call(self._lent("prepare").prepare, args, keywords)
+            return self._call((self._con or self._lent("prepare")).prepare, args, keywords)
 
         async def prepare_cached(self, *args, **keywords):
-            return await self._call(self._lent("prepare_cached").prepare_cached, args, keywords)
+            return await self._call((self._con or self._lent("prepare_cached")).prepare_cached, args, keywords)
 
         @functools.wraps(PoolConnectionProxy.copy_from_table)
         def copy_from_table(self, *args, **keywords):
-            return self._call(self._lent("copy_from_table").copy_from_table, args, keywords)
+            return self._call((self._con or self._lent("copy_from_table")).copy_from_table, args, keywords)
 
         @functools.wraps(PoolConnectionProxy.copy_from_query)
         def copy_from_query(self, *args, **keywords):
-            return self._call(self._lent("copy_from_query").copy_from_query, args, keywords)
+            return self._call((self._con or self._lent("copy_from_query")).copy_from_query, args, keywords)
 
         @functools.wraps(PoolConnectionProxy.copy_to_table)
         def copy_to_table(self, *args, **keywords):
-            return self._call(self._lent("copy_to_table").copy_to_table, args, keywords)
+            return self._call((self._con or self._lent("copy_to_table")).copy_to_table, args, keywords)
 
         @functools.wraps(PoolConnectionProxy.copy_records_to_table)
         def copy_records_to_table(self, *args, **keywords):
-            return self._call(self._lent("copy_records_to_table").copy_records_to_table, args, keywords)
+            return self._call((self._con or self._lent("copy_records_to_table")).copy_records_to_table, args, keywords)
 
         @functools.wraps(PoolConnectionProxy.add_listener)
         def add_listener(self, *args, **keywords):
-            return self._call(self._lent("add_listener").add_listener, args, keywords)
+            return self._call((self._con or self._lent("add_listener")).add_listener, args, keywords)
 
         @functools.wraps(PoolConnectionProxy.remove_listener)
         def remove_listener(self, *args, **keywords):
-            return self._call(self._lent("remove_listener").remove_listener, args, keywords)
+            return self._call((self._con or self._lent("remove_listener")).remove_listener, args, keywords)
 
         @functools.wraps(PoolConnectionProxy.set_type_codec)
         def set_type_codec(self, *args, **keywords):
-            return self._call(self._lent("set_type_codec").set_type_codec, args, keywords)
+            return self._call((self._con or self._lent("set_type_codec")).set_type_codec, args, keywords)
 
         @functools.wraps(PoolConnectionProxy.reset_type_codec)
         def reset_type_codec(self, *args, **keywords):
-            return self._call(self._lent("reset_type_codec").reset_type_codec, args, keywords)
+            return self._call((self._con or self._lent("reset_type_codec")).reset_type_codec, args, keywords)
 
         @functools.wraps(PoolConnectionProxy.set_builtin_type_codec)
         def set_builtin_type_codec(self, *args, **keywords):
-            return self._call(self._lent("set_builtin_type_codec").set_builtin_type_codec, args, keywords)
+            return self._call(
+                (self._con or self._lent("set_builtin_type_codec")).set_builtin_type_codec, args, keywords
+            )
 
         @functools.wraps(PoolConnectionProxy.reload_schema_state)
         def reload_schema_state(self, *args, **keywords):
-            return self._call(self._lent("reload_schema_state").reload_schema_state, args, keywords)
+            return self._call((self._con or self._lent("reload_schema_state")).reload_schema_state, args, keywords)
 
         @functools.wraps(PoolConnectionProxy.reset)
         def reset(self, *args, **keywords):
-            return self._call(self._lent("reset").reset, args, keywords)
+            return self._call((self._con or self._lent("reset")).reset, args, keywords)
 
         @functools.wraps(PoolConnectionProxy.close)
         def close(self, *args, **keywords):
-            return self._call(self._lent("close").close, args, keywords)
+            return self._call((self._con or self._lent("close")).close, args, keywords)
 
         @contextlib.contextmanager
         @functools.wraps(PoolConnectionProxy.query_logger)
@@ -1002,31 +990,70 @@ class Holder(PoolConnectionHolder):
 
     Args:
         pool: The pool that asyncpg's code finds through it.
+
+    Attributes:
+        connection: The connection, or None.
+        session: Its session; this and the next two only while there is a connection.
+        protocol: Its protocol.
+        transport: Its transport.
+        is_lent: Whether a caller has the connection, by a proxy or in a call of the pool.
     """
 
-    __slots__ = ()
+    # Each is found in one step, because every loan needs them.
+    __slots__ = ("connection", "is_lent", "protocol", "session", "transport")
 
-    _con: Any
     _pool: Any
     _proxy: Proxy | None
+
+    connection: Any
+    session: Session
+    protocol: SessionProtocol
+    transport: SessionTransport
+    is_lent: bool
 
     def __init__(self, pool: object) -> None:
         # `setup` and the end of idle connections are the pool's own: asyncpg bounds neither in time.
         super().__init__(cast(Any, pool), max_queries=0, setup=None, max_inactive_time=0)
+        self.is_lent = False
 
     @property
-    def connection(self) -> Any:
-        """The connection, or None."""
-        return self._con
+    def _con(self) -> Any:
+        """asyncpg's name for `connection`."""
+        return self.connection
 
-    def adopt(self, connection: object) -> None:
+    @_con.setter
+    def _con(self, connection: Any) -> None:
+        self.connection = connection
+
+    def adopt(self, connection: Any) -> None:
         """Own a new connection."""
-        self._con = connection
+        self.connection = connection
+        self.session, self.protocol, self.transport = (
+            own_session(connection),
+            connection._protocol,
+            connection._transport,
+        )
+
+    def is_connected(self) -> bool:
+        """Return whether there is a connection that has not ended."""
+        return self.connection is not None and self.protocol.is_connected()
 
     def lend(self) -> Proxy:
         """Return a new proxy for the connection."""
-        self._proxy = proxy = Proxy(self, self._con)
+        self.is_lent = True
+        self._proxy = proxy = Proxy(self, self.connection)
         return proxy
+
+    def has_leftovers(self) -> bool:
+        """Return whether the caller has left more than a reset sent ahead cleans: see `Facts.leftovers` of the pool."""
+        connection, session, protocol = self.connection, self.session, self.protocol
+        return bool(
+            session.calls
+            or not protocol.is_idle()
+            or connection._top_xact is not None
+            or protocol.is_in_transaction()
+            or listens_otherwise(connection, session.snapshot.callbacks)
+        )
 
     def recall(self) -> None:
         """Make the proxy useless to its caller, with its cursors and statements, and calls that are under way.
@@ -1034,13 +1061,12 @@ class Holder(PoolConnectionHolder):
         Callbacks that the caller registered are forgotten. Warns of listeners among them; the warning can be an
         exception.
         """
-        connection, proxy = self._con, self._proxy
-        self._proxy = None
-        session = own_session(connection)
+        connection, session, proxy = self.connection, self.session, self._proxy
+        self._proxy, self.is_lent = None, False
         if session.calls:
-            connection._protocol.is_recalled = True
+            self.protocol.is_recalled = True
         kept = session.snapshot.callbacks
-        has_callbacks = bool(
+        has_callbacks = (
             connection._listeners
             or connection._log_listeners
             or connection._query_loggers
@@ -1061,39 +1087,41 @@ class Holder(PoolConnectionHolder):
 
     def dismiss(self) -> None:
         """Make the proxy useless to its caller, who releases a connection whose end has not been noticed yet."""
-        proxy, self._proxy = self._proxy, None
+        proxy, self._proxy, self.is_lent = self._proxy, None, False
         if proxy is not None:
             proxy._detach()
 
     def mark_closed(self) -> None:
         """Forget a connection that has ended. A proxy for it says so to its caller, until the caller releases it."""
         if self._proxy is not None:
-            self._con._set_proxy(None)  # a caller may keep what belongs to the connection longer than the pool
-        self._proxy = self._con = None
+            self.connection._set_proxy(None)  # a caller may keep what belongs to the connection longer than the pool
+        self._proxy = self.connection = None
+        self.session = self.protocol = self.transport = cast(Any, None)
+        self.is_lent = False
 
     def terminate(self) -> None:
         """End the connection at once, if there is one."""
-        if self._con is not None:
-            self._con.terminate()
+        if self.connection is not None:
+            self.connection.terminate()
 
     def shut_down(self) -> None:
         """Have the server learn of the end of the connection, if there is one, from any thread."""
-        if self._con is not None:
-            self._con._shut_down()
+        if self.connection is not None:
+            self.connection._shut_down()
 
     def leave_to_parent(self) -> None:
         """Let go of the connection, if there is one, in a forked process."""
-        if self._con is not None:
-            self._con._transport.leave_to_parent()
+        if self.connection is not None:
+            self.transport.leave_to_parent()
 
     def is_idle(self) -> bool:
         """Return whether no caller has the connection; asyncpg asks."""
-        return self._proxy is None
+        return not self.is_lent
 
     @property
-    def _in_use(self) -> Proxy | None:
+    def _in_use(self) -> bool | None:
         """Something true while a caller has the connection; with asyncpg a future, which nothing awaits here."""
-        return self._proxy
+        return self.is_lent or None
 
     @_in_use.setter
     def _in_use(self, _: None) -> None:

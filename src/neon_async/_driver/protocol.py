@@ -84,17 +84,20 @@ class SessionProtocol:
         "_running",
         "_session",
         "_transport",
+        "has_cancelled",
         "has_deallocated",
         "has_prepared",
         "is_recalled",
         "mentioned",
         "on_dropped",
+        "on_reset",
         "prepares",
         "transaction_search_path",
         *holder.FREQUENT_METHODS,
     )
 
     is_connected: Callable[[], bool]
+    has_cancelled: Callable[[], bool]  # whether a cancelled statement has not ended yet
     get_settings: Callable[[], Any]
 
     def __init__(self, protocol: Any, transport: SessionTransport, *, host: str) -> None:
@@ -113,6 +116,9 @@ class SessionProtocol:
         self.has_deallocated = False  # statements may have been deallocated in SQL
         # Called when statements that asyncpg has prepared may be gone, with whether they are certainly.
         self.on_dropped: Callable[[bool], None] = lambda _: None
+        # Called when a reset that went ahead has been answered, with whether the server has done it; before the
+        # connection ends where it has not.
+        self.on_reset: Callable[[bool], None] = lambda _: None
         self.prepares = 0  # how often a statement was prepared
         self.transaction_search_path: str | None = None  # of the settings of the open transaction
         self.is_recalled = False  # the loan has ended, and calls of it are still under way: they send nothing more
@@ -137,12 +143,7 @@ class SessionProtocol:
 
     def is_idle(self) -> bool:
         """Return whether no statement is under way, so that one may be sent ahead."""
-        return (
-            not self._running
-            and self._transport.is_settled
-            and self._asyncpg.is_connected()
-            and not holder.has_cancelled(self._asyncpg)
-        )
+        return not self._running and self._transport.is_settled and self.is_connected() and not self.has_cancelled()
 
     @property
     def search_path(self) -> str | None:
@@ -169,20 +170,22 @@ class SessionProtocol:
     # -----------------------------------------------------------------------------------------------------------------
     # Sent ahead
 
-    def send_reset_ahead(self, sql: str, on_success: Callable[[], None], on_failure: Callable[[], None]) -> None:
+    @property
+    def reset_query(self) -> str:
+        """The SQL that cleans the session and restores what its snapshot has."""
+        if self.has_prepared:
+            return f"{self._session.reset_query}; {self._session.snapshot.deallocate_query()}"
+        return self._session.reset_query
+
+    def send_reset_ahead(self) -> None:
         """Send a reset ahead of the next statement. If any part of it fails, the connection ends.
 
         It is one transaction, so a part that fails leaves a failed transaction, in which the server itself refuses the
         next statement (25P02). READ COMMITTED, because a default of SERIALIZABLE READ ONLY DEFERRABLE would make the
         first query wait for a safe snapshot. No access mode, because READ WRITE is refused on a standby.
-
-        Args:
-            sql: The statements of the reset.
-            on_success: Called when the server has done it.
-            on_failure: Called when it has not, before the connection ends.
         """
-        answer = functools.partial(self._take_reset_answer, on_success, on_failure)
-        self._transport.send_ahead(_reset_message(sql), answer)
+        self._transport.send_ahead(_reset_message(self.reset_query), self._take_reset_answer)
+        self.note_reset()
 
     def note_reset(self) -> None:
         """Note that a reset was sent, which drops the statements that were prepared in SQL."""
@@ -217,13 +220,11 @@ class SessionProtocol:
         finally:
             self._commit = None
 
-    def _take_reset_answer(
-        self, on_success: Callable[[], None], on_failure: Callable[[], None], status: bytes, error: bytes | None
-    ) -> None:
+    def _take_reset_answer(self, status: bytes, error: bytes | None) -> None:
         if error is None and status == b"I":
-            on_success()
+            self.on_reset(True)
             return
-        on_failure()
+        self.on_reset(False)
         self._reset_failure = server_error(error or b"")
         self._session.note_loss(Loss(f"its session could not be reset ({self._reset_failure.args[0]})"))
         self._transport.abort()
@@ -365,7 +366,7 @@ class SessionProtocol:
         if self.is_recalled:
             call.close()
             self._require_loan()
-        if _WAITS_FOR_CANCELLATION and holder.has_cancelled(self._asyncpg):
+        if _WAITS_FOR_CANCELLATION and self.has_cancelled():
             call = self._bounded(call, timeout)
         writes, began = self._transport.writes, time.monotonic()
         self._running += 1

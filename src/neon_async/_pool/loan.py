@@ -12,8 +12,6 @@ import time
 import traceback
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .._driver import holder
-from .._driver.connection import has_own_reset_query
 from .._text import log
 from .slots import Slot, State
 
@@ -43,6 +41,9 @@ class Facts(NamedTuple):
     leftovers: bool
     has_reset_query: bool
     ahead: bool
+
+
+_ENDED = Facts(True, False, False, False, False, False, False)
 
 
 class Need(enum.Enum):
@@ -77,15 +78,15 @@ class Loan:
         called_at: When the caller asked for it; a time of the monotonic clock.
     """
 
-    __slots__ = ("_leak_timer", "_supply", "_writes", "lent_at", "owner", "proxy", "slot")
+    __slots__ = ("_leak_timer", "_supply", "_writes", "lent_at", "owner", "slot")
 
     def __init__(self, supply: Supply, slot: Slot, called_at: float) -> None:
         self.slot = slot
         self._supply = supply
-        self.proxy = slot.holder.lend()
+        slot.holder.is_lent = True
         self.owner = asyncio.current_task()
         self.lent_at = time.monotonic()
-        self._writes = holder.writes(slot.holder.connection)
+        self._writes = slot.holder.transport.writes
         self._leak_timer: asyncio.TimerHandle | None = None
         supply.slots.move(slot, State.IN_USE)
         supply.tallies.acquires.add(self.lent_at - called_at)
@@ -129,31 +130,24 @@ class Loan:
         return task
 
     def _facts(self, now: float) -> Facts:
-        connection, supply = self.slot.holder.connection, self._supply
-        if connection is None or connection.is_closed():
-            return Facts(True, False, False, False, False, False, False)
-        session = holder.own_session(connection)
+        owned, supply = self.slot.holder, self._supply
+        if not owned.is_connected():
+            return _ENDED
+        session = owned.session
         # asyncpg knows the built-in types, and asks the server nothing to set a codec of one.
         codecs_kept = session.codecs == session.snapshot.codecs
-        untouched = codecs_kept and self._writes == holder.writes(connection)
         worn = supply.is_worn(self.slot, now)
-        if untouched:  # there is nothing else to ask for
+        if codecs_kept and self._writes == owned.transport.writes:  # there is nothing else to ask for
             return Facts(False, worn, supply.own_reset, True, session.calls > 0, False, False)
         worn = (
             worn
-            or holder.queries_run(connection) >= supply.options.max_queries
-            or holder.has_lost_statements(connection)
+            or owned.protocol.queries_count >= supply.options.max_queries
+            or (bool(session.snapshot.statements) and owned.protocol.has_deallocated)
             or session.pins_server
         )
-        leftovers = (
-            session.calls > 0
-            or not holder.is_idle(connection)
-            or holder.has_transaction(connection)
-            or holder.listens_otherwise(connection, session.snapshot.callbacks)
-            or not codecs_kept
-        )
-        own_query = has_own_reset_query(connection)
-        has_reset_query = not own_query or _has_reset_query(connection)
+        leftovers = not codecs_kept or owned.has_leftovers()
+        own_query = supply.own_reset_query
+        has_reset_query = not own_query or _has_reset_query(owned.connection)
         return Facts(False, worn, supply.own_reset, False, leftovers, has_reset_query, not own_query)
 
     def _watch(self, leak_after: float) -> None:

@@ -125,12 +125,12 @@ async def _set_up(init: Callable[[Any], Awaitable[None]], connection: Any, *, us
     """Run `init`, and remember what it set up, so that every reset restores it."""
     session, protocol = own_session(connection), holder.protocol_of(connection)
     assert protocol is not None
-    writes, protocol.mentioned = holder.writes(connection), set()
+    writes, protocol.mentioned = holder.transport_of(connection).writes, set()
     await init(connection)
     if connection.is_closed():
         return
     names, protocol.mentioned = protocol.mentioned, None
-    if holder.writes(connection) != writes and not is_pooled(connection):
+    if holder.transport_of(connection).writes != writes and not is_pooled(connection):
         session.remember(await take_snapshot(connection, user=user, names=names))
     else:  # nothing that only the server knows
         session.remember(Snapshot(callbacks=holder.callbacks_of(connection), codecs=dict(session.codecs)))

@@ -136,8 +136,12 @@ class Pool(PoolBase[RecordT]):
         )
         self._connector = connector
         self._options = options
-        context: Any = AcquireContext if type(self).release is Pool.release else _ReleasingContext
-        self._context_class: type[AcquireContext[RecordT]] = context
+        own_release = type(self).release is not Pool.release
+        self._context_class: type[AcquireContext[RecordT]] = cast(
+            Any, _ReleasingContext if own_release else AcquireContext
+        )
+        # Whether code of the caller's runs in each acquire or release, and gets a connection.
+        self._callers_acquire = own_release or type(self).acquire is not Pool.acquire or options.setup is not None
         self._begin_life(None)
 
     def _begin_life(self, before: Supply | None) -> None:
@@ -322,18 +326,24 @@ class Pool(PoolBase[RecordT]):
         return self._context_class(self, timeout)
 
     async def _lend(self, timeout: float | None) -> Connection[RecordT]:
-        self._require_open()
         began = time.monotonic()
-        limit = self._options.acquire_timeout if timeout is None else timeout
+        loan = await self._borrow(timeout)
+        proxy = loan.slot.holder.lend()
+        if self._options.setup is not None:
+            limit = self._options.acquire_timeout if timeout is None else timeout
+            await self._run_setup(self._options.setup, loan, proxy, began + limit)
+        return proxy  # type: ignore[return-value]  # a proxy for one of ours
+
+    async def _borrow(self, timeout: float | None) -> Loan:
+        """Return a new loan, of an idle connection or of the first that becomes free."""
+        self._require_open()
+        supply, began = self._supply, time.monotonic()
         # A caller that comes now must not overtake those that wait.
-        slot = None if self._supply.waiters else self._supply.take_idle(began)
+        slot = None if supply.waiters else supply.take_idle(began)
         if slot is None:
             self._require_room()
-            slot = await self._wait_for_slot(limit, began)
-        loan = Loan(self._supply, slot, began)
-        if self._options.setup is not None:
-            await self._run_setup(self._options.setup, loan, began + limit)
-        return loan.proxy  # type: ignore[return-value]  # a proxy for one of ours
+            slot = await self._wait_for_slot(self._options.acquire_timeout if timeout is None else timeout, began)
+        return Loan(supply, slot, began)
 
     async def _wait_for_slot(self, limit: float, began: float) -> Slot:
         """Return a slot that is connected and reserved for this caller."""
@@ -341,7 +351,8 @@ class Pool(PoolBase[RecordT]):
         deadline, front = began + limit, False
         try:
             while True:
-                self._require_not_closing()
+                if supply.closing:
+                    raise self._closed_error(unavailable=self._phase is _Phase.CLOSING)
                 waiter = supply.waiters.join(deadline, front=front)
                 supply.balance()
                 slot = await supply.waiters.wait(waiter)
@@ -355,13 +366,15 @@ class Pool(PoolBase[RecordT]):
         finally:
             supply.tallies.waits.since(began)
 
-    async def _run_setup(self, setup: Callable[[Any], Awaitable[None]], loan: Loan, deadline: float) -> None:
+    async def _run_setup(
+        self, setup: Callable[[Any], Awaitable[None]], loan: Loan, proxy: object, deadline: float
+    ) -> None:
         """Run the caller's `setup` within the acquire. A connection that it fails on is not used again."""
         began = time.monotonic()
         timeout = asyncio.timeout(deadline - began)
         try:
             async with timeout:
-                await setup(loan.proxy)
+                await setup(proxy)
         except BaseException as error:
             if loan.slot.loan is loan:  # else it has ended, and another one may have taken its place
                 self._supply.discard_after_setup(loan.slot)
@@ -388,17 +401,13 @@ class Pool(PoolBase[RecordT]):
             return PoolClosedError(f"The pool {self._supply.name} is not open: pool is not initialized. {_HOW_TO_OPEN}")
         return self._closed_error(unavailable=self._phase is _Phase.CLOSING)
 
-    def _require_not_closing(self) -> None:
-        if self.is_closing():
-            raise self._closed_error(unavailable=self._phase is _Phase.CLOSING)
-
     def _closed_error(self, *, unavailable: bool = True) -> PoolClosedError:
         advice = "Open it again with `async with pool:`." if self._phase is _Phase.CLOSED else "Create a new pool."
         text = f"The pool is {self._phase.value}: {self._supply.name}. {advice}"
         return PoolClosedError(text, unavailable=unavailable)
 
     def _require_own_loop(self) -> None:
-        if not is_current(self._own_loop):
+        if not is_current(self._supply.loop):
             raise UnsupportedEventLoopError(
                 "This pool was opened in another event loop, and its connections belong to that loop. Open one pool in "
                 "each event loop, and release a connection in the loop that acquired it."
@@ -688,17 +697,17 @@ class Pool(PoolBase[RecordT]):
             on_retry=self._supply.tallies.retries.add,
         )
 
-    async def _call(
-        self, run: Callable[[Any, float | None], Awaitable[_T]], timeout: float | None, *, again: bool = True
-    ) -> _T:
-        """Run one call on a connection of its own, within `timeout` for all of it.
+    async def _call(self, method: str, args: Any, options: Any, timeout: float | None, *, again: bool = True) -> Any:
+        """Call a method of a connection on one of its own, within `timeout` for all of it.
 
         It runs again, on another connection, when a reset sent ahead of it failed: the server has refused it then, and
         nothing of it was executed. What makes one reset fail can make all of them fail, so it may run as often as there
         can be connections, and once more.
 
         Args:
-            run: Makes the call, with the connection and the seconds that are left.
+            method: The name of the method.
+            args: Its arguments.
+            options: Its keyword arguments but for `timeout`.
             timeout: Seconds, or None for `acquire_timeout` and `command_timeout`.
             again: Whether the arguments can be used a second time.
         """
@@ -709,9 +718,17 @@ class Pool(PoolBase[RecordT]):
         left = None
         while True:
             try:
-                async with self.acquire(timeout=timeout) as connection:  # perhaps a subclass's own
+                if self._callers_acquire:
+                    async with self.acquire(timeout=timeout) as connection:
+                        left = None if until is None else until - time.monotonic()
+                        return await getattr(connection, method)(*args, timeout=left, **options)
+                loan = await self._borrow(timeout)
+                try:  # as the block above, but without a proxy: nobody else has the connection
                     left = None if until is None else until - time.monotonic()
-                    return await run(connection, left)
+                    return await getattr(loan.slot.holder.connection, method)(*args, timeout=left, **options)
+                finally:
+                    if loan.slot.loan is loan:  # else the connection has ended
+                        loan.end()
             except QueryTimeoutError as error:
                 if whole is not None and left is not None:
                     taken = whole - left
@@ -726,48 +743,36 @@ class Pool(PoolBase[RecordT]):
     if not TYPE_CHECKING:  # `signatures` of the driver has the types
 
         async def execute(self, query, *args, timeout=None):
-            return await self._call(lambda con, left: con.execute(query, *args, timeout=left), timeout)
+            return await self._call("execute", (query, *args), {}, timeout)
 
         async def executemany(self, command, args, *, timeout=None):
             again = not isinstance(args, Iterator)
-            return await self._call(
-                lambda con, left: con.executemany(command, args, timeout=left), timeout, again=again
-            )
+            return await self._call("executemany", (command, args), {}, timeout, again=again)
 
         async def fetch(self, query, *args, timeout=None, **options):
-            return await self._call(lambda con, left: con.fetch(query, *args, timeout=left, **options), timeout)
+            return await self._call("fetch", (query, *args), options, timeout)
 
         async def fetchval(self, query, *args, timeout=None, **options):
-            return await self._call(lambda con, left: con.fetchval(query, *args, timeout=left, **options), timeout)
+            return await self._call("fetchval", (query, *args), options, timeout)
 
         async def fetchrow(self, query, *args, timeout=None, **options):
-            return await self._call(lambda con, left: con.fetchrow(query, *args, timeout=left, **options), timeout)
+            return await self._call("fetchrow", (query, *args), options, timeout)
 
         async def fetchmany(self, query, args, *, timeout=None, **options):
             again = not isinstance(args, Iterator)
-            return await self._call(
-                lambda con, left: con.fetchmany(query, args, timeout=left, **options), timeout, again=again
-            )
+            return await self._call("fetchmany", (query, args), options, timeout, again=again)
 
         async def copy_from_table(self, table_name, *, timeout=None, **options):
-            return await self._call(
-                lambda con, left: con.copy_from_table(table_name, timeout=left, **options), timeout, again=False
-            )
+            return await self._call("copy_from_table", (table_name,), options, timeout, again=False)
 
         async def copy_from_query(self, query, *args, timeout=None, **options):
-            return await self._call(
-                lambda con, left: con.copy_from_query(query, *args, timeout=left, **options), timeout, again=False
-            )
+            return await self._call("copy_from_query", (query, *args), options, timeout, again=False)
 
         async def copy_to_table(self, table_name, *, timeout=None, **options):
-            return await self._call(
-                lambda con, left: con.copy_to_table(table_name, timeout=left, **options), timeout, again=False
-            )
+            return await self._call("copy_to_table", (table_name,), options, timeout, again=False)
 
         async def copy_records_to_table(self, table_name, *, timeout=None, **options):
-            return await self._call(
-                lambda con, left: con.copy_records_to_table(table_name, timeout=left, **options), timeout, again=False
-            )
+            return await self._call("copy_records_to_table", (table_name,), options, timeout, again=False)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -90,6 +90,7 @@ class Slot:
         "opened_at",
         "proven",
         "queries_before",
+        "reset_began",
         "state",
         "task",
         "used",
@@ -110,6 +111,7 @@ class Slot:
         self.expires_at = 0.0
         self.heard_at = 0.0  # the latest sign of life from the server
         self.idle_since = 0.0
+        self.reset_began = 0.0  # the latest one that was sent ahead
         self.used = False  # whether the connection was lent since it was made
         self.proven = False  # whether it has answered a statement of a caller
         self.queries_before = 0  # how many statements it had run before it was first lent

@@ -20,7 +20,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 from .._driver import holder
-from .._driver.connection import resets_itself
+from .._driver.connection import has_own_reset_query, resets_itself
 from .._driver.connector import Connector
 from .._driver.holder import CallersError, Holder, own_session
 from .._driver.snapshot import restore_codecs
@@ -79,6 +79,7 @@ class Supply:
         self.log = PoolLog(self.name)
         self.size = 0  # open connections
         self.own_reset = options.reset is not None  # or, once there is a connection, its class has a reset() of its own
+        self.own_reset_query = False  # whether the class of the connections has a get_reset_query() of its own
         self.closing = False  # from then on connections are closed instead of being offered
         self.emptied = asyncio.Event()  # closing, and the last connection has ended
         self.loop: asyncio.AbstractEventLoop  # the one in which the pool was opened; set then
@@ -330,19 +331,15 @@ class Supply:
 
     def _reset_ahead(self, slot: Slot) -> None:
         """Send a reset ahead of the next statement. If it fails, the connection ends before that statement runs."""
-        connection, began = slot.holder.connection, time.monotonic()
+        slot.reset_began = time.monotonic()
+        slot.holder.protocol.send_reset_ahead()
 
-        def note_success() -> None:
+    def _reset_answered(self, slot: Slot, succeeded: bool) -> None:
+        if succeeded:
             slot.heard_at = now = time.monotonic()
-            self.tallies.resets.add(now - began)
-
-        def note_failure() -> None:
-            self.tallies.reset_failures.since(began)
-
-        protocol = holder.protocol_of(connection)
-        assert protocol is not None
-        protocol.send_reset_ahead(connection.get_reset_query(), note_success, note_failure)
-        protocol.note_reset()
+            self.tallies.resets.add(now - slot.reset_began)
+        else:
+            self.tallies.reset_failures.since(slot.reset_began)
 
     async def _reset(self, slot: Slot, limit: float) -> Exception | None:
         """Reset what a caller has left, and return the error that `release()` raises, if there is one."""
@@ -528,7 +525,9 @@ class Supply:
         """Give a new connection to a slot."""
         now = time.monotonic()
         slot.holder.adopt(connection)
+        slot.holder.protocol.on_reset = functools.partial(self._reset_answered, slot)
         self.own_reset = self.options.reset is not None or resets_itself(connection)
+        self.own_reset_query = has_own_reset_query(connection)
         self.size += 1
         self.health.connected()
         slot.used = slot.proven = False

@@ -100,7 +100,10 @@ class SessionTransport(asyncio.Transport):
         Otherwise the session's protocol may have a message in part, or the server an implicit transaction open, which
         a Parse without Sync begins.
         """
-        return self._stream is not None and self._stream.is_settled()
+        # Nothing else can end like this while no statement is under way: NUL ends the texts of all messages that come
+        # then, and no length or process id is as large as b"Z\0\0\0".
+        stream = self._stream
+        return stream is not None and (bool(stream.waiting) or stream.tail.startswith(_READY))
 
     @property
     def is_in_failed_transaction(self) -> bool:
@@ -369,11 +372,6 @@ class Stream(asyncio.BufferedProtocol):
         self._ended = False  # the transport was aborted, and nothing that still comes counts
         self._waiters: list[asyncio.Future[None]] = []
         self.loss_callbacks: list[Callable[[], None]] = []
-
-    def is_settled(self) -> bool:
-        # Nothing else can end like this while no statement is under way: NUL ends the texts of all messages that come
-        # then, and no length or process id is as large as b"Z\0\0\0".
-        return bool(self.waiting) or self.tail.startswith(_READY)
 
     def get_last_words(self) -> bytes | None:
         """Return the body of the ErrorResponse with which the server has ended the session, or None."""

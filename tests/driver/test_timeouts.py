@@ -140,7 +140,7 @@ class TestTheLimit:
             with pytest.raises(neon_async.QueryTimeoutError, match="command_timeout"):
                 await transaction.rollback()
 
-    @pins("_execute", "_executemany")
+    @pins("_executemany")
     async def test_what_is_left_for_a_step_is_not_taken_for_the_limit(self, bench: Bench) -> None:
         """asyncpg gives each step what the steps before have left."""
         calls: list[tuple[Callable[[Any], Any], str]] = [

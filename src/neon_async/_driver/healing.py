@@ -66,13 +66,16 @@ class HealedStatements(StatementHooks[RecordT]):
     async def run_statement(self, query: str, executor: Any, timeout: float | None, **options: Any) -> Any:
         """Prepare and execute a text, and once more where it is stale and that does no harm."""
         session, began = own_session(self), time.monotonic()
-        healing, prepared, left = session.healing, holder.prepares(self), timeout
+        healing, left = session.healing, timeout
         # What nearly every statement is: prepared, and not stale. It needs none of what `get_statement()` does.
         is_usual = session.heals_seen == healing.heals and not healing.has_tokens
         state = self.cached_statement(query, **options) if is_usual else None
+        is_old = state is not None
         try:
             if state is None:
+                prepared = holder.prepares(self)
                 state = await holder.get_statement(self, query, timeout, options)
+                is_old = holder.prepares(self) == prepared
                 left = None if timeout is None else timeout - (time.monotonic() - began)
             return await executor(state, left), state
         except TimeoutError as error:
@@ -80,7 +83,6 @@ class HealedStatements(StatementHooks[RecordT]):
         except Exception as error:
             if state is None or self.is_closed():
                 raise
-            is_old = holder.prepares(self) == prepared
             async with _within(self, timeout, began):
                 await self._allow_second_run(error, query, state, is_old=is_old)
         with _second_run(self, timeout, began) as left:

@@ -184,8 +184,9 @@ class SessionProtocol:
         next statement (25P02). READ COMMITTED, because a default of SERIALIZABLE READ ONLY DEFERRABLE would make the
         first query wait for a safe snapshot. No access mode, because READ WRITE is refused on a standby.
         """
-        self._transport.send_ahead(_reset_message(self.reset_query), self._take_reset_answer)
-        self.note_reset()
+        sql = self.reset_query if self.has_prepared else self._session.reset_query
+        self._transport.send_ahead(_reset_message(sql), self._take_reset_answer)
+        self.has_prepared = self.has_deallocated = False
 
     def note_reset(self) -> None:
         """Note that a reset was sent, which drops the statements that were prepared in SQL."""

@@ -39,25 +39,22 @@ class Healing:
 
     Attributes:
         heals: How often a text was renewed.
+        has_tokens: Whether any text is sent otherwise than its caller wrote it.
         seconds: How long calls took to run once more, in total.
     """
 
-    __slots__ = ("_general", "_tokens", "heals", "is_shared", "seconds")
+    __slots__ = ("_general", "_tokens", "has_tokens", "heals", "is_shared", "seconds")
 
     def __init__(self, *, is_shared: bool = False) -> None:
         self.is_shared: bool = is_shared
         self._general = ""  # of the queries that have none of their own
         self._tokens: dict[tuple[str, str | None], str] = {}
         self.heals: int = 0
+        self.has_tokens: bool = False
         self.seconds: float = 0.0
 
     def __repr__(self) -> str:
         return f"<Healing {self.heals} heals in {self.seconds:.3f} s>"
-
-    @property
-    def has_tokens(self) -> bool:
-        """Whether any text is sent otherwise than its caller wrote it."""
-        return bool(self._tokens or self._general)
 
     def text_of(self, query: str, search_path: str | None) -> str:
         """Return the text that is sent for a query.
@@ -88,6 +85,7 @@ class Healing:
         if len(self._tokens) >= _MAX_TOKENS:
             del self._tokens[next(iter(self._tokens))]
         self._tokens[query, search_path] = _token()
+        self.has_tokens = True
         self.heals += 1
         return True
 
@@ -96,6 +94,7 @@ class Healing:
         if self.is_shared:
             self._tokens.clear()
             self._general = _token()
+            self.has_tokens = True
 
 
 # How many queries have a token of their own: as many as asyncpg caches on ten connections.

@@ -84,7 +84,7 @@ class Loan:
         self.slot = slot
         self._supply = supply
         slot.holder.is_lent = True
-        self.owner = asyncio.current_task()
+        self.owner: asyncio.Task[Any] | None = None  # set where a task has the connection
         self.lent_at = time.monotonic()
         self._writes = slot.holder.transport.writes
         self._leak_timer: asyncio.TimerHandle | None = None

@@ -328,6 +328,7 @@ class Pool(PoolBase[RecordT]):
     async def _lend(self, timeout: float | None) -> Connection[RecordT]:
         began = time.monotonic()
         loan = await self._borrow(timeout)
+        loan.owner = asyncio.current_task()
         proxy = loan.slot.holder.lend()
         if self._options.setup is not None:
             limit = self._options.acquire_timeout if timeout is None else timeout
@@ -388,7 +389,8 @@ class Pool(PoolBase[RecordT]):
     def _require_open(self) -> None:
         if self._phase is not _Phase.OPEN:
             raise self._unopened_error()
-        self._require_own_loop()
+        if not is_current(self._supply.loop):
+            raise self._other_loop_error()
 
     def _unopened_error(self) -> PoolClosedError:
         if self._phase is _Phase.OPENING:
@@ -408,10 +410,13 @@ class Pool(PoolBase[RecordT]):
 
     def _require_own_loop(self) -> None:
         if not is_current(self._supply.loop):
-            raise UnsupportedEventLoopError(
-                "This pool was opened in another event loop, and its connections belong to that loop. Open one pool in "
-                "each event loop, and release a connection in the loop that acquired it."
-            )
+            raise self._other_loop_error()
+
+    def _other_loop_error(self) -> UnsupportedEventLoopError:
+        return UnsupportedEventLoopError(
+            "This pool was opened in another event loop, and its connections belong to that loop. Open one pool in "
+            "each event loop, and release a connection in the loop that acquired it."
+        )
 
     def _require_room(self) -> None:
         """Raise `PoolBusyError` where as many callers wait as may, beyond those for whom a connection can be had."""

@@ -214,10 +214,11 @@ class Supply:
         limit = self.options.release_timeout if timeout is None else timeout
         match need:
             case Need.NOTHING:
-                self._offer(slot)
+                self._hand_on(slot)
             case Need.RESET_AHEAD:
-                self._reset_ahead(slot)
-                self._offer(slot)
+                slot.reset_began = time.monotonic()
+                slot.holder.protocol.send_reset_ahead()
+                self._hand_on(slot)
             case Need.RESET:
                 return self._start(slot, State.RESETTING, self._reset(slot, limit), limit)
             case Need.CLOSE:
@@ -234,14 +235,19 @@ class Supply:
             self._vacate(slot)
         elif self.is_worn(slot, now) and (slot.used or self.is_expired(slot) or self.closing):
             self._close(slot)  # a new one is used once, or a lifetime below the time of a dial would dial for ever
-        elif self.waiters.hand_over(slot):
-            self.slots.move(slot, State.RESERVED)
         else:
-            self.slots.move(slot, State.IDLE)
-            slot.idle_since = now
-            max_idle = self.options.max_inactive_connection_lifetime or math.inf
-            self._reaper.set(min(now + max_idle, slot.expires_at))
+            self._hand_on(slot)
         self.balance()
+
+    def _hand_on(self, slot: Slot) -> None:
+        """Hand a slot whose connection can be lent to the first waiter, or leave it idle."""
+        if self.waiters.hand_over(slot):
+            self.slots.move(slot, State.RESERVED)
+            return
+        self.slots.move(slot, State.IDLE)
+        slot.idle_since = now = time.monotonic()
+        max_idle = self.options.max_inactive_connection_lifetime or math.inf
+        self._reaper.set(min(now + max_idle, slot.expires_at))
 
     def give_back(self, slot: Slot) -> None:
         """Offer a reserved slot again, because its waiter cannot use it."""
@@ -329,12 +335,8 @@ class Supply:
             slot.holder.terminate()
         self._offer(slot)
 
-    def _reset_ahead(self, slot: Slot) -> None:
-        """Send a reset ahead of the next statement. If it fails, the connection ends before that statement runs."""
-        slot.reset_began = time.monotonic()
-        slot.holder.protocol.send_reset_ahead()
-
     def _reset_answered(self, slot: Slot, succeeded: bool) -> None:
+        """Note the answer to a reset that was sent ahead."""
         if succeeded:
             slot.heard_at = now = time.monotonic()
             self.tallies.resets.add(now - slot.reset_began)

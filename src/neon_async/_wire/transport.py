@@ -404,11 +404,13 @@ class Stream(asyncio.BufferedProtocol):
 
     def _read_answers(self, data: bytes) -> bytes:
         """Read `data`, which begins with a message, and return what comes after the last answer that is expected."""
-        position = 0
+        position, usual = 0, self._usual
         while self.waiting:
-            if self._usual and position == self._begin and data.startswith(self._usual, position):
-                following = position + len(self._usual)
-                self._end_answer(data, following)
+            if usual and position == self._begin and data.startswith(usual, position):
+                following = self._begin = position + len(usual)
+                self.tail = usual[-_READY_SIZE:]
+                self.waiting.popleft()(usual[-1:], None)
+                self._ended = self._transport.is_closing()  # what the answer led to
             else:
                 following = self._read_message(data, position)
             if self._ended:

@@ -34,11 +34,15 @@ _PINS = ("test_holder.py", "test_holder_statements.py", "test_lending.py", "test
 
 # Attributes whose names are computed: what a search in the source cannot see.
 COMPUTED = {
-    HOLDER: {"<module>", "Proxy.__getattr__", "keep_frequent_methods"},  # all of a connection's, for the caller
+    HOLDER: {
+        "<module>",
+        "Proxy.__getattr__",
+        "in_front_of_protocol",
+        "keep_frequent_methods",
+    },  # all of a connection's, for the caller
     "_patch": {"AsyncpgPatch.__init__", "AsyncpgPatch.undo"},  # asyncpg's public functions, wherever it has them
     "_driver.healing": {"HealedStatements._renew_codecs"},  # set_type_codec or set_builtin_type_codec
     "_driver.loop": {"LoopAdapter.__getattr__"},  # the running loop's
-    "_driver.protocol": {"SessionProtocol.__getattr__"},  # all of asyncpg's protocol, for asyncpg
     "_driver.transaction": {"_Observed.__getattr__", "_Observed.__setattr__"},  # all of a connection's, for asyncpg
     "_pool.options": {"PoolOptions.__init__"},
     "sqlalchemy": {"_dbapi_class"},  # names of PEP 249

@@ -14,6 +14,7 @@ import contextlib
 import functools
 import inspect
 import logging
+import operator
 import sys
 import time
 import types
@@ -63,6 +64,7 @@ else:
 Record: TypeAlias = asyncpg.Record
 """One row of a result: `asyncpg.Record`. Its values are found by name and by position."""
 
+_T = TypeVar("_T")
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 if TYPE_CHECKING:
@@ -303,6 +305,13 @@ def coroutine_function(function: _F) -> _F:
     code = cast(Any, function).__code__  # Python 3.11 has no other mark, and does nothing else with this one
     cast(Any, function).__code__ = code.replace(co_flags=code.co_flags | inspect.CO_COROUTINE)
     return function
+
+
+def mark_coroutine_functions(own: type[Any], asyncpgs: type[Any]) -> None:
+    """Mark those methods of a class of ours that are coroutine functions in asyncpg's."""
+    for name, method in vars(own).items():
+        if inspect.iscoroutinefunction(getattr(asyncpgs, name, None)):
+            coroutine_function(method)
 
 
 def is_current(loop: object) -> bool:
@@ -656,6 +665,17 @@ def is_cancelling(connection: Any) -> bool:
 FREQUENT_METHODS = ("is_connected", "get_settings", "get_record_class", "_get_timeout", "_is_cancelling")
 
 
+def in_front_of_protocol(own: type[_T]) -> type[_T]:
+    """Give a class that stands in for asyncpg's protocol, its `_asyncpg`, all names of that which it has not itself.
+
+    Not by `__getattr__()`, which makes every attribute of every object of a class slower to find.
+    """
+    for name in dir(asyncpg.protocol.Protocol):
+        if not hasattr(own, name):
+            setattr(own, name, property(operator.attrgetter(f"_asyncpg.{name}")))
+    return own
+
+
 def keep_frequent_methods(own: Any, protocol: Any) -> None:
     """Give `own`, which stands in for asyncpg's protocol, those methods of it that every statement needs."""
     for name in FREQUENT_METHODS:
@@ -980,9 +1000,7 @@ class _LentContext(contextlib.AbstractAsyncContextManager[Any, Any]):
         return await self._proxy._await_own(self._name, self._manager.__aexit__, *failure)
 
 
-for _name, _method in vars(Proxy).items():
-    if inspect.iscoroutinefunction(getattr(asyncpg.Connection, _name, None)):
-        coroutine_function(_method)  # with Python 3.11, asyncpg does not mark them
+mark_coroutine_functions(Proxy, asyncpg.Connection)  # with Python 3.11, asyncpg does not mark them
 
 
 class Holder(PoolConnectionHolder):
@@ -1036,7 +1054,8 @@ class Holder(PoolConnectionHolder):
 
     def is_connected(self) -> bool:
         """Return whether there is a connection that has not ended."""
-        return self.connection is not None and self.protocol.is_connected()
+        connection = self.connection
+        return connection is not None and self.protocol.is_connected() and not connection._aborted
 
     def lend(self) -> Proxy:
         """Return a new proxy for the connection."""
@@ -1066,7 +1085,7 @@ class Holder(PoolConnectionHolder):
         if session.calls:
             self.protocol.is_recalled = True
         kept = session.snapshot.callbacks
-        has_callbacks = (
+        has_callbacks = bool(  # now, and not when some of them have been removed
             connection._listeners
             or connection._log_listeners
             or connection._query_loggers

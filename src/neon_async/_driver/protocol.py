@@ -63,6 +63,7 @@ class Commit:
         self.was_refused = False
 
 
+@holder.in_front_of_protocol
 class SessionProtocol:
     """asyncpg's protocol object of one connection, with what travels ahead of its statements.
 
@@ -125,10 +126,7 @@ class SessionProtocol:
         self._commit: Commit | None = None  # under way
         # Dotted names in texts and arguments, where someone collects them: what may be custom settings.
         self.mentioned: set[str] | None = None
-        holder.keep_frequent_methods(self, protocol)  # found here, they do not go through __getattr__()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._asyncpg, name)
+        holder.keep_frequent_methods(self, protocol)
 
     def __repr__(self) -> str:
         return f"<SessionProtocol of {self._host}>"

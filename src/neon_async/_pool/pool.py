@@ -25,7 +25,17 @@ from .._config.literals import IsolationLevel
 from .._config.readers import SubclassOf
 from .._driver.arguments import other_loop, require_asyncio
 from .._driver.connection import Connection
-from .._driver.holder import Holder, HolderQueue, PoolBase, RecordT, Subscriptable, call_in, holder_of, is_current
+from .._driver.holder import (
+    Holder,
+    HolderQueue,
+    PoolBase,
+    RecordT,
+    Subscriptable,
+    call_in,
+    holder_of,
+    is_current,
+    mark_coroutine_functions,
+)
 from .._driver.transaction import run_transaction
 from .._errors import (
     ConfigurationError,
@@ -745,39 +755,42 @@ class Pool(PoolBase[RecordT]):
             further -= 1
             timeout = None if until is None else max(until - time.monotonic(), 0.0)
 
-    if not TYPE_CHECKING:  # `signatures` of the driver has the types
+    if not TYPE_CHECKING:  # `signatures` of the driver has the types; each returns the coroutine of `_call()`
 
-        async def execute(self, query, *args, timeout=None):
-            return await self._call("execute", (query, *args), {}, timeout)
+        def execute(self, query, *args, timeout=None):
+            return self._call("execute", (query, *args), {}, timeout)
 
-        async def executemany(self, command, args, *, timeout=None):
+        def executemany(self, command, args, *, timeout=None):
             again = not isinstance(args, Iterator)
-            return await self._call("executemany", (command, args), {}, timeout, again=again)
+            return self._call("executemany", (command, args), {}, timeout, again=again)
 
-        async def fetch(self, query, *args, timeout=None, **options):
-            return await self._call("fetch", (query, *args), options, timeout)
+        def fetch(self, query, *args, timeout=None, **options):
+            return self._call("fetch", (query, *args), options, timeout)
 
-        async def fetchval(self, query, *args, timeout=None, **options):
-            return await self._call("fetchval", (query, *args), options, timeout)
+        def fetchval(self, query, *args, timeout=None, **options):
+            return self._call("fetchval", (query, *args), options, timeout)
 
-        async def fetchrow(self, query, *args, timeout=None, **options):
-            return await self._call("fetchrow", (query, *args), options, timeout)
+        def fetchrow(self, query, *args, timeout=None, **options):
+            return self._call("fetchrow", (query, *args), options, timeout)
 
-        async def fetchmany(self, query, args, *, timeout=None, **options):
+        def fetchmany(self, query, args, *, timeout=None, **options):
             again = not isinstance(args, Iterator)
-            return await self._call("fetchmany", (query, args), options, timeout, again=again)
+            return self._call("fetchmany", (query, args), options, timeout, again=again)
 
-        async def copy_from_table(self, table_name, *, timeout=None, **options):
-            return await self._call("copy_from_table", (table_name,), options, timeout, again=False)
+        def copy_from_table(self, table_name, *, timeout=None, **options):
+            return self._call("copy_from_table", (table_name,), options, timeout, again=False)
 
-        async def copy_from_query(self, query, *args, timeout=None, **options):
-            return await self._call("copy_from_query", (query, *args), options, timeout, again=False)
+        def copy_from_query(self, query, *args, timeout=None, **options):
+            return self._call("copy_from_query", (query, *args), options, timeout, again=False)
 
-        async def copy_to_table(self, table_name, *, timeout=None, **options):
-            return await self._call("copy_to_table", (table_name,), options, timeout, again=False)
+        def copy_to_table(self, table_name, *, timeout=None, **options):
+            return self._call("copy_to_table", (table_name,), options, timeout, again=False)
 
-        async def copy_records_to_table(self, table_name, *, timeout=None, **options):
-            return await self._call("copy_records_to_table", (table_name,), options, timeout, again=False)
+        def copy_records_to_table(self, table_name, *, timeout=None, **options):
+            return self._call("copy_records_to_table", (table_name,), options, timeout, again=False)
+
+
+mark_coroutine_functions(Pool, asyncpg.Pool)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

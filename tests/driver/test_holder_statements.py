@@ -37,9 +37,13 @@ class Noting(Connection):
         self.prepared.append(query)
         return await super().get_statement(query, timeout, **options)
 
-    async def run_statement(self, query: str, executor: Any, timeout: float | None, **options: Any) -> Any:  # noqa: ASYNC109
+    async def run_statement(self, query: str, executor: Any, timeout: float | None, options: Any) -> Any:  # noqa: ASYNC109
         self.run.append((query, timeout))
-        return await super().run_statement(query, executor, timeout, **options)
+        return await super().run_statement(query, executor, timeout, options)
+
+
+class Row(asyncpg.Record):
+    """A class of rows of the caller's."""
 
 
 @pytest.fixture
@@ -109,6 +113,16 @@ class TestStatements:
         await call(noting)
         assert noting.prepared[0] == query
 
+    @pins("_stmt_cache")
+    @pytest.mark.parametrize("options", [{}, {"record_class": Row}], ids=["", "record_class"])
+    async def test_what_is_in_the_cache_is_not_prepared_through_the_hook(self, noting: Any, options: Any) -> None:
+        assert noting.cached_statement("SELECT 1", options) is None
+        await noting.fetch("SELECT 1", **options)
+        assert noting.cached_statement("SELECT 1", options) is not None
+        del noting.prepared[:]
+        await noting.fetch("SELECT 1", **options)
+        assert noting.prepared == []
+
     @pins("_do_execute")
     async def test_a_stale_statement_raises_where_asyncpg_would_retry(self, connection: Any) -> None:
         await connection.execute("CREATE TEMP TABLE noted (a int)")
@@ -120,6 +134,7 @@ class TestStatements:
                 "SELECT * FROM noted",
                 lambda state, timeout: protocol.bind_execute(state, (), "", 0, False, timeout),
                 None,
+                {},
             )
 
         await run()

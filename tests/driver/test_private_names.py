@@ -35,22 +35,28 @@ _PINS = ("test_holder.py", "test_holder_statements.py", "test_lending.py", "test
 # Attributes whose names are computed: what a search in the source cannot see.
 COMPUTED = {
     HOLDER: {
-        "<module>",
-        "Proxy.__getattr__",
-        "in_front_of_protocol",
+        "Proxy.__getattr__",  # all of a connection's, for the caller
+        "in_front_of_protocol",  # all of asyncpg's protocol, for asyncpg
         "keep_frequent_methods",
-    },  # all of a connection's, for the caller
+        "mark_coroutine_functions",
+    },
     "_patch": {"AsyncpgPatch.__init__", "AsyncpgPatch.undo"},  # asyncpg's public functions, wherever it has them
     "_driver.healing": {"HealedStatements._renew_codecs"},  # set_type_codec or set_builtin_type_codec
     "_driver.loop": {"LoopAdapter.__getattr__"},  # the running loop's
     "_driver.transaction": {"_Observed.__getattr__", "_Observed.__setattr__"},  # all of a connection's, for asyncpg
     "_pool.options": {"PoolOptions.__init__"},
+    "_pool.pool": {"Pool._call"},  # the public methods of a connection that a pool has, too
     "sqlalchemy": {"_dbapi_class"},  # names of PEP 249
 }
 
 # What asyncpg does not document, without an underscore.
 IMPORTS = {
-    HOLDER: {"asyncpg.connresource", "asyncpg.pool.PoolConnectionHolder", "asyncpg.pool.PoolConnectionProxy"},
+    HOLDER: {
+        "asyncpg.connresource",
+        "asyncpg.pool.PoolConnectionHolder",
+        "asyncpg.pool.PoolConnectionProxy",
+        "asyncpg.protocol",
+    },
     "_driver.connection": {"asyncpg.pool.PoolConnectionProxy"},  # for type checkers
     "_driver.resources": {"asyncpg.cursor", "asyncpg.prepared_stmt"},
     "_driver.transaction": {

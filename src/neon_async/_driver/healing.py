@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
 from typing import Any, NoReturn
 
 import asyncpg
@@ -63,13 +63,13 @@ class HealedStatements(StatementHooks[RecordT]):
             await self._renew_types(session)
             return await super().get_statement(_text_of(self, query), left, **options)
 
-    async def run_statement(self, query: str, executor: Any, timeout: float | None, **options: Any) -> Any:
+    async def run_statement(self, query: str, executor: Any, timeout: float | None, options: Mapping[str, Any]) -> Any:
         """Prepare and execute a text, and once more where it is stale and that does no harm."""
         session, began = own_session(self), time.monotonic()
         healing, left = session.healing, timeout
         # What nearly every statement is: prepared, and not stale. It needs none of what `get_statement()` does.
         is_usual = session.heals_seen == healing.heals and not healing.has_tokens
-        state = self.cached_statement(query, **options) if is_usual else None
+        state = self.cached_statement(query, options) if is_usual else None
         is_old = state is not None
         try:
             if state is None:

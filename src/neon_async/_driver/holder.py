@@ -439,14 +439,15 @@ class StatementHooks(ConnectionHooks[RecordT]):
         state: Awaitable[Any] = super()._get_statement(query, timeout, **options)  # type: ignore[misc]
         return state
 
-    def cached_statement(
-        self, query: str, *, record_class: type[RecordT] | None = None, ignore_custom_codec: bool = False
-    ) -> Any:
+    def cached_statement(self, query: str, options: Mapping[str, Any]) -> Any:
         """Return asyncpg's state of a prepared statement where it is in the cache, else None."""
         cache: Any = self._stmt_cache  # type: ignore[attr-defined]
-        return cache.get((query, record_class or self._protocol.get_record_class(), ignore_custom_codec))
+        record_class = options.get("record_class") or self._protocol.get_record_class()
+        return cache.get((query, record_class, options.get("ignore_custom_codec", False)))
 
-    def run_statement(self, query: str, executor: Any, timeout: float | None, **options: Any) -> Awaitable[Any]:
+    def run_statement(
+        self, query: str, executor: Any, timeout: float | None, options: Mapping[str, Any]
+    ) -> Awaitable[Any]:
         """Get the statement and execute it with `executor`; return the result and the state."""
         result: Awaitable[Any] = super()._do_execute(query, executor, timeout, retry=False, **options)  # type: ignore[misc]
         return result
@@ -462,7 +463,7 @@ class StatementHooks(ConnectionHooks[RecordT]):
         retry: bool = True,
         **options: Any,
     ) -> Awaitable[Any]:
-        return self.run_statement(query, executor, timeout, **options)
+        return self.run_statement(query, executor, timeout, options)
 
     async def _introspect_types(self, typeoids: Any, timeout: float | None) -> Any:
         types, statement = await super()._introspect_types(typeoids, timeout)  # type: ignore[misc]
@@ -880,84 +881,82 @@ class Proxy(_Proxy):
 
         @functools.wraps(PoolConnectionProxy.execute)
         def execute(self, *args, **keywords):
-            return self._call((self._con or self._lent("execute")).execute, args, keywords)
+            return self._call(self._lent("execute").execute, args, keywords)
 
         @functools.wraps(PoolConnectionProxy.executemany)
         def executemany(self, *args, **keywords):
-            return self._call((self._con or self._lent("executemany")).executemany, args, keywords)
+            return self._call(self._lent("executemany").executemany, args, keywords)
 
         @functools.wraps(PoolConnectionProxy.fetch)
         def fetch(self, *args, **keywords):
-            return self._call((self._con or self._lent("fetch")).fetch, args, keywords)
+            return self._call(self._lent("fetch").fetch, args, keywords)
 
         @functools.wraps(PoolConnectionProxy.fetchval)
         def fetchval(self, *args, **keywords):
-            return self._call((self._con or self._lent("fetchval")).fetchval, args, keywords)
+            return self._call(self._lent("fetchval").fetchval, args, keywords)
 
         @functools.wraps(PoolConnectionProxy.fetchrow)
         def fetchrow(self, *args, **keywords):
-            return self._call((self._con or self._lent("fetchrow")).fetchrow, args, keywords)
+            return self._call(self._lent("fetchrow").fetchrow, args, keywords)
 
         @functools.wraps(PoolConnectionProxy.fetchmany)
         def fetchmany(self, *args, **keywords):
-            return self._call((self._con or self._lent("fetchmany")).fetchmany, args, keywords)
+            return self._call(self._lent("fetchmany").fetchmany, args, keywords)
 
         @functools.wraps(PoolConnectionProxy.prepare)
         def prepare(self, *args, **keywords):
-            return self._call((self._con or self._lent("prepare")).prepare, args, keywords)
+            return self._call(self._lent("prepare").prepare, args, keywords)
 
         async def prepare_cached(self, *args, **keywords):
-            return await self._call((self._con or self._lent("prepare_cached")).prepare_cached, args, keywords)
+            return await self._call(self._lent("prepare_cached").prepare_cached, args, keywords)
 
         @functools.wraps(PoolConnectionProxy.copy_from_table)
         def copy_from_table(self, *args, **keywords):
-            return self._call((self._con or self._lent("copy_from_table")).copy_from_table, args, keywords)
+            return self._call(self._lent("copy_from_table").copy_from_table, args, keywords)
 
         @functools.wraps(PoolConnectionProxy.copy_from_query)
         def copy_from_query(self, *args, **keywords):
-            return self._call((self._con or self._lent("copy_from_query")).copy_from_query, args, keywords)
+            return self._call(self._lent("copy_from_query").copy_from_query, args, keywords)
 
         @functools.wraps(PoolConnectionProxy.copy_to_table)
         def copy_to_table(self, *args, **keywords):
-            return self._call((self._con or self._lent("copy_to_table")).copy_to_table, args, keywords)
+            return self._call(self._lent("copy_to_table").copy_to_table, args, keywords)
 
         @functools.wraps(PoolConnectionProxy.copy_records_to_table)
         def copy_records_to_table(self, *args, **keywords):
-            return self._call((self._con or self._lent("copy_records_to_table")).copy_records_to_table, args, keywords)
+            return self._call(self._lent("copy_records_to_table").copy_records_to_table, args, keywords)
 
         @functools.wraps(PoolConnectionProxy.add_listener)
         def add_listener(self, *args, **keywords):
-            return self._call((self._con or self._lent("add_listener")).add_listener, args, keywords)
+            return self._call(self._lent("add_listener").add_listener, args, keywords)
 
         @functools.wraps(PoolConnectionProxy.remove_listener)
         def remove_listener(self, *args, **keywords):
-            return self._call((self._con or self._lent("remove_listener")).remove_listener, args, keywords)
+            return self._call(self._lent("remove_listener").remove_listener, args, keywords)
 
         @functools.wraps(PoolConnectionProxy.set_type_codec)
         def set_type_codec(self, *args, **keywords):
-            return self._call((self._con or self._lent("set_type_codec")).set_type_codec, args, keywords)
+            return self._call(self._lent("set_type_codec").set_type_codec, args, keywords)
 
         @functools.wraps(PoolConnectionProxy.reset_type_codec)
         def reset_type_codec(self, *args, **keywords):
-            return self._call((self._con or self._lent("reset_type_codec")).reset_type_codec, args, keywords)
+            return self._call(self._lent("reset_type_codec").reset_type_codec, args, keywords)
 
         @functools.wraps(PoolConnectionProxy.set_builtin_type_codec)
         def set_builtin_type_codec(self, *args, **keywords):
-            return self._call(
-                (self._con or self._lent("set_builtin_type_codec")).set_builtin_type_codec, args, keywords
-            )
+            return self._call(self._lent("set_builtin_type_codec").set_builtin_type_codec, args, keywords)
 
         @functools.wraps(PoolConnectionProxy.reload_schema_state)
         def reload_schema_state(self, *args, **keywords):
-            return self._call((self._con or self._lent("reload_schema_state")).reload_schema_state, args, keywords)
+            return self._call(self._lent("reload_schema_state").reload_schema_state, args, keywords)
 
         @functools.wraps(PoolConnectionProxy.reset)
         def reset(self, *args, **keywords):
-            return self._call((self._con or self._lent("reset")).reset, args, keywords)
+            return self._call(self._lent("reset").reset, args, keywords)
 
         @functools.wraps(PoolConnectionProxy.close)
         def close(self, *args, **keywords):
-            return self._call((self._con or self._lent("close")).close, args, keywords)
+            return self._call(self._lent("close").close, args, keywords)
 
         @contextlib.contextmanager
         @functools.wraps(PoolConnectionProxy.query_logger)

@@ -119,14 +119,14 @@ class PooledConnection(Connection):
         own_session(self).holds_server = True
         return super().get_statement(query, timeout, **options)
 
-    def cached_statement(self, query: str, **options: Any) -> Any:
+    def cached_statement(self, query: str, options: Mapping[str, Any]) -> Any:
         """Take the statement from the cache, if it is there."""
         own_session(self).holds_server = True
-        return super().cached_statement(query, **options)
+        return super().cached_statement(query, options)
 
-    async def run_statement(self, query: str, executor: Any, timeout: float | None, **options: Any) -> Any:
+    async def run_statement(self, query: str, executor: Any, timeout: float | None, options: Mapping[str, Any]) -> Any:
         """Prepare and execute a text."""
-        result = await super().run_statement(query, executor, timeout, **options)
+        result = await super().run_statement(query, executor, timeout, options)
         own_session(self).holds_server = False
         return result
 

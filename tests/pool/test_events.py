@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import pickle
+from collections.abc import Awaitable, Callable
 from typing import Any
 
+import asyncpg
 import pytest
-from support.probes import make_pool, until, until_settled
+from support.probes import HANG, make_pool, until, until_settled
 
 import neon_async
 from neon_async import events
@@ -127,6 +130,40 @@ async def test_a_further_attempt_of_a_transaction_is_reported(postgres: LocalPos
     async with make_pool(postgres, on_event=found.append) as pool:
         await pool.run_transaction(work)
     assert kinds(found).count("Retried") == 1
+
+
+async def fetch(pool: neon_async.Pool) -> None:
+    await pool.fetch("SELECT 1")
+
+
+async def acquire(pool: neon_async.Pool) -> None:
+    async with pool.acquire() as connection:
+        await connection.fetch("SELECT 1")
+
+
+@pytest.mark.parametrize("use", [fetch, acquire])
+@pytest.mark.parametrize("ending", ["terminate", "close"])
+@pytest.mark.parametrize("kind", ["Acquired", "Released", "Waited", "Connected"])
+async def test_a_function_may_end_the_pool(
+    postgres: LocalPostgres, use: Callable[[neon_async.Pool], Awaitable[None]], ending: str, kind: str
+) -> None:
+    closing: list[asyncio.Future[None]] = []
+
+    def end(event: PoolEvent) -> None:
+        if type(event).__name__ == kind and not pool.is_closing():
+            if ending == "terminate":
+                pool.terminate()
+            else:
+                closing.append(asyncio.ensure_future(pool.close(timeout=HANG)))
+
+    async with asyncio.timeout(HANG):
+        pool = await make_pool(postgres, max_size=1, on_event=end)
+        with contextlib.suppress(neon_async.PoolClosedError, asyncpg.InterfaceError):
+            await use(pool)
+        await asyncio.gather(*closing)
+        await until(lambda: pool.get_size() == 0)
+    assert pool.is_closing()
+    assert pool.stats().vacant == 1
 
 
 async def test_a_function_that_fails_disturbs_nothing_and_is_logged(

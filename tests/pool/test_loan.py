@@ -288,6 +288,19 @@ async def test_a_connection_needs_what_its_caller_left_to_do(
 
 
 @pytest.mark.anyio
+async def test_a_connection_that_a_call_of_the_pool_uses_is_not_idle(postgres: LocalPostgres) -> None:
+    async with make_pool(postgres) as pool:
+        await pool.fetchval("SELECT 1")
+        assert pool.get_idle_size() == 1
+        call = asyncio.ensure_future(pool.execute("SELECT pg_sleep(600)"))
+        await until(lambda: pool.stats().in_use == 1)
+        assert (pool.get_size(), pool.get_idle_size()) == (1, 0)
+        call.cancel()
+        await asyncio.wait([call])
+        await until(lambda: pool.get_idle_size() == 1)
+
+
+@pytest.mark.anyio
 async def test_a_connection_is_untouched_again_in_the_next_loan(postgres: LocalPostgres) -> None:
     async with make_pool(postgres, max_size=1, connection_class=NoReset) as pool:
         [slot] = pool._supply.slots

@@ -663,7 +663,11 @@ def is_cancelling(connection: Any) -> bool:
 
 
 # What asyncpg and this package call of a protocol in every statement.
-FREQUENT_METHODS = ("is_connected", "get_settings", "get_record_class", "_get_timeout", "_is_cancelling")
+FREQUENT_METHODS = ("is_connected", "get_settings", "get_record_class", "_get_timeout")
+
+
+def ignore(_: bool) -> None:
+    """Do nothing."""
 
 
 def in_front_of_protocol(own: type[_T]) -> type[_T]:
@@ -1045,11 +1049,9 @@ class Holder(PoolConnectionHolder):
     def adopt(self, connection: Any) -> None:
         """Own a new connection."""
         self.connection = connection
-        self.session, self.protocol, self.transport = (
-            own_session(connection),
-            connection._protocol,
-            connection._transport,
-        )
+        self.session = own_session(connection)
+        self.protocol = connection._protocol
+        self.transport = connection._transport
 
     def is_connected(self) -> bool:
         """Return whether there is a connection that has not ended."""
@@ -1111,8 +1113,10 @@ class Holder(PoolConnectionHolder):
 
     def mark_closed(self) -> None:
         """Forget a connection that has ended. A proxy for it says so to its caller, until the caller releases it."""
+        # A caller may keep what belongs to the connection longer than the pool.
         if self._proxy is not None:
-            self.connection._set_proxy(None)  # a caller may keep what belongs to the connection longer than the pool
+            self.connection._set_proxy(None)
+        self.protocol.on_reset = ignore
         self._proxy = self.connection = None
         self.session = self.protocol = self.transport = cast(Any, None)
         self.is_lent = False

@@ -116,10 +116,10 @@ class SessionProtocol:
         self.has_prepared = False  # statements may have been prepared in SQL
         self.has_deallocated = False  # statements may have been deallocated in SQL
         # Called when statements that asyncpg has prepared may be gone, with whether they are certainly.
-        self.on_dropped: Callable[[bool], None] = lambda _: None
+        self.on_dropped: Callable[[bool], None] = holder.ignore
         # Called when a reset that went ahead has been answered, with whether the server has done it; before the
         # connection ends where it has not.
-        self.on_reset: Callable[[bool], None] = lambda _: None
+        self.on_reset: Callable[[bool], None] = holder.ignore
         self.prepares = 0  # how often a statement was prepared
         self.transaction_search_path: str | None = None  # of the settings of the open transaction
         self.is_recalled = False  # the loan has ended, and calls of it are still under way: they send nothing more

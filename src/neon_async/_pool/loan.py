@@ -78,18 +78,18 @@ class Loan:
         called_at: When the caller asked for it; a time of the monotonic clock.
     """
 
-    __slots__ = ("_leak_timer", "_supply", "_writes", "lent_at", "owner", "slot")
+    __slots__ = ("_leak_timer", "_supply", "_writes", "called_at", "lent_at", "owner", "slot")
 
     def __init__(self, supply: Supply, slot: Slot, called_at: float) -> None:
         self.slot = slot
         self._supply = supply
         slot.holder.is_lent = True
         self.owner: asyncio.Task[Any] | None = None  # set where a task has the connection
+        self.called_at = called_at
         self.lent_at = time.monotonic()
         self._writes = slot.holder.transport.writes
         self._leak_timer: asyncio.TimerHandle | None = None
         supply.slots.move(slot, State.IN_USE)
-        supply.tallies.acquires.add(self.lent_at - called_at)
         slot.loan = self
         slot.used = True
         if supply.options.leak_after is not None:
@@ -97,6 +97,10 @@ class Loan:
 
     def __repr__(self) -> str:
         return f"<Loan of {self.slot!r}>"
+
+    def report(self) -> None:
+        """Count the acquire. This calls `on_event`, which may do anything: what the caller gets is taken before."""
+        self._supply.tallies.acquires.add(self.lent_at - self.called_at)
 
     def end(self, timeout: float | None = None) -> asyncio.Task[Any] | None:
         """End the loan. All ways back come through here: release, the end of the block, and a connection that ended.
@@ -109,11 +113,12 @@ class Loan:
             is the error that ended the connection, or None.
         """
         slot, supply, now = self.slot, self._supply, time.monotonic()
-        facts = self._facts(now)
         slot.loan = None
         if self._leak_timer is not None:
             self._leak_timer.cancel()
-        supply.tallies.releases.add(now - self.lent_at)
+        supply.tallies.releases.add(now - self.lent_at)  # which calls `on_event`: the facts are what it leaves
+        facts = self._facts(now)
+        answered = not (facts.closed or facts.untouched or facts.leftovers)
         try:
             if facts.closed:
                 slot.holder.dismiss()
@@ -122,11 +127,11 @@ class Loan:
         finally:
             if facts.leftovers:
                 supply.suspect_silence(slot, since=self.lent_at)
-            elif not (facts.untouched or facts.closed):
+            elif answered:
                 slot.heard_at = now
-                if not slot.proven:
-                    supply.note_work(slot)
             task = supply.take_back(slot, need_of(facts), timeout)
+            if answered and not slot.proven:
+                supply.note_work(slot)
         return task
 
     def _facts(self, now: float) -> Facts:

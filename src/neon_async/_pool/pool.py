@@ -340,6 +340,7 @@ class Pool(PoolBase[RecordT]):
         loan = await self._borrow(timeout)
         loan.owner = asyncio.current_task()
         proxy = loan.slot.holder.lend()
+        loan.report()
         if self._options.setup is not None:
             limit = self._options.acquire_timeout if timeout is None else timeout
             await self._run_setup(self._options.setup, loan, proxy, began + limit)
@@ -368,7 +369,7 @@ class Pool(PoolBase[RecordT]):
                 supply.balance()
                 slot = await supply.waiters.wait(waiter)
                 if slot.holder.is_connected() and not supply.is_expired(slot) and not supply.closing:
-                    return slot
+                    break
                 supply.give_back(slot)  # it has ended or expired since it was handed over
                 front = True
         except WaitExpired:
@@ -376,6 +377,10 @@ class Pool(PoolBase[RecordT]):
             raise self._timeout_error(f"No connection within {limit:g} s") from supply.pace.last_failure
         finally:
             supply.tallies.waits.since(began)
+        if slot.holder.connection is None:  # `on_event` has ended it
+            supply.give_back(slot)
+            return await self._wait_for_slot(limit, began)
+        return slot
 
     async def _run_setup(
         self, setup: Callable[[Any], Awaitable[None]], loan: Loan, proxy: object, deadline: float
@@ -419,7 +424,7 @@ class Pool(PoolBase[RecordT]):
         return PoolClosedError(text, unavailable=unavailable)
 
     def _require_own_loop(self) -> None:
-        if not is_current(self._supply.loop):
+        if not is_current(self._own_loop):
             raise self._other_loop_error()
 
     def _other_loop_error(self) -> UnsupportedEventLoopError:
@@ -739,8 +744,10 @@ class Pool(PoolBase[RecordT]):
                         return await getattr(connection, method)(*args, timeout=left, **options)
                 loan = await self._borrow(timeout)
                 try:  # as the block above, but without a proxy: nobody else has the connection
+                    call = getattr(loan.slot.holder.connection, method)
+                    loan.report()
                     left = None if until is None else until - time.monotonic()
-                    return await getattr(loan.slot.holder.connection, method)(*args, timeout=left, **options)
+                    return await call(*args, timeout=left, **options)
                 finally:
                     if loan.slot.loan is loan:  # else the connection has ended
                         loan.end()

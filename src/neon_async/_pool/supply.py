@@ -169,6 +169,7 @@ class Supply:
         slot.proven = True
         self.pace.worked(opened_at=slot.opened_at)
         self.log.worked()
+        self.balance()  # more may be dialed now
 
     def discard_after_setup(self, slot: Slot) -> None:
         """Terminate a connection on which the caller's `setup` has failed."""

@@ -220,7 +220,7 @@ class ConnectionHooks(_Connection[RecordT]):
             session.notify_closed()
 
     def _check_open(self) -> None:
-        if self.is_closed():
+        if self._aborted or not self._protocol.is_connected():  # as in is_closed(), which every call would call
             raise closed_error(self)
 
     def add_log_listener(self, callback: Any) -> None:
@@ -1072,7 +1072,7 @@ class Holder(PoolConnectionHolder):
             or not protocol.is_idle()
             or connection._top_xact is not None
             or protocol.is_in_transaction()
-            or listens_otherwise(connection, session.snapshot.callbacks)
+            or connection._listeners.keys() != session.snapshot.callbacks.listeners.keys()
         )
 
     def recall(self) -> None:

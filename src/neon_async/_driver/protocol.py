@@ -97,6 +97,7 @@ class SessionProtocol:
         *holder.FREQUENT_METHODS,
     )
 
+    queries_count: int  # how many statements were run
     is_connected: Callable[[], bool]
     has_cancelled: Callable[[], bool]  # whether a cancelled statement has not ended yet
     get_settings: Callable[[], Any]
@@ -133,11 +134,6 @@ class SessionProtocol:
 
     # -----------------------------------------------------------------------------------------------------------------
     # State
-
-    @property
-    def queries_count(self) -> int:
-        """How many statements were run; asyncpg's name."""
-        return int(self._asyncpg.queries_count)
 
     def is_idle(self) -> bool:
         """Return whether no statement is under way, so that one may be sent ahead."""

@@ -58,9 +58,9 @@ async def watched(postgres: LocalPostgres, monkeypatch: pytest.MonkeyPatch, **op
             if slots is supply.slots:
                 watch.states.append(state.name.lower())
 
-        def noting_offer(slot: Slot) -> None:
+        def noting_offer(slot: Slot, **known: bool) -> None:
             watch.offers += 1
-            offer(slot)
+            offer(slot, **known)
 
         monkeypatch.setattr(Slots, "move", noting_move)
         monkeypatch.setattr(supply, "_offer", noting_offer)

@@ -215,11 +215,11 @@ class Supply:
         limit = self.options.release_timeout if timeout is None else timeout
         match need:
             case Need.NOTHING:
-                self._hand_on(slot)
+                self._offer(slot, is_sound=True)
             case Need.RESET_AHEAD:
                 slot.reset_began = time.monotonic()
                 slot.holder.protocol.send_reset_ahead()
-                self._hand_on(slot)
+                self._offer(slot, is_sound=True)
             case Need.RESET:
                 return self._start(slot, State.RESETTING, self._reset(slot, limit), limit)
             case Need.CLOSE:
@@ -228,27 +228,29 @@ class Supply:
                 self._offer(slot)
         return None
 
-    def _offer(self, slot: Slot) -> None:
-        """Hand a slot that has become free to the first waiter, or leave it idle, or end its connection."""
+    def _offer(self, slot: Slot, *, is_sound: bool = False) -> None:
+        """Hand a slot that has become free to the first waiter, or leave it idle, or end its connection.
+
+        Args:
+            slot: The slot.
+            is_sound: Whether the end of its loan has just found that the connection can be lent. There are as many
+                connections as before then, so that the supply needs no balance.
+        """
         now = time.monotonic()
-        if not slot.holder.is_connected():
+        if not (is_sound or slot.holder.is_connected()):
             slot.holder.terminate()  # asyncpg cleans up after some ends only then
             self._vacate(slot)
-        elif self.is_worn(slot, now) and (slot.used or self.is_expired(slot) or self.closing):
+        elif not is_sound and self.is_worn(slot, now) and (slot.used or self.is_expired(slot) or self.closing):
             self._close(slot)  # a new one is used once, or a lifetime below the time of a dial would dial for ever
-        else:
-            self._hand_on(slot)
-        self.balance()
-
-    def _hand_on(self, slot: Slot) -> None:
-        """Hand a slot whose connection can be lent to the first waiter, or leave it idle."""
-        if self.waiters.hand_over(slot):
+        elif self.waiters.hand_over(slot):
             self.slots.move(slot, State.RESERVED)
-            return
-        self.slots.move(slot, State.IDLE)
-        slot.idle_since = now = time.monotonic()
-        max_idle = self.options.max_inactive_connection_lifetime or math.inf
-        self._reaper.set(min(now + max_idle, slot.expires_at))
+        else:
+            self.slots.move(slot, State.IDLE)
+            slot.idle_since = now
+            max_idle = self.options.max_inactive_connection_lifetime or math.inf
+            self._reaper.set(min(now + max_idle, slot.expires_at))
+        if not is_sound:
+            self.balance()
 
     def give_back(self, slot: Slot) -> None:
         """Offer a reserved slot again, because its waiter cannot use it."""

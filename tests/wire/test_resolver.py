@@ -115,6 +115,20 @@ async def test_two_event_loops_share_a_look_up(monkeypatch: pytest.MonkeyPatch) 
     assert len(asked) == 1
 
 
+async def test_an_event_loop_that_was_closed_leaves_the_look_up_to_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def stop_waiting() -> None:
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(resolver.look_up("db.example.com", 1), 0.01)
+
+    with slow_resolver(monkeypatch) as asked:
+        await asyncio.to_thread(asyncio.run, stop_waiting())
+        mine = asyncio.ensure_future(resolver.look_up("db.example.com", 1))
+        await asyncio.sleep(0)
+    with pytest.raises(socket.gaierror):
+        await asyncio.wait_for(mine, HANG)
+    assert len(asked) == 1
+
+
 @pytest.mark.parametrize("name", ["a..example.com", "a" * 64 + ".example.com"], ids=["an empty label", "a long label"])
 async def test_a_name_that_cannot_be_looked_up_leaves_nothing_behind(name: str) -> None:
     with pytest.raises((UnicodeError, socket.gaierror)):

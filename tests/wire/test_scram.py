@@ -465,6 +465,14 @@ def test_the_cache_is_bounded_and_evicts_the_oldest_keys() -> None:
     assert found == list(range(4196 - len(found), 4196))
 
 
+def test_keys_that_are_in_use_stay_in_the_cache() -> None:
+    cache, keys = KeyCache(), keys_of(PASSWORD)
+    cache.put(secret, HonestServer.salt, 4096, keys)
+    for count in range(4097, 4197):
+        cache.put(secret, HonestServer.salt, count, keys)
+        assert cache.get(secret, HonestServer.salt, 4096) is keys
+
+
 def test_the_keys_of_a_rejected_password_are_evicted_under_every_salt() -> None:
     cache, keys = KeyCache(), keys_of(PASSWORD)
     cache.put(secret, HonestServer.salt, 4096, keys)

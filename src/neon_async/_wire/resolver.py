@@ -7,12 +7,12 @@ expires, as long as the resolver does not answer. This module must not know what
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import copy
 import os
 import socket
 import threading
 from collections.abc import Sequence
-from concurrent.futures import Future
 from typing import TypeAlias
 
 from . import threads
@@ -28,36 +28,50 @@ async def look_up(host: str, port: int) -> Found:
         OSError: The name cannot be resolved (`socket.gaierror`), or this process can start no thread.
         UnicodeError: The name is not one that can be looked up.
     """
-    found = await asyncio.wrap_future(_join(host, port))
+    loop = asyncio.get_running_loop()
+    waiter: asyncio.Future[Found | Exception] = loop.create_future()
+    _join((host, port), (loop, waiter))
+    found = await waiter
     if isinstance(found, Exception):
         # The result of a look-up is shared, and a traceback is not: each dial raises an exception of its own.
         raise copy.copy(found)
     return found
 
 
-# The look-ups that are running. Dials of several event loops, in several threads, may share one.
-_running: dict[tuple[str, int], Future[Found | Exception]] = {}
+_Waiter: TypeAlias = tuple[asyncio.AbstractEventLoop, "asyncio.Future[Found | Exception]"]
+
+# The look-ups that are running, and the dials that wait for each, of one or several event loops. Not a future of
+# `concurrent.futures`, which would take longer than to look up a name that is cached.
+_running: dict[tuple[str, int], list[_Waiter]] = {}
 _lock = threading.Lock()
 
 
-def _join(host: str, port: int) -> Future[Found | Exception]:
-    """Return the future of the look-up that is running, or start one."""
+def _join(name: tuple[str, int], waiter: _Waiter) -> None:
+    """Have `waiter` wait for the look-up that is running, or start one."""
     with _lock:
-        future = _running.get((host, port))
-        if future is None:
-            future = _running[host, port] = threads.start(_look_up, host, port)
-    return future
+        if name in _running:
+            _running[name].append(waiter)
+        else:
+            threads.submit(_look_up, name)
+            _running[name] = [waiter]
 
 
-def _look_up(host: str, port: int) -> Found | Exception:
+def _look_up(name: tuple[str, int]) -> None:
     result: Found | Exception
     try:
-        result = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        result = socket.getaddrinfo(*name, type=socket.SOCK_STREAM)
     except Exception as error:  # noqa: BLE001  raised by `look_up()`
         result = error.with_traceback(None)
     with _lock:
-        del _running[host, port]
-    return result
+        waiters = _running.pop(name)
+    for loop, waiter in waiters:
+        with contextlib.suppress(RuntimeError):  # the event loop has been closed
+            loop.call_soon_threadsafe(_settle, waiter, result)
+
+
+def _settle(waiter: asyncio.Future[Found | Exception], result: Found | Exception) -> None:
+    if not waiter.done():  # else it was cancelled
+        waiter.set_result(result)
 
 
 def _forget_all() -> None:

@@ -55,11 +55,20 @@ def start(function: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> Fu
             future.set_result(result)
         del future  # the traceback of an error leads to this frame: a cycle that only the garbage collector would free
 
-    try:
-        _idle.pop().jobs.put((work, future))
-    except IndexError:
-        _start_thread((work, future))
+    submit(work, future)
     return future
+
+
+def submit(function: Callable[[_T], None], argument: _T) -> None:
+    """Call `function`, which raises nothing, in a thread.
+
+    Raises:
+        OSError: This process can start no more threads.
+    """
+    try:
+        _idle.pop().jobs.put((function, argument))
+    except IndexError:
+        _start_thread((function, argument))
 
 
 def _start_thread(job: _Job) -> None:

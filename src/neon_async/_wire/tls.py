@@ -93,7 +93,7 @@ def build_context(
     context.check_hostname = True
     context.verify_mode = ssl.CERT_REQUIRED
     context.hostname_checks_common_name = False
-    context.verify_flags = (context.verify_flags | ssl.VERIFY_X509_STRICT) & ~ssl.VERIFY_X509_PARTIAL_CHAIN
+    context.verify_flags = _VERIFY_FLAGS
     # OpenSSL's security level 2: 112 bits, no SHA-1. OPENSSL_CONF may have lowered it, down to ciphers without
     # encryption. The cipher named here is one of TLS 1.2, which is disabled; a short list is quick to check.
     context.set_ciphers("ECDHE-RSA-AES256-GCM-SHA384:@SECLEVEL=2")
@@ -266,6 +266,8 @@ _CIPHERS = {
 # SSL_OP_LEGACY_SERVER_CONNECT and SSL_OP_ALLOW_UNSAFE_LEGACY_RENEGOTIATION: without effect on TLS 1.3, but OPENSSL_CONF
 # can set them.
 _LEGACY_OPTIONS = 0x4 | 0x40000
+# These flags and no others, whatever OPENSSL_CONF or a later Python would add.
+_VERIFY_FLAGS = ssl.VERIFY_X509_TRUSTED_FIRST | ssl.VERIFY_X509_STRICT
 _STRICT, _PARTIAL_CHAIN = int(ssl.VERIFY_X509_STRICT), int(ssl.VERIFY_X509_PARTIAL_CHAIN)
 
 

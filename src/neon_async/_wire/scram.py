@@ -153,11 +153,12 @@ class Exchange:
 class Keys:
     """The keys derived from a password, a salt and an iteration count (RFC 5802, section 3). The repr shows none."""
 
-    __slots__ = ("client_key", "server_key")
+    __slots__ = ("client_key", "server_key", "stored_key")
 
     def __init__(self, secret: Callable[[], str], salt: bytes, iterations: int) -> None:
         salted = hashlib.pbkdf2_hmac("sha256", normalize(secret()), salt, iterations)
         self.client_key = hmac.digest(salted, b"Client Key", "sha256")
+        self.stored_key = hashlib.sha256(self.client_key).digest()
         self.server_key = hmac.digest(salted, b"Server Key", "sha256")
 
     def __repr__(self) -> str:
@@ -222,12 +223,12 @@ class _Client(ScramClient):  # type: ignore[misc]  # scramp has no types
     """scramp's client, with derived keys instead of the password."""
 
     def get_client_final_with(self, keys: Keys) -> str:
-        """Do what `get_client_final()` does, except for PBKDF2 (RFC 5802, section 3, from StoredKey on)."""
+        """Do what `get_client_final()` does, except for PBKDF2 (RFC 5802, section 3, after StoredKey)."""
         self._set_stage(ClientStage.get_client_final)
         channel = self.gs2_header.make_cbind_input(self.cb)
         without_proof = f"c={b64encode(channel).decode()},r={self.nonce}"
         message = f"{self.client_first_bare},{self.server_first},{without_proof}".encode()
-        signature = hmac.digest(hashlib.sha256(keys.client_key).digest(), message, "sha256")
+        signature = hmac.digest(keys.stored_key, message, "sha256")
         proof = _xor(keys.client_key, signature)
         self.server_signature = hmac.digest(keys.server_key, message, "sha256")
         return f"{without_proof},p={b64encode(proof).decode()}"

@@ -127,7 +127,8 @@ def check_handshake(
             f"The TLS session with {server_name} lacks a verified certificate or encryption and is not used."
         )
     chain = chain_of(tls)
-    root = anchor.root(fingerprint(chain.verified[-1])) if chain.verified and chain.verified[0] == der else None
+    is_of_leaf = bool(chain.verified) and chain.verified[0] == der
+    root = next((root for root in anchor.roots if is_of_leaf and root.der == chain.verified[-1]), None)
     if root is None:
         raise CertificateError(f"The chain of {server_name} does not end at the trust anchor and is not used.")
     return Handshake(

@@ -69,8 +69,10 @@ async def log_in(
         ProtocolError: The server sent what no PostgreSQL server sends.
         ConnectError: The server closed the connection.
     """
-    from .scram import PLUS, Exchange, binding_data, choose_mechanism  # scramp takes 50 ms to import; see prepare()
+    # scramp takes 50 ms to import; see prepare()
+    from .scram import PLUS, Exchange, KeyCache, binding_data, choose_mechanism
 
+    keys = cache.keys = cache.keys or KeyCache()
     binding = binding_data(certificate)
     if early == PLUS and binding is None:  # the server has a new certificate
         early = None
@@ -99,7 +101,7 @@ async def log_in(
         if early and (offer is not None or isinstance(error, AuthenticationError)):
             raise EarlyLoginRefusedError from None
         raise
-    await _prove(protocol, exchange, challenge, secret, cache)
+    await _prove(protocol, exchange, challenge, secret, keys)
     return exchange.mechanism
 
 
@@ -110,15 +112,14 @@ def _begin(protocol: LoginProtocol, exchange: Exchange, startup: bytes = b"") ->
 
 
 async def _prove(
-    protocol: LoginProtocol, exchange: Exchange, challenge: bytes, secret: Secret, cache: LoginCache
+    protocol: LoginProtocol, exchange: Exchange, challenge: bytes, secret: Secret, cached: KeyCache
 ) -> None:
     """Prove that the client knows the password, and require the same proof of the server."""
-    from .scram import KeyCache, Keys
-
     salt, iterations = exchange.challenge(challenge)
-    cached = cache.keys = cache.keys or KeyCache()
     known = keys = cached.get(secret, salt, iterations)
     if keys is None:  # PBKDF2 takes milliseconds, or a second where the server requests it: not on the event loop
+        from .scram import Keys
+
         keys = await threads.run(Keys, secret, salt, iterations)
     protocol.require_silence()
     protocol.send(exchange.final(keys))

@@ -123,6 +123,14 @@ class TestStatements:
         await noting.fetch("SELECT 1", **options)
         assert noting.prepared == []
 
+    @pytest.mark.parametrize("record_class", [[], {}, 0, "", int, dict], ids=repr)
+    async def test_a_record_class_that_is_none_is_refused_although_the_statement_is_in_the_cache(
+        self, connection: Any, record_class: Any
+    ) -> None:
+        await connection.fetch("SELECT 1")
+        with pytest.raises(asyncpg.InterfaceError, match="record_class is expected to be a subclass"):
+            await connection.fetch("SELECT 1", record_class=record_class)
+
     @pins("_do_execute")
     async def test_a_stale_statement_raises_where_asyncpg_would_retry(self, connection: Any) -> None:
         await connection.execute("CREATE TEMP TABLE noted (a int)")

@@ -442,7 +442,11 @@ class StatementHooks(ConnectionHooks[RecordT]):
     def cached_statement(self, query: str, options: Mapping[str, Any]) -> Any:
         """Return asyncpg's state of a prepared statement where it is in the cache, else None."""
         cache: Any = self._stmt_cache  # type: ignore[attr-defined]
-        record_class = options.get("record_class") or self._protocol.get_record_class()
+        record_class = options.get("record_class")
+        if record_class is None:
+            record_class = self._protocol.get_record_class()
+        elif not isinstance(record_class, type):
+            return None  # asyncpg refuses it
         return cache.get((query, record_class, options.get("ignore_custom_codec", False)))
 
     def run_statement(

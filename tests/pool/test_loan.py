@@ -301,6 +301,24 @@ async def test_a_connection_that_a_call_of_the_pool_uses_is_not_idle(postgres: L
 
 
 @pytest.mark.anyio
+@pytest.mark.parametrize("query", ["DO 'BEGIN RAISE NOTICE ''heard''; END'", "NOTIFY news"])
+async def test_a_callback_of_init_gets_what_is_of_no_use_after_the_call_of_the_pool(
+    postgres: LocalPostgres, query: str
+) -> None:
+    kept: list[Any] = []
+
+    async def init(connection: Any) -> None:
+        connection.add_log_listener(lambda connection, *_: kept.append(connection))
+        await connection.add_listener("news", lambda connection, *_: kept.append(connection))
+
+    async with make_pool(postgres, max_size=1, init=init) as pool:
+        await pool.execute(query)
+        [connection] = kept
+        with pytest.raises(asyncpg.InterfaceError, match="released back to the pool"):
+            connection.get_server_pid()
+
+
+@pytest.mark.anyio
 async def test_a_connection_is_untouched_again_in_the_next_loan(postgres: LocalPostgres) -> None:
     async with make_pool(postgres, max_size=1, connection_class=NoReset) as pool:
         [slot] = pool._supply.slots

@@ -160,6 +160,28 @@ async def test_a_connection_class_and_a_pool_class_go_together(postgres: LocalPo
         assert await pool.answer() == 42
 
 
+async def test_a_call_of_the_pool_leaves_a_connection_class_its_own_default_timeout(postgres: LocalPostgres) -> None:
+    seen: list[float | None] = []
+
+    class OwnConnection(neon_async.Connection):
+        async def fetchval(self, query: str, *args: Any, timeout: float | None = 7.5) -> Any:  # type: ignore[override]  # noqa: ASYNC109
+            seen.append(timeout)
+            return await super().fetchval(query, *args, timeout=timeout)
+
+        async def execute(self, query: str, *args: Any) -> str:  # type: ignore[override]
+            return await super().execute(query, *args)
+
+    for options in ({}, {"pool_class": WithState}):
+        async with pool_of(postgres, connection_class=OwnConnection, **options) as pool:
+            assert await pool.fetchval("SELECT 1") == 1
+            assert seen == [7.5]
+            assert await pool.fetchval("SELECT 1", timeout=HANG) == 1
+            assert seen[1] is not None
+            assert 7.5 < seen[1] <= HANG
+            assert await pool.execute("SELECT 1") == "SELECT 1"
+        seen.clear()
+
+
 @pytest.mark.parametrize(
     ("pool_class", "shown"),
     [

@@ -1068,6 +1068,14 @@ class Holder(PoolConnectionHolder):
         self._proxy = proxy = Proxy(self, self.connection)
         return proxy
 
+    def lend_to_call(self) -> Any:
+        """Return what a call of the pool uses: the connection, or a proxy where callbacks of `init` would see it.
+
+        They get what the caller has of the connection, and may keep it.
+        """
+        listeners, log_listeners, _, termination_listeners = self.session.snapshot.callbacks
+        return self.lend() if listeners or log_listeners or termination_listeners else self.connection
+
     def has_leftovers(self) -> bool:
         """Return whether the caller has left more than a reset sent ahead cleans: see `Facts.leftovers` of the pool."""
         connection, session, protocol = self.connection, self.session, self.protocol

@@ -717,7 +717,9 @@ class Pool(PoolBase[RecordT]):
             on_retry=self._supply.tallies.retries.add,
         )
 
-    async def _call(self, method: str, args: Any, options: Any, timeout: float | None, *, again: bool = True) -> Any:
+    async def _call(
+        self, method: str, args: Any, options: Mapping[str, Any], timeout: float | None, *, again: bool = True
+    ) -> Any:
         """Call a method of a connection on one of its own, within `timeout` for all of it.
 
         It runs again, on another connection, when a reset sent ahead of it failed: the server has refused it then, and
@@ -735,25 +737,24 @@ class Pool(PoolBase[RecordT]):
         if timeout is not None:
             check_timeout("timeout", timeout)
         whole, until = timeout, None if timeout is None else time.monotonic() + timeout
-        left = None
-        while True:
+        while True:  # without a timeout none is passed on: a method of the caller's class keeps its own default
             try:
                 if self._callers_acquire:
                     async with self.acquire(timeout=timeout) as connection:
-                        left = None if until is None else until - time.monotonic()
-                        return await getattr(connection, method)(*args, timeout=left, **options)
+                        options = options if until is None else {**options, "timeout": until - time.monotonic()}
+                        return await getattr(connection, method)(*args, **options)
                 loan = await self._borrow(timeout)
-                try:  # as the block above, but without a proxy: nobody else has the connection
-                    call = getattr(loan.slot.holder.connection, method)
+                try:  # as the block above, but without a proxy where no callback would see the connection
+                    call = getattr(loan.slot.holder.lend_to_call(), method)
                     loan.report()
-                    left = None if until is None else until - time.monotonic()
-                    return await call(*args, timeout=left, **options)
+                    options = options if until is None else {**options, "timeout": until - time.monotonic()}
+                    return await call(*args, **options)
                 finally:
                     if loan.slot.loan is loan:  # else the connection has ended
                         loan.end()
             except QueryTimeoutError as error:
-                if whole is not None and left is not None:
-                    taken = whole - left
+                if whole is not None and "timeout" in options:
+                    taken = whole - options["timeout"]
                     error.args = (f"{error} Of the timeout={whole:g} s of the call, the acquire took {taken:.2f} s.",)
                 raise
             except ConnectionLostError as error:

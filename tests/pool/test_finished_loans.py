@@ -456,3 +456,17 @@ async def test_a_statement_that_still_runs_at_the_release_costs_the_connection(p
     assert await pool.fetchval("SELECT 2") == 2
     assert pool.stats().dials == 2
     await assert_whole(pool)
+
+
+@pytest.mark.parametrize("query", ["SELECT pg_sleep(60)", "SELECT pg_sleep($1::int)"])
+async def test_a_call_whose_coroutine_is_closed_costs_its_connection_and_disturbs_no_other_caller(
+    pool: neon_async.Pool, query: str
+) -> None:
+    await pool.fetchval("SELECT pg_sleep($1::int)", 0)
+    call = pool.execute(query, *([60] if "$1" in query else []))
+    call.send(None)  # it waits for the server
+    call.close()
+    async with asyncio.timeout(HANG):
+        assert await pool.fetchval("SELECT 2") == 2
+    assert pool.stats().dials == 2
+    await assert_whole(pool)

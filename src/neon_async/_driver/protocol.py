@@ -374,6 +374,9 @@ class SessionProtocol:
             if failure is error:
                 raise
             raise failure from failure.__cause__
+        except GeneratorExit:  # the coroutine was closed, and the statement still runs
+            self._running += 1
+            raise
         finally:
             self._running -= 1
         if ready:

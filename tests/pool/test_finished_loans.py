@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import gc
 import inspect
 import io
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -462,6 +463,11 @@ async def test_a_statement_that_still_runs_at_the_release_costs_the_connection(p
 async def test_a_call_whose_coroutine_is_closed_costs_its_connection_and_disturbs_no_other_caller(
     pool: neon_async.Pool, query: str
 ) -> None:
+    unawaited: list[BaseException] = []
+    loop = asyncio.get_running_loop()
+    handler = loop.get_exception_handler()
+    # asyncpg's future of the statement fails, and nothing awaits it: asyncio says so when it is collected.
+    loop.set_exception_handler(lambda _, context: unawaited.append(context["exception"]))
     await pool.fetchval("SELECT pg_sleep($1::int)", 0)
     call = pool.execute(query, *([60] if "$1" in query else []))
     call.send(None)  # it waits for the server
@@ -470,3 +476,7 @@ async def test_a_call_whose_coroutine_is_closed_costs_its_connection_and_disturb
         assert await pool.fetchval("SELECT 2") == 2
     assert pool.stats().dials == 2
     await assert_whole(pool)
+    del call
+    gc.collect()
+    loop.set_exception_handler(handler)
+    assert {type(error) for error in unawaited} <= {asyncpg.ConnectionDoesNotExistError}

@@ -61,14 +61,14 @@ async def cancel_a_statement(connection: Any) -> None:
 
 class TestSession:
     @pins("_transport", "_con")
-    async def test_it_is_found_on_a_connection_and_on_its_proxy_until_that_is_recalled(self, connection: Any) -> None:
+    async def test_it_is_found_on_a_connection_and_on_its_proxy_until_its_loan_has_ended(self, connection: Any) -> None:
         session = session_of(connection)
         assert session is not None
         owner = Holder(None)
         owner.adopt(connection)
         proxy = owner.lend()
         assert session_of(proxy) is session
-        owner.recall()
+        owner.take_back()
         assert session_of(proxy) is None
         assert session_of(connection) is session
 
@@ -149,7 +149,7 @@ class TestHasEnded:
         owner.adopt(connection)
         proxy = owner.lend()
         assert not holder.has_ended(proxy)
-        owner.recall()
+        owner.take_back()
         assert holder.has_ended(proxy)
 
     @pins("_holder", "_pool")
@@ -158,7 +158,7 @@ class TestHasEnded:
         owner = Holder(pool)
         owner.adopt(connection)
         proxy = owner.lend()
-        owner.recall()
+        owner.take_back()
         assert holder.pool_of(proxy) is pool
 
 

@@ -80,7 +80,7 @@ class TestProxy:
         self, owner: Holder, name: str
     ) -> None:
         call = getattr(owner.lend(), name)(*CALLS[name])
-        owner.recall()
+        owner.take_back()
         following = owner.lend()
         with pytest.raises(asyncpg.InterfaceError) as caught:
             await call
@@ -103,7 +103,7 @@ class TestProxy:
         assert proxy.get_settings().server_encoding == "UTF8"
         assert proxy.is_closed() is proxy.is_in_transaction() is False
         assert isinstance(proxy, asyncpg.Connection)
-        owner.recall()
+        owner.take_back()
         for name in ("get_server_pid", "is_closed", "transaction"):
             with pytest.raises(asyncpg.InterfaceError, match=f"cannot call Connection.{name}"):
                 getattr(proxy, name)()
@@ -123,7 +123,7 @@ class TestHolder:
         assert (owner.connection, owner.is_connected(), owner.is_idle()) == (connection, True, True)
         owner.lend()
         assert (owner.is_connected(), owner.is_idle()) == (True, False)
-        owner.recall()
+        owner.take_back()
         assert (owner.is_connected(), owner.is_idle()) == (True, True)
         owner.terminate()
         assert (owner.connection, owner.is_connected(), connection.is_closed()) == (connection, False, True)
@@ -131,13 +131,13 @@ class TestHolder:
         assert owner.connection is None
 
     @pins("_detach", "_on_release", "_con")
-    async def test_after_recall_the_proxy_is_dead_for_its_caller_and_the_connection_lives(
+    async def test_after_the_loan_the_proxy_is_dead_for_its_caller_and_the_connection_lives(
         self, owner: Holder, connection: Any
     ) -> None:
         proxy = owner.lend()
         statement = await proxy.prepare("SELECT 1")
         cursor, transaction = proxy.cursor("SELECT 1"), proxy.transaction()
-        owner.recall()
+        owner.take_back()
         assert await connection.fetchval("SELECT 2") == 2
         again = owner.lend()
         assert await again.fetchval("SELECT 3") == 3
@@ -149,11 +149,11 @@ class TestHolder:
                 use()
 
     @pins("_on_release")
-    async def test_recall_warns_of_listeners_and_the_proxy_dies_nevertheless(self, owner: Holder) -> None:
+    async def test_the_end_of_a_loan_warns_of_listeners_and_the_proxy_dies_nevertheless(self, owner: Holder) -> None:
         proxy = owner.lend()
         await proxy.add_listener("news", lambda *_: None)
         with pytest.raises(asyncpg.InterfaceWarning, match="active notification listener"):  # warnings are errors here
-            owner.recall()
+            owner.take_back()
         with pytest.raises(asyncpg.InterfaceError, match="released back to the pool"):
             await proxy.fetchval("SELECT 1")
 

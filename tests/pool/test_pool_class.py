@@ -160,6 +160,25 @@ async def test_a_connection_class_and_a_pool_class_go_together(postgres: LocalPo
         assert await pool.answer() == 42
 
 
+@pytest.mark.parametrize("of", ["the pool", "the class", "a subclass"])
+async def test_a_call_of_the_pool_uses_an_acquire_that_replaces_ours(
+    postgres: LocalPostgres, monkeypatch: pytest.MonkeyPatch, of: str
+) -> None:
+    acquire, acquired = neon_async.Pool.acquire, []
+
+    async with pool_of(postgres, pool_class=WithState if of == "a subclass" else neon_async.Pool) as pool:
+
+        def noting(*_: Any, timeout: float | None = None) -> Any:
+            acquired.append(timeout)
+            return acquire(pool, timeout=timeout)
+
+        monkeypatch.setattr(
+            {"the pool": pool, "the class": neon_async.Pool, "a subclass": WithState}[of], "acquire", noting
+        )
+        assert await pool.fetchval("SELECT 1") == 1
+    assert acquired == [None]
+
+
 async def test_a_call_of_the_pool_leaves_a_connection_class_its_own_default_timeout(postgres: LocalPostgres) -> None:
     seen: list[float | None] = []
 

@@ -752,7 +752,7 @@ def listens_otherwise(connection: Any, callbacks: Callbacks) -> bool:
 async def end_calls(connection: Any) -> None:
     """Wait until the calls of a finished loan have ended, of which there are some.
 
-    They send nothing more: see `Holder.recall()`.
+    They send nothing more: see `Holder.take_back()`.
 
     Raises:
         asyncpg.InterfaceError: The server still runs a statement of one of them.
@@ -770,7 +770,7 @@ async def end_calls(connection: Any) -> None:
     finally:
         session.on_last_call = None
     if not connection.is_closed():
-        connection._protocol.is_recalled = False
+        connection._protocol.loan_has_ended = False
 
 
 async def end_cancellation(connection: Any) -> None:
@@ -1087,7 +1087,7 @@ class Holder(PoolConnectionHolder):
             or connection._listeners.keys() != session.snapshot.callbacks.listeners.keys()
         )
 
-    def recall(self) -> None:
+    def take_back(self) -> None:
         """Make the proxy useless to its caller, with its cursors and statements, and calls that are under way.
 
         Callbacks that the caller registered are forgotten. Warns of listeners among them; the warning can be an
@@ -1096,7 +1096,7 @@ class Holder(PoolConnectionHolder):
         connection, session, proxy = self.connection, self.session, self._proxy
         self._proxy, self.is_lent = None, False
         if session.calls:
-            self.protocol.is_recalled = True
+            self.protocol.loan_has_ended = True
         kept = session.snapshot.callbacks
         has_callbacks = bool(  # now, and not when some of them have been removed
             connection._listeners

@@ -88,7 +88,7 @@ class SessionProtocol:
         "has_cancelled",
         "has_deallocated",
         "has_prepared",
-        "is_recalled",
+        "loan_has_ended",
         "mentioned",
         "on_dropped",
         "on_reset",
@@ -123,7 +123,7 @@ class SessionProtocol:
         self.on_reset: Callable[[bool], None] = holder.ignore
         self.prepares = 0  # how often a statement was prepared
         self.transaction_search_path: str | None = None  # of the settings of the open transaction
-        self.is_recalled = False  # the loan has ended, and calls of it are still under way: they send nothing more
+        self.loan_has_ended = False  # the loan has ended, and calls of it are still under way: they send nothing more
         self._commit: Commit | None = None  # under way
         # Dotted names in texts and arguments, where someone collects them: what may be custom settings.
         self.mentioned: set[str] | None = None
@@ -358,7 +358,7 @@ class SessionProtocol:
             ready: Whether it ends with ReadyForQuery.
             rolls_back: Whether it succeeds also where the statement ahead has failed.
         """
-        if self.is_recalled:
+        if self.loan_has_ended:
             call.close()
             self._require_loan()
         if _WAITS_FOR_CANCELLATION and self.has_cancelled():
@@ -404,7 +404,7 @@ class SessionProtocol:
         return timed_out(self._host, error, time.monotonic() - began, timeout, limit)
 
     def _require_loan(self) -> None:
-        if self.is_recalled:
+        if self.loan_has_ended:
             raise asyncpg.InterfaceError(
                 "cannot perform operation: the connection has been released back to the pool. Nothing of this step was "
                 "sent. Await every call before the release."

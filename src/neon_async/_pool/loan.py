@@ -123,7 +123,7 @@ class Loan:
             if facts.closed:
                 slot.holder.dismiss()
             else:
-                slot.holder.recall()  # warns of listeners, and a warning can be an exception
+                slot.holder.take_back()  # warns of listeners, and a warning can be an exception
         finally:
             if facts.leftovers:
                 supply.suspect_silence(slot, since=self.lent_at)

@@ -150,8 +150,8 @@ class Pool(PoolBase[RecordT]):
         self._context_class: type[AcquireContext[RecordT]] = cast(
             Any, _ReleasingContext if own_release else AcquireContext
         )
-        # Whether code of the caller's runs in each acquire or release, and gets a connection.
-        self._callers_acquire = own_release or type(self).acquire is not Pool.acquire or options.setup is not None
+        # Whether code of the caller's runs at the end of each acquire or in each release, and gets a connection.
+        self._callers_acquire = own_release or options.setup is not None
         self._begin_life(None)
 
     def _begin_life(self, before: Supply | None) -> None:
@@ -393,7 +393,7 @@ class Pool(PoolBase[RecordT]):
                 await setup(proxy)
         except BaseException as error:
             if loan.slot.loan is loan:  # else it has ended, and another one may have taken its place
-                self._supply.discard_after_setup(loan.slot)
+                self._supply.terminate_after_setup(loan.slot)
             if isinstance(error, TimeoutError) and timeout.expired():
                 self._supply.tallies.timeouts.since(began)
                 raise self._timeout_error(
@@ -739,7 +739,7 @@ class Pool(PoolBase[RecordT]):
         whole, until = timeout, None if timeout is None else time.monotonic() + timeout
         while True:  # without a timeout none is passed on: a method of the caller's class keeps its own default
             try:
-                if self._callers_acquire:
+                if self._callers_acquire or type(self).acquire is not _acquire or "acquire" in vars(self):
                     async with self.acquire(timeout=timeout) as connection:
                         options = options if until is None else {**options, "timeout": until - time.monotonic()}
                         return await getattr(connection, method)(*args, **options)
@@ -766,39 +766,50 @@ class Pool(PoolBase[RecordT]):
     if not TYPE_CHECKING:  # `signatures` of the driver has the types; each returns the coroutine of `_call()`
 
         def execute(self, query, *args, timeout=None):
+            """Execute SQL on a connection of its own, as asyncpg does. `timeout` is for the acquire, too."""
             return self._call("execute", (query, *args), {}, timeout)
 
         def executemany(self, command, args, *, timeout=None):
+            """Execute SQL for each sequence of arguments, as asyncpg does. `timeout` is for the acquire, too."""
             again = not isinstance(args, Iterator)
             return self._call("executemany", (command, args), {}, timeout, again=again)
 
         def fetch(self, query, *args, timeout=None, **options):
+            """Run a query on a connection of its own and return all rows. `timeout` is for the acquire, too."""
             return self._call("fetch", (query, *args), options, timeout)
 
         def fetchval(self, query, *args, timeout=None, **options):
+            """Run a query on a connection of its own and return one value. `timeout` is for the acquire, too."""
             return self._call("fetchval", (query, *args), options, timeout)
 
         def fetchrow(self, query, *args, timeout=None, **options):
+            """Run a query on a connection of its own and return one row. `timeout` is for the acquire, too."""
             return self._call("fetchrow", (query, *args), options, timeout)
 
         def fetchmany(self, query, args, *, timeout=None, **options):
+            """Run a query for each sequence of arguments and return the rows. `timeout` is for the acquire, too."""
             again = not isinstance(args, Iterator)
             return self._call("fetchmany", (query, args), options, timeout, again=again)
 
         def copy_from_table(self, table_name, *, timeout=None, **options):
+            """Copy the rows of a table, as asyncpg does. `timeout` is for the acquire, too."""
             return self._call("copy_from_table", (table_name,), options, timeout, again=False)
 
         def copy_from_query(self, query, *args, timeout=None, **options):
+            """Copy the rows of a query, as asyncpg does. `timeout` is for the acquire, too."""
             return self._call("copy_from_query", (query, *args), options, timeout, again=False)
 
         def copy_to_table(self, table_name, *, timeout=None, **options):
+            """Copy data to a table, as asyncpg does. `timeout` is for the acquire, too."""
             return self._call("copy_to_table", (table_name,), options, timeout, again=False)
 
         def copy_records_to_table(self, table_name, *, timeout=None, **options):
+            """Copy records to a table, as asyncpg does. `timeout` is for the acquire, too."""
             return self._call("copy_records_to_table", (table_name,), options, timeout, again=False)
 
 
 mark_coroutine_functions(Pool, asyncpg.Pool)
+_acquire = Pool.acquire  # a subclass, a tracer or a test may have another one
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -171,7 +171,7 @@ class Supply:
         self.log.worked()
         self.balance()  # more may be dialed now
 
-    def discard_after_setup(self, slot: Slot) -> None:
+    def terminate_after_setup(self, slot: Slot) -> None:
         """Terminate a connection on which the caller's `setup` has failed."""
         if not slot.proven:  # it was made for this acquire, and the next dial began when this one ended
             self.pace.stopped_by_caller(began=slot.opened_at, connects=2, told=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from ._local_endpoint import EndpointState, LocalEndpoint, LocalEndpointError
 from ._local_pooler import LocalPooler, LocalPoolerError
 from ._local_postgres import LocalPostgres, LocalPostgresError
+from ._pools import RollbackError
 
 __all__ = (
     "EndpointState",
@@ -18,6 +19,7 @@ __all__ = (
     "LocalPoolerError",
     "LocalPostgres",
     "LocalPostgresError",
+    "RollbackError",
 )
 
 for _name in __all__:

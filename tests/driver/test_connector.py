@@ -202,12 +202,12 @@ async def test_a_connection_and_its_session_are_freed_together(postgres: LocalPo
 async def test_a_weakened_context_of_one_session_does_not_affect_the_next(postgres: LocalPostgres) -> None:
     connector = prepare(postgres.dsn, trust_anchor=postgres.trust_anchor)
     first = await connector.connect()
-    context = first._transport.get_extra_info("ssl_object").context  # type: ignore[attr-defined]
+    context = first._transport.get_extra_info("ssl_object").context
     context.check_hostname = False
     context.verify_mode = 0
     second = await connector.connect()
     try:
-        other = second._transport.get_extra_info("ssl_object").context  # type: ignore[attr-defined]
+        other = second._transport.get_extra_info("ssl_object").context
         assert other is not context
         assert (other.check_hostname, other.verify_mode) == (True, 2)
     finally:

@@ -37,9 +37,9 @@ class Noting(Connection):
         self.prepared.append(query)
         return await super().get_statement(query, timeout, **options)
 
-    async def run_statement(self, query: str, executor: Any, timeout: float | None, options: Any) -> Any:  # noqa: ASYNC109
+    async def run_statement(self, session: Any, query: str, executor: Any, timeout: float | None, options: Any) -> Any:  # noqa: ASYNC109
         self.run.append((query, timeout))
-        return await super().run_statement(query, executor, timeout, options)
+        return await super().run_statement(session, query, executor, timeout, options)
 
 
 class Row(asyncpg.Record):
@@ -139,6 +139,7 @@ class TestStatements:
             protocol = connection._protocol
             return StatementHooks.run_statement(
                 connection,
+                holder.own_session(connection),
                 "SELECT * FROM noted",
                 lambda state, timeout: protocol.bind_execute(state, (), "", 0, False, timeout),
                 None,

@@ -63,10 +63,11 @@ class HealedStatements(StatementHooks[RecordT]):
             await self._renew_types(session)
             return await super().get_statement(_text_of(self, query), left, **options)
 
-    async def run_statement(self, query: str, executor: Any, timeout: float | None, options: Mapping[str, Any]) -> Any:
+    async def run_statement(
+        self, session: Session, query: str, executor: Any, timeout: float | None, options: Mapping[str, Any]
+    ) -> Any:
         """Prepare and execute a text, and once more where it is stale and that does no harm."""
-        session, began = own_session(self), time.monotonic()
-        healing, left = session.healing, timeout
+        healing, began, left = session.healing, time.monotonic(), timeout
         # What nearly every statement is: prepared, and not stale. It needs none of what `get_statement()` does.
         is_usual = session.heals_seen == healing.heals and not healing.has_tokens
         state = self.cached_statement(query, options) if is_usual else None

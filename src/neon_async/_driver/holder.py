@@ -131,6 +131,7 @@ class ConnectionHooks(_Connection[RecordT]):
     __slots__ = ()
 
     _protocol: Any
+    _transport: Any
     _loop: asyncio.AbstractEventLoop
 
     if not TYPE_CHECKING:
@@ -450,7 +451,7 @@ class StatementHooks(ConnectionHooks[RecordT]):
         return cache.get((query, record_class, options.get("ignore_custom_codec", False)))
 
     def run_statement(
-        self, query: str, executor: Any, timeout: float | None, options: Mapping[str, Any]
+        self, session: Session, query: str, executor: Any, timeout: float | None, options: Mapping[str, Any]
     ) -> Awaitable[Any]:
         """Get the statement and execute it with `executor`; return the result and the state."""
         result: Awaitable[Any] = super()._do_execute(query, executor, timeout, retry=False, **options)  # type: ignore[misc]
@@ -467,7 +468,7 @@ class StatementHooks(ConnectionHooks[RecordT]):
         retry: bool = True,
         **options: Any,
     ) -> Awaitable[Any]:
-        return self.run_statement(query, executor, timeout, options)
+        return self.run_statement(self._transport.session, query, executor, timeout, options)
 
     async def _introspect_types(self, typeoids: Any, timeout: float | None) -> Any:
         types, statement = await super()._introspect_types(typeoids, timeout)  # type: ignore[misc]
@@ -1022,10 +1023,11 @@ class Holder(PoolConnectionHolder):
         protocol: Its protocol.
         transport: Its transport.
         is_lent: Whether a caller has the connection, by a proxy or in a call of the pool.
+        is_observed: Whether callbacks of `init` get what the caller has of the connection, and may keep it.
     """
 
     # Each is found in one step, because every loan needs them.
-    __slots__ = ("connection", "is_lent", "protocol", "session", "transport")
+    __slots__ = ("connection", "is_lent", "is_observed", "protocol", "session", "transport")
 
     _pool: Any
     _proxy: Proxy | None
@@ -1035,6 +1037,7 @@ class Holder(PoolConnectionHolder):
     protocol: SessionProtocol
     transport: SessionTransport
     is_lent: bool
+    is_observed: bool
 
     def __init__(self, pool: object) -> None:
         # `setup` and the end of idle connections are the pool's own: asyncpg bounds neither in time.
@@ -1056,6 +1059,8 @@ class Holder(PoolConnectionHolder):
         self.session = own_session(connection)
         self.protocol = connection._protocol
         self.transport = connection._transport
+        listeners, log_listeners, _, termination_listeners = self.session.snapshot.callbacks
+        self.is_observed = bool(listeners or log_listeners or termination_listeners)
 
     def is_connected(self) -> bool:
         """Return whether there is a connection that has not ended."""
@@ -1067,14 +1072,6 @@ class Holder(PoolConnectionHolder):
         self.is_lent = True
         self._proxy = proxy = Proxy(self, self.connection)
         return proxy
-
-    def lend_to_call(self) -> Any:
-        """Return what a call of the pool uses: the connection, or a proxy where callbacks of `init` would see it.
-
-        They get what the caller has of the connection, and may keep it.
-        """
-        listeners, log_listeners, _, termination_listeners = self.session.snapshot.callbacks
-        return self.lend() if listeners or log_listeners or termination_listeners else self.connection
 
     def has_leftovers(self) -> bool:
         """Return whether the caller has left more than a reset sent ahead cleans: see `Facts.leftovers` of the pool."""

@@ -124,10 +124,12 @@ class PooledConnection(Connection):
         own_session(self).holds_server = True
         return super().cached_statement(query, options)
 
-    async def run_statement(self, query: str, executor: Any, timeout: float | None, options: Mapping[str, Any]) -> Any:
+    async def run_statement(
+        self, session: Session, query: str, executor: Any, timeout: float | None, options: Mapping[str, Any]
+    ) -> Any:
         """Prepare and execute a text."""
-        result = await super().run_statement(query, executor, timeout, options)
-        own_session(self).holds_server = False
+        result = await super().run_statement(session, query, executor, timeout, options)
+        session.holds_server = False
         return result
 
 

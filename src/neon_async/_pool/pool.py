@@ -348,12 +348,16 @@ class Pool(PoolBase[RecordT]):
 
     async def _borrow(self, timeout: float | None) -> Loan:
         """Return a new loan, of an idle connection or of the first that becomes free."""
-        self._require_open()
         supply, began = self._supply, time.monotonic()
+        if self._phase is not _Phase.OPEN:
+            raise self._unopened_error()
+        if not is_current(supply.loop):
+            raise self._other_loop_error()
         # A caller that comes now must not overtake those that wait.
         slot = None if supply.waiters else supply.take_idle(began)
         if slot is None:
-            self._require_room()
+            if self._options.max_waiting is not None:
+                self._require_room(self._options.max_waiting)
             slot = await self._wait_for_slot(self._options.acquire_timeout if timeout is None else timeout, began)
         return Loan(supply, slot, began)
 
@@ -401,12 +405,6 @@ class Pool(PoolBase[RecordT]):
                 ) from error
             raise
 
-    def _require_open(self) -> None:
-        if self._phase is not _Phase.OPEN:
-            raise self._unopened_error()
-        if not is_current(self._supply.loop):
-            raise self._other_loop_error()
-
     def _unopened_error(self) -> PoolClosedError:
         if self._phase is _Phase.OPENING:
             return PoolClosedError(
@@ -433,11 +431,8 @@ class Pool(PoolBase[RecordT]):
             "each event loop, and release a connection in the loop that acquired it."
         )
 
-    def _require_room(self) -> None:
+    def _require_room(self, limit: int) -> None:
         """Raise `PoolBusyError` where as many callers wait as may, beyond those for whom a connection can be had."""
-        limit = self._options.max_waiting
-        if limit is None:
-            return
         count = self._supply.slots.count
         # A connection that does not answer gives its slot back, too, but only when its time is over.
         taken = (State.IN_USE, State.RESERVED, State.SILENT, State.STUCK)
@@ -744,8 +739,9 @@ class Pool(PoolBase[RecordT]):
                         options = options if until is None else {**options, "timeout": until - time.monotonic()}
                         return await getattr(connection, method)(*args, **options)
                 loan = await self._borrow(timeout)
-                try:  # as the block above, but without a proxy where no callback would see the connection
-                    call = getattr(loan.slot.holder.lend_to_call(), method)
+                try:  # as the block above, but without a proxy where nothing else gets the connection
+                    owned = loan.slot.holder
+                    call = getattr(owned.lend() if owned.is_observed else owned.connection, method)
                     loan.report()
                     options = options if until is None else {**options, "timeout": until - time.monotonic()}
                     return await call(*args, **options)

@@ -310,7 +310,8 @@ class _Flusher:
 
     def _flush(self, transports: list[SessionTransport]) -> None:
         for transport in transports:
-            transport.write_held()
+            if transport._held:  # nearly always a statement has followed
+                transport.write_held()
 
 
 _flushers: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Flusher] = weakref.WeakKeyDictionary()

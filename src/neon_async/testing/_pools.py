@@ -48,12 +48,12 @@ class SelfOpeningPool(Pool[Any]):
     _guard: AsyncGenerator[None, None] | None = None
     _life: object = None
 
-    async def _borrow(self, timeout: float | None) -> Any:
+    async def _borrow(self, timeout: float | None, *, with_proxy: bool = False) -> Any:
         require_asyncio()
         loop = asyncio.get_running_loop()
         if self._opened_in is not loop:
             await self._open_in(loop)
-        return await super()._borrow(timeout)
+        return await super()._borrow(timeout, with_proxy=with_proxy)
 
     async def _open_in(self, loop: asyncio.AbstractEventLoop) -> None:
         if self._opening is None or self._opening[0] is not loop:

@@ -122,6 +122,7 @@ async def test_an_event_loop_that_was_closed_leaves_the_look_up_to_the_others(mo
 
     with slow_resolver(monkeypatch) as asked:
         await asyncio.to_thread(asyncio.run, stop_waiting())
+        await until(lambda: asked)  # its thread may be late
         mine = asyncio.ensure_future(resolver.look_up("db.example.com", 1))
         await asyncio.sleep(0)
     with pytest.raises(socket.gaierror):

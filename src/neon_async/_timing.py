@@ -18,17 +18,14 @@ class Timer:
 
     Args:
         callback: Called when the time has come.
-
-    Attributes:
-        due: When it is going to be called; infinity where it is not.
     """
 
-    __slots__ = ("_callback", "_handle", "due")
+    __slots__ = ("_callback", "_due", "_handle")
 
     def __init__(self, callback: Callable[[], None]) -> None:
         self._callback = callback
         self._handle: asyncio.TimerHandle | None = None
-        self.due = math.inf  # kept apart from the handle: uvloop's handles do not always know their time
+        self._due = math.inf  # kept apart from the handle: uvloop's handles do not always know their time
 
     def set(self, due: float) -> None:
         """Call the function at `due`, unless it is going to be called earlier.
@@ -36,19 +33,19 @@ class Timer:
         Args:
             due: A time of the monotonic clock, which asyncio and uvloop use for `loop.time()`. Infinity means never.
         """
-        if due < self.due:
+        if due < self._due:
             self.cancel()
-            self.due = due
+            self._due = due
             self._handle = asyncio.get_running_loop().call_at(due, self._fire)
 
     def cancel(self) -> None:
         """Forget all times it was set to."""
         if self._handle is not None:
             self._handle.cancel()
-        self._handle, self.due = None, math.inf
+        self._handle, self._due = None, math.inf
 
     def _fire(self) -> None:
-        self._handle, self.due = None, math.inf
+        self._handle, self._due = None, math.inf
         self._callback()
 
 

@@ -293,7 +293,7 @@ def inside(pool: Any) -> tuple[Any, ...]:
     """Return everything inside the pool that a call could change."""
     supply = pool._supply
     slots = [(slot.state, slot.task, slot.loan, slot.holder.connection, slot.idle_since) for slot in supply.slots]
-    timers = [(timer._handle, timer.due) for timer in (supply._reaper, supply._resumption, supply.waiters._timer)]
+    timers = [(timer._handle, timer._due) for timer in (supply._reaper, supply._resumption, supply.waiters._timer)]
     queue = list(supply.waiters._waiters.items())
     return slots, timers, queue, set(supply._tasks), list(supply.slots.idle), list(supply.slots.vacant), pool._phase
 

@@ -221,7 +221,7 @@ class ConnectionHooks(_Connection[RecordT]):
             session.notify_closed()
 
     def _check_open(self) -> None:
-        if self._aborted or not self._protocol.is_connected():  # as in is_closed(), which every call would call
+        if self.is_closed():
             raise closed_error(self)
 
     def add_log_listener(self, callback: Any) -> None:
@@ -676,9 +676,9 @@ def ignore(_: bool) -> None:
 
 
 def in_front_of_protocol(own: type[_T]) -> type[_T]:
-    """Give a class that stands in for asyncpg's protocol, its `_asyncpg`, all names of that which it has not itself.
+    """Forward the names that a class does not define to asyncpg's protocol, which its objects have as `_asyncpg`.
 
-    Not by `__getattr__()`, which makes every attribute of every object of a class slower to find.
+    Not by `__getattr__()`, because a class that has it finds all its attributes more slowly.
     """
     for name in dir(asyncpg.protocol.Protocol):
         if not hasattr(own, name):
@@ -1081,7 +1081,7 @@ class Holder(PoolConnectionHolder):
             or not protocol.is_idle()
             or connection._top_xact is not None
             or protocol.is_in_transaction()
-            or connection._listeners.keys() != session.snapshot.callbacks.listeners.keys()
+            or listens_otherwise(connection, session.snapshot.callbacks)
         )
 
     def take_back(self) -> None:

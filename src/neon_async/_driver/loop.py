@@ -145,8 +145,7 @@ class StatementTimer:
         """Call `callback` after `delay` seconds, unless it is cancelled before; as `loop.call_later()`."""
         self._due = time.monotonic() + delay
         self._call = callback, args
-        if self._due < self._timer.due:
-            self._timer.set(self._due)
+        self._timer.set(self._due)
         return self
 
     def cancel(self) -> None:

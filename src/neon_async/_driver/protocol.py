@@ -118,8 +118,8 @@ class SessionProtocol:
         self.has_deallocated = False  # statements may have been deallocated in SQL
         # Called when statements that asyncpg has prepared may be gone, with whether they are certainly.
         self.on_dropped: Callable[[bool], None] = holder.ignore
-        # Called when a reset that went ahead has been answered, with whether the server has done it; before the
-        # connection ends where it has not.
+        # Called with the outcome of a reset that was sent ahead: True if the server has done it. After a failure the
+        # connection ends.
         self.on_reset: Callable[[bool], None] = holder.ignore
         self.prepares = 0  # how often a statement was prepared
         self.transaction_search_path: str | None = None  # of the settings of the open transaction

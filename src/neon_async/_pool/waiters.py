@@ -60,8 +60,7 @@ class WaitQueue(Generic[_T]):
         self._waiters[waiter] = deadline
         if front:
             self._waiters.move_to_end(waiter, last=False)
-        if deadline < self._timer.due:
-            self._timer.set(deadline)
+        self._timer.set(deadline)
         return waiter
 
     async def wait(self, waiter: asyncio.Future[_T]) -> _T:

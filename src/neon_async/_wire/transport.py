@@ -408,10 +408,8 @@ class Stream(asyncio.BufferedProtocol):
         position, usual = 0, self._usual
         while self.waiting:
             if usual and position == self._begin and data.startswith(usual, position):
-                following = self._begin = position + len(usual)
-                self.tail = usual[-_READY_SIZE:]
-                self.waiting.popleft()(usual[-1:], None)
-                self._ended = self._transport.is_closing()  # what the answer led to
+                following = position + len(usual)
+                self._end_answer(data, following)
             else:
                 following = self._read_message(data, position)
             if self._ended:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import enum
+import functools
 import logging
 import time
 import traceback
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .._text import log
-from .slots import Slot, State
+from .slots import IN_USE, Slot
 
 if TYPE_CHECKING:
     from .supply import Supply
@@ -43,7 +44,9 @@ class Facts(NamedTuple):
     ahead: bool
 
 
-_ENDED = Facts(True, False, False, False, False, False, False)
+# There are few, and making one takes longer than deciding what follows.
+_facts = functools.cache(Facts)
+_ENDED = _facts(True, False, False, False, False, False, False)
 
 
 class Need(enum.Enum):
@@ -56,17 +59,20 @@ class Need(enum.Enum):
     FORGET = "to be forgotten, because it has ended"
 
 
+NOTHING, RESET_AHEAD, RESET, CLOSE, FORGET = Need  # as the constants of `slots`
+
+
 def need_of(facts: Facts) -> Need:
     """Return what a connection needs before it can be lent again."""
     if facts.closed:
-        return Need.FORGET
+        return FORGET
     if facts.worn:
-        return Need.CLOSE
+        return CLOSE
     if facts.own_reset or facts.leftovers:
-        return Need.RESET
+        return RESET
     if facts.untouched or not facts.has_reset_query:
-        return Need.NOTHING
-    return Need.RESET_AHEAD if facts.ahead else Need.RESET
+        return NOTHING
+    return RESET_AHEAD if facts.ahead else RESET
 
 
 class Loan:
@@ -89,7 +95,7 @@ class Loan:
         self.lent_at = time.monotonic()
         self._writes = slot.holder.transport.writes
         self._leak_timer: asyncio.TimerHandle | None = None
-        supply.slots.move(slot, State.IN_USE)
+        supply.slots.move(slot, IN_USE)
         slot.loan = self
         slot.used = True
         if supply.options.leak_after is not None:
@@ -143,7 +149,7 @@ class Loan:
         codecs_kept = session.codecs == session.snapshot.codecs
         worn = supply.is_worn(self.slot, now)
         if codecs_kept and self._writes == owned.transport.writes:  # there is nothing else to ask for
-            return Facts(False, worn, supply.own_reset, True, session.calls > 0, False, False)
+            return _facts(False, worn, supply.own_reset, True, session.calls > 0, False, False)
         worn = (
             worn
             or owned.protocol.queries_count >= supply.options.max_queries
@@ -153,7 +159,7 @@ class Loan:
         leftovers = not codecs_kept or owned.has_leftovers()
         own_query = supply.own_reset_query
         has_reset_query = not own_query or _has_reset_query(owned.connection)
-        return Facts(False, worn, supply.own_reset, False, leftovers, has_reset_query, not own_query)
+        return _facts(False, worn, supply.own_reset, False, leftovers, has_reset_query, not own_query)
 
     def _watch(self, leak_after: float) -> None:
         """Log the stack that acquired the connection if it is not released within `leak_after` seconds."""

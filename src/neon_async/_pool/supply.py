@@ -28,12 +28,25 @@ from .._errors import ConnectError, PoolTimeoutError
 from .._neon.endpoint import short_name
 from .._timing import Timer
 from .health_log import HealthLog
-from .loan import Need
+from .loan import CLOSE, FORGET, NOTHING, RESET, RESET_AHEAD, Need
 from .log import Cause, Mishap, PoolLog
 from .opening import Steps, failure_of, open_connection
 from .options import PoolOptions
 from .pace import Pace, may_pass
-from .slots import UNANSWERED, Slot, Slots, State
+from .slots import (
+    CHECKING,
+    CLOSING,
+    CONNECTING,
+    IDLE,
+    RESERVED,
+    RESETTING,
+    SILENT,
+    UNANSWERED,
+    VACANT,
+    Slot,
+    Slots,
+    State,
+)
 from .tallies import Tallies, report
 from .waiters import WaitQueue
 
@@ -186,7 +199,7 @@ class Supply:
         """Close connections that were idle for too long, down to `min_size`, and those that are too old."""
         now, max_idle = time.monotonic(), self.options.max_inactive_connection_lifetime or math.inf
         # A reset may end in a close.
-        spare = self.slots.connected - self.slots.count(State.RESETTING) - self.options.min_size
+        spare = self.slots.connected - self.slots.count(RESETTING) - self.options.min_size
         for slot in list(self.slots.idle):  # from the bottom of the stack: idle for the longest time
             inactive_at = slot.idle_since + max_idle
             if not slot.holder.is_connected():
@@ -213,19 +226,18 @@ class Supply:
             The task that does it in the background, if there is one.
         """
         limit = self.options.release_timeout if timeout is None else timeout
-        match need:
-            case Need.NOTHING:
-                self._offer(slot, is_sound=True)
-            case Need.RESET_AHEAD:
-                slot.reset_began = time.monotonic()
-                slot.holder.protocol.send_reset_ahead()
-                self._offer(slot, is_sound=True)
-            case Need.RESET:
-                return self._start(slot, State.RESETTING, self._reset(slot, limit), limit)
-            case Need.CLOSE:
-                return self._close(slot, limit)
-            case Need.FORGET:
-                self._offer(slot)
+        if need is RESET_AHEAD:
+            slot.reset_began = time.monotonic()
+            slot.holder.protocol.send_reset_ahead()
+            self._offer(slot, is_sound=True)
+        elif need is NOTHING:
+            self._offer(slot, is_sound=True)
+        elif need is RESET:
+            return self._start(slot, RESETTING, self._reset(slot, limit), limit)
+        elif need is CLOSE:
+            return self._close(slot, limit)
+        elif need is FORGET:
+            self._offer(slot)
         return None
 
     def _offer(self, slot: Slot, *, is_sound: bool = False) -> None:
@@ -243,9 +255,9 @@ class Supply:
         elif not is_sound and self.is_worn(slot, now) and (slot.used or self.is_expired(slot) or self.closing):
             self._close(slot)  # a new one is used once, or a lifetime below the time of a dial would dial for ever
         elif self.waiters.hand_over(slot):
-            self.slots.move(slot, State.RESERVED)
+            self.slots.move(slot, RESERVED)
         else:
-            self.slots.move(slot, State.IDLE)
+            self.slots.move(slot, IDLE)
             slot.idle_since = now
             max_idle = self.options.max_inactive_connection_lifetime or math.inf
             self._reaper.set(min(now + max_idle, slot.expires_at))
@@ -258,7 +270,7 @@ class Supply:
 
     def _vacate(self, slot: Slot) -> None:
         """Note that a slot has no connection any more, or got none."""
-        self.slots.move(slot, State.VACANT)
+        self.slots.move(slot, VACANT)
         if self.closing and len(self.slots.vacant) == len(self.slots):
             self.emptied.set()
 
@@ -279,7 +291,7 @@ class Supply:
             self.log.info("no connection is open", event="emptied")
         if slot.loan is not None:
             slot.loan.end()
-        elif slot.state is State.IDLE:
+        elif slot.state is IDLE:
             self._vacate(slot)
             self.balance()
 
@@ -399,7 +411,7 @@ class Supply:
     def _close(self, slot: Slot, limit: float | None = None) -> asyncio.Task[Any]:
         """Close the connection of a slot that no caller has, within `limit` seconds (default: `release_timeout`)."""
         limit = min(self.options.release_timeout if limit is None else limit, _CLOSE_TIMEOUT)
-        return self._start(slot, State.CLOSING, self._close_connection(slot.holder.connection), limit)
+        return self._start(slot, CLOSING, self._close_connection(slot.holder.connection), limit)
 
     async def _close_connection(self, connection: Any) -> Exception | None:
         if connection is None:
@@ -452,11 +464,11 @@ class Supply:
             return
         now = time.monotonic()
         while waiters and (slot := self.take_idle(now)) and waiters.hand_over(slot):
-            slots.move(slot, State.RESERVED)
+            slots.move(slot, RESERVED)
         # While a ping has no answer, the other idle connections will hardly do better.
-        while slots.idle and len(waiters) > slots.count(State.CHECKING) and not slots.count(State.SILENT):
-            self._start(slots.idle[-1], State.CHECKING, self._check(slots.idle[-1]))
-        connecting, checking = slots.count(State.CONNECTING), slots.count(State.CHECKING)
+        while slots.idle and len(waiters) > slots.count(CHECKING) and not slots.count(SILENT):
+            self._start(slots.idle[-1], CHECKING, self._check(slots.idle[-1]))
+        connecting, checking = slots.count(CONNECTING), slots.count(CHECKING)
         refusal = self.pace.refusal(now)
         if refusal is not None:
             waiters.fail(len(waiters) - connecting - checking, functools.partial(_twin, refusal))
@@ -471,7 +483,7 @@ class Supply:
     def _dial_for_waiters(self, wanted: int, now: float) -> None:
         if self._has_to_pause(self.pace.pause(now), now):
             return
-        allowed = self.pace.allowed(self.slots.connected) - self.slots.count(State.CONNECTING)
+        allowed = self.pace.allowed(self.slots.connected) - self.slots.count(CONNECTING)
         for _ in range(min(wanted, len(self.slots.vacant), allowed)):
             self._start_dial()
 
@@ -490,9 +502,9 @@ class Supply:
     def _start_dial(self) -> None:
         """Dial for the first waiter for which no dial is under way, or for none."""
         slot = self.slots.vacant[-1]
-        served = {other.dialed_for for other in self.slots} if self.slots.count(State.CONNECTING) else ()
+        served = {other.dialed_for for other in self.slots} if self.slots.count(CONNECTING) else ()
         slot.dialed_for = next((waiter for waiter in self.waiters if waiter not in served), None)
-        self._start(slot, State.CONNECTING, self._dial(slot))
+        self._start(slot, CONNECTING, self._dial(slot))
 
     async def _dial(self, slot: Slot) -> Exception | None:
         """Make a connection for a vacant slot."""
@@ -586,7 +598,7 @@ class Supply:
         self._reaper.cancel()
         self._resumption.cancel()
         for slot in self.slots:
-            if slot.task is not None and slot.state in (State.CONNECTING, State.CHECKING, State.SILENT):
+            if slot.task is not None and slot.state in (CONNECTING, CHECKING, SILENT):
                 slot.task.cancel()
         for slot in list(self.slots.idle):
             self._close(slot)
@@ -614,7 +626,7 @@ class Supply:
         self._tasks.clear()
         for slot in self.slots:
             slot.holder.terminate()  # which ends its loan, or vacates an idle slot
-            if slot.state is not State.VACANT:
+            if slot.state is not VACANT:
                 self._vacate(slot)
 
     def shut_down(self) -> None:

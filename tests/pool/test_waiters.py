@@ -35,7 +35,12 @@ class Owner:
             self.shelf.append(thing)
 
     async def wait(self, *, front: bool = False, until: float = NEVER) -> str:
-        return await self.queue.wait(self.queue.join(until, front=front))
+        waiter = self.queue.join(until, front=front)
+        try:
+            return await waiter
+        except BaseException:
+            self.queue.leave(waiter)
+            raise
 
 
 async def started(*waits: Any) -> list[asyncio.Task[str]]:
@@ -123,9 +128,16 @@ class TestFairness:
         queue = Owner().queue
         waiter = queue.join(NEVER)
         assert queue.hand_over("a")
-        with pytest.raises(StopIteration) as stopped:
-            queue.wait(waiter).send(None)  # the coroutine ends without having waited for anything
-        assert stopped.value.value == "a"
+        assert waiter.result() == "a"
+
+    @pytest.mark.parametrize("handed_over", [False, True])
+    async def test_a_coroutine_that_is_closed_leaves_the_queue_and_loses_nothing(self, handed_over: bool) -> None:
+        owner = Owner()
+        waiting = owner.wait()
+        waiting.send(None)
+        assert not handed_over or owner.queue.hand_over("a")
+        waiting.close()
+        assert (len(owner.queue), owner.given_back) == (0, ["a"] * handed_over)
 
     async def test_its_length_and_repr_count_the_waiters(self) -> None:
         owner = Owner()

@@ -85,6 +85,9 @@ class _Phase(enum.Enum):
     CLOSED = "closed"
 
 
+_OPEN = _Phase.OPEN  # as the constants of `slots`
+
+
 class AcquireContext(_AcquireContext[RecordT]):
     """What `pool.acquire()` returns: enter it with `async with`, or `await` it for a connection."""
 
@@ -348,7 +351,7 @@ class Pool(PoolBase[RecordT]):
             timeout: Seconds. Default: `acquire_timeout`.
             with_proxy: Whether to return a proxy, on which `setup` has run, and not the loan.
         """
-        if self._phase is not _Phase.OPEN:
+        if self._phase is not _OPEN:
             raise self._unopened_error()
         if not is_current(self._supply.loop):
             raise self._other_loop_error()
@@ -379,7 +382,11 @@ class Pool(PoolBase[RecordT]):
                     raise self._closed_error(unavailable=self._phase is _Phase.CLOSING)
                 waiter = supply.waiters.join(deadline, front=front)
                 supply.balance()
-                slot = await supply.waiters.wait(waiter)
+                try:
+                    slot = await waiter
+                except BaseException:
+                    supply.waiters.leave(waiter)
+                    raise
                 if slot.holder.is_connected() and not supply.is_expired(slot) and not supply.closing:
                     break
                 supply.give_back(slot)  # it has ended or expired since it was handed over
@@ -742,7 +749,7 @@ class Pool(PoolBase[RecordT]):
         whole, until = timeout, None if timeout is None else time.monotonic() + timeout
         while True:  # without a timeout none is passed on: a method of the caller's class keeps its own default
             try:
-                if self._callers_acquire or type(self).acquire is not _acquire or "acquire" in vars(self):
+                if self._callers_acquire or type(self).acquire is not _acquire or "acquire" in self.__dict__:
                     async with self.acquire(timeout=timeout) as connection:
                         options = options if until is None else {**options, "timeout": until - time.monotonic()}
                         return await getattr(connection, method)(*args, **options)

@@ -248,21 +248,27 @@ class Supply:
             is_sound: Whether the end of its loan has just found that the connection can be lent. There are as many
                 connections as before then, so that the supply needs no balance.
         """
-        now = time.monotonic()
         if not (is_sound or slot.holder.is_connected()):
             slot.holder.terminate()  # asyncpg cleans up after some ends only then
             self._vacate(slot)
-        elif not is_sound and self.is_worn(slot, now) and (slot.used or self.is_expired(slot) or self.closing):
-            self._close(slot)  # a new one is used once, or a lifetime below the time of a dial would dial for ever
+        elif not is_sound and self._has_to_end(slot):
+            self._close(slot)
         elif self.waiters.hand_over(slot):
             self.slots.move(slot, RESERVED)
         else:
             self.slots.move(slot, IDLE)
-            slot.idle_since = now
+            slot.idle_since = now = time.monotonic()
             max_idle = self.options.max_inactive_connection_lifetime or math.inf
             self._reaper.set(min(now + max_idle, slot.expires_at))
         if not is_sound:
             self.balance()
+
+    def _has_to_end(self, slot: Slot) -> bool:
+        """Return whether a connection must not be lent. A new one is used once.
+
+        Otherwise a lifetime below the time of a dial would dial for ever.
+        """
+        return self.is_worn(slot, time.monotonic()) and (slot.used or self.is_expired(slot) or self.closing)
 
     def give_back(self, slot: Slot) -> None:
         """Offer a reserved slot again, because its waiter cannot use it."""

@@ -50,7 +50,10 @@ class WaitQueue(Generic[_T]):
         return f"<WaitQueue: {len(self)} waiting>"
 
     def join(self, deadline: float, *, front: bool = False) -> asyncio.Future[_T]:
-        """Return a new waiter. The same task awaits `wait()` before it awaits anything else.
+        """Return a new waiter, to be awaited by the same task before anything else. Where that raises, call `leave()`.
+
+        Its result is what is handed over. It raises `WaitExpired` when its deadline has passed, or what `fail()` or
+        `close()` made for it.
 
         Args:
             deadline: A time of the monotonic clock.
@@ -63,22 +66,16 @@ class WaitQueue(Generic[_T]):
         self._timer.set(deadline)
         return waiter
 
-    async def wait(self, waiter: asyncio.Future[_T]) -> _T:
-        """Return what is handed to `waiter`.
+    def leave(self, waiter: asyncio.Future[_T]) -> None:
+        """End a wait that raised: its task was cancelled, or its coroutine closed, or the waiter got an error.
 
-        Raises:
-            WaitExpired: Its deadline has passed.
-            Exception: What `fail()` or `close()` made for it.
+        The caller itself awaits the waiter and calls this: a coroutine in between would take memory for every waiter.
         """
-        try:
-            return await waiter
-        except asyncio.CancelledError:
-            # Cancelled between the hand-over and this line: the next waiter gets it.
-            if waiter.done() and not waiter.cancelled() and waiter.exception() is None:
-                self._give_back(waiter.result())
-            raise
-        finally:
-            self._waiters.pop(waiter, None)
+        if self._waiters.pop(waiter, None) is not None:
+            return
+        # Something was handed over before: the next waiter gets it.
+        if waiter.done() and not waiter.cancelled() and waiter.exception() is None:
+            self._give_back(waiter.result())
 
     def hand_over(self, thing: _T) -> bool:
         """Hand `thing` to the first waiter. Return False when there is none."""

@@ -109,6 +109,35 @@ async def test_a_session_is_idle_between_the_statements_of_a_transaction(connect
     await transaction.rollback()
 
 
+async def test_a_session_is_at_rest_while_it_is_idle_and_no_transaction_is_open(connection: Any) -> None:
+    protocol = protocol_of(connection)
+    assert protocol.is_at_rest()
+    running = asyncio.ensure_future(connection.execute("SELECT pg_sleep(0.05)"))
+    await asyncio.sleep(0.02)
+    assert not protocol.is_at_rest()
+    await running
+    assert protocol.is_at_rest()
+    transaction = connection.transaction()
+    await transaction.start()
+    assert not protocol.is_at_rest()  # BEGIN goes ahead of the next statement
+    await connection.execute("SELECT 1")
+    assert not protocol.is_at_rest()
+    with pytest.raises(asyncpg.DivisionByZeroError):
+        await connection.execute("SELECT 1/0")
+    assert not protocol.is_at_rest()
+    await transaction.rollback()
+    assert protocol.is_at_rest()
+    with pytest.raises(TimeoutError):
+        await connection.execute("SELECT pg_sleep(60)", timeout=0.02)
+    assert not protocol.is_at_rest()
+    assert await connection.fetchval("SELECT 1") == 1  # asyncpg waits for the end of the other one first
+    assert protocol.is_at_rest()
+    statement = await connection.prepare("SELECT 1")
+    assert not protocol.is_at_rest()  # the server has begun an implicit transaction
+    assert await statement.fetchval() == 1
+    assert protocol.is_at_rest()
+
+
 @pytest.mark.parametrize("how", ["close", "terminate"])
 async def test_a_session_that_has_ended_is_not_idle(connection: Any, how: str) -> None:
     protocol = protocol_of(connection)

@@ -1075,12 +1075,11 @@ class Holder(PoolConnectionHolder):
 
     def has_leftovers(self) -> bool:
         """Return whether the caller has left more than a reset sent ahead cleans: see `Facts.leftovers` of the pool."""
-        connection, session, protocol = self.connection, self.session, self.protocol
+        connection, session = self.connection, self.session
         return bool(
             session.calls
-            or not protocol.is_idle()
+            or not self.protocol.is_at_rest()
             or connection._top_xact is not None
-            or protocol.is_in_transaction()
             or listens_otherwise(connection, session.snapshot.callbacks)
         )
 

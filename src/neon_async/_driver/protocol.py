@@ -139,6 +139,10 @@ class SessionProtocol:
         """Return whether no statement is under way, so that one may be sent ahead."""
         return not self._running and self._transport.is_settled and self.is_connected() and not self.has_cancelled()
 
+    def is_at_rest(self) -> bool:
+        """Return whether no statement is under way, none is being cancelled, and no transaction is open."""
+        return self._transport.is_at_rest and not (self._running or self._begun or self.has_cancelled())
+
     @property
     def search_path(self) -> str | None:
         """The `search_path`, where it is known: PostgreSQL 18 reports it, and a transaction may set it."""

@@ -39,6 +39,7 @@ _FLUSHED_EXECUTES = 16
 _EXECUTES_PER_FLUSH = 16
 # ReadyForQuery, but for the status of the transaction.
 _READY = b"Z\0\0\0\5"
+_READY_OUTSIDE, _READY_FAILED = _READY + b"I", _READY + b"E"  # outside of a transaction, in a failed one
 _READY_SIZE = 6
 # As much as asyncio and uvloop read at once, and more than the 16 KiB of a TLS record (RFC 8446, section 5.1).
 _READ_BUFFER_SIZE = 256 * 1024
@@ -106,9 +107,15 @@ class SessionTransport(asyncio.Transport):
         return stream is not None and (bool(stream.waiting) or stream.tail.startswith(_READY))
 
     @property
+    def is_at_rest(self) -> bool:
+        """Whether everything has been answered, and the server has no transaction open."""
+        stream = self._stream
+        return stream is not None and stream.tail == _READY_OUTSIDE and not stream.waiting
+
+    @property
     def is_in_failed_transaction(self) -> bool:
         """Whether a transaction is open in which a statement has failed, as far as the server has answered."""
-        return self._stream is not None and self._stream.tail == _READY + b"E"
+        return self._stream is not None and self._stream.tail == _READY_FAILED
 
     @property
     def traffic(self) -> tuple[int, int, int]:

@@ -13,7 +13,7 @@ import os
 import time
 import warnings
 import weakref
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator, Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, Generic, NoReturn, Self, TypeVar, Unpack, cast, overload
 
@@ -101,7 +101,7 @@ class AcquireContext(_AcquireContext[RecordT]):
     async def __aenter__(self) -> Connection[RecordT]:  # type: ignore[override]  # a proxy for one of ours
         if self.connection is not None or self.done:
             raise asyncpg.InterfaceError("a connection is already acquired")
-        connection = await self.pool._lend(self.timeout)
+        connection: Connection[RecordT] = await self.pool._lend(self.timeout)
         self.connection = connection
         return connection
 
@@ -338,39 +338,37 @@ class Pool(PoolBase[RecordT]):
             check_timeout("timeout", timeout)
         return self._context_class(self, timeout)
 
-    def _lend(self, timeout: float | None) -> Coroutine[Any, Any, Connection[RecordT]]:
-        """Return the coroutine of an acquire."""
-        return self._borrow(timeout, with_proxy=True)
-
-    async def _borrow(self, timeout: float | None, *, with_proxy: bool = False) -> Any:
-        """Return a new loan, of an idle connection or of the first that becomes free, or what its caller gets.
-
-        Not in two coroutines, because each costs every waiter 280 bytes.
-
-        Args:
-            timeout: Seconds. Default: `acquire_timeout`.
-            with_proxy: Whether to return a proxy, on which `setup` has run, and not the loan.
-        """
-        if self._phase is not _OPEN:
-            raise self._unopened_error()
-        if not is_current(self._supply.loop):
-            raise self._other_loop_error()
+    async def _lend(self, timeout: float | None) -> Any:
+        """Return the connection of a new loan, on which `setup` has run."""
         began, timeout = time.monotonic(), self._options.acquire_timeout if timeout is None else timeout
-        # A caller that comes now must not overtake those that wait.
-        slot = None if self._supply.waiters else self._supply.take_idle(began)
+        slot = self._take_idle(began)
         if slot is None:
-            if self._options.max_waiting is not None:
-                self._require_room(self._options.max_waiting)
             slot = await self._wait_for_slot(timeout, began)
         loan = Loan(self._supply, slot, began)
-        if not with_proxy:
-            return loan
         loan.owner = asyncio.current_task()
         proxy = slot.holder.lend()
         loan.report()
         if self._options.setup is not None:
             await self._run_setup(self._options.setup, loan, proxy, began + timeout)
         return proxy
+
+    def _take_idle(self, now: float) -> Slot | None:
+        """Return the slot of an idle connection, or None where this caller has to wait.
+
+        Raises:
+            PoolBusyError: It may not wait.
+            PoolClosedError: The pool is not open.
+            UnsupportedEventLoopError: It was opened in another event loop.
+        """
+        if self._phase is not _OPEN:
+            raise self._unopened_error()
+        if not is_current(self._supply.loop):
+            raise self._other_loop_error()
+        # A caller that comes now must not overtake those that wait.
+        slot = None if self._supply.waiters else self._supply.take_idle(now)
+        if slot is None and self._options.max_waiting is not None:
+            self._require_room(self._options.max_waiting)
+        return slot
 
     async def _wait_for_slot(self, limit: float, began: float) -> Slot:
         """Return a slot that is connected and reserved for this caller."""
@@ -753,15 +751,20 @@ class Pool(PoolBase[RecordT]):
                     async with self.acquire(timeout=timeout) as connection:
                         options = options if until is None else {**options, "timeout": until - time.monotonic()}
                         return await getattr(connection, method)(*args, **options)
-                loan = await self._borrow(timeout)
+                began = time.monotonic()
+                slot = self._take_idle(began)
+                if slot is None:
+                    limit = self._options.acquire_timeout if timeout is None else timeout
+                    slot = await self._wait_for_slot(limit, began)
+                loan = Loan(self._supply, slot, began)
                 try:  # as the block above, but without a proxy where nothing else gets the connection
-                    owned = loan.slot.holder
+                    owned = slot.holder
                     call = getattr(owned.lend() if owned.is_observed else owned.connection, method)
                     loan.report()
                     options = options if until is None else {**options, "timeout": until - time.monotonic()}
                     return await call(*args, **options)
                 finally:
-                    if loan.slot.loan is loan:  # else the connection has ended
+                    if slot.loan is loan:  # else the connection has ended
                         loan.end()
             except QueryTimeoutError as error:
                 if whole is not None and "timeout" in options:

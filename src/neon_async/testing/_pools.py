@@ -48,14 +48,19 @@ class SelfOpeningPool(Pool[Any]):
     _guard: AsyncGenerator[None, None] | None = None
     _life: object = None
 
-    async def _borrow(self, timeout: float | None, *, with_proxy: bool = False) -> Any:
+    async def _lend(self, timeout: float | None) -> Any:
+        await self._open_here()
+        return await super()._lend(timeout)
+
+    async def _call(self, *args: Any, **options: Any) -> Any:
+        await self._open_here()
+        return await super()._call(*args, **options)
+
+    async def _open_here(self) -> None:
         require_asyncio()
         loop = asyncio.get_running_loop()
-        if self._opened_in is not loop:
-            await self._open_in(loop)
-        return await super()._borrow(timeout, with_proxy=with_proxy)
-
-    async def _open_in(self, loop: asyncio.AbstractEventLoop) -> None:
+        if self._opened_in is loop:
+            return
         if self._opening is None or self._opening[0] is not loop:
             self._opening = loop, asyncio.Lock()
         async with self._opening[1]:

@@ -7,6 +7,10 @@
 task repeats one `fetchval("SELECT 1")` per acquire until all requests of the round are done. The clock stops when every
 connection is free again after the last answer, so that every reset is included.
 
+The client has one CPU and the server the others, as if they were two machines. Otherwise the operating system moves
+processes of the server to the client's CPU and back, and the rates of one client differ by half from run to run. Where
+there is one CPU, or no way to choose, they share what there is.
+
 The pools take turns, in an order that changes from round to round. psycopg_pool is measured with its defaults (BEGIN
 and COMMIT around a query) and with autocommit. Limit, on each event loop: ours serves at least 1.3 times as many
 requests per second as asyncpg's pool (median of the rounds' ratios).
@@ -16,11 +20,13 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import gc
 import itertools
+import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
 
 import uvloop
@@ -30,6 +36,7 @@ from peers import ASYNCPG, OURS, POOLS, PSYCOPG_AUTOCOMMIT, Client, clients_of, 
 from neon_async.testing import LocalPostgres
 
 TASKS, SIZE = 64, 10
+SETTINGS = {"max_connections": "100"}
 NAMES = (*POOLS, PSYCOPG_AUTOCOMMIT)
 RATE = "requests"
 LOOPS: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {
@@ -57,7 +64,7 @@ async def measure_loop(loop: str, arguments: argparse.Namespace) -> Table:
         NAMES,
         [Figure(RATE, "/s", show=("median", "min", "max"))],
     )
-    async with LocalPostgres(settings={"max_connections": "100"}) as server, AsyncExitStack() as stack:
+    async with server_on_other_cpus() as server, AsyncExitStack() as stack:
         candidates = stack.enter_context(clients_of(server))
         opened = await open_all(stack, candidates, NAMES, SIZE)
         for counts, name, client in take_turns(opened, arguments.rounds, warm_up=True):
@@ -65,6 +72,24 @@ async def measure_loop(loop: str, arguments: argparse.Namespace) -> Table:
             if counts:
                 table.add(name, RATE, rate)
     return table
+
+
+@contextlib.asynccontextmanager
+async def server_on_other_cpus() -> AsyncIterator[LocalPostgres]:
+    """Start a server that does not run on the CPU of this process."""
+    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else {0}
+    if len(allowed) == 1:
+        async with LocalPostgres(settings=SETTINGS) as server:
+            yield server
+        return
+    own = max(allowed)  # interrupts are often served by the first one
+    os.sched_setaffinity(0, allowed - {own})  # which the processes of the server inherit
+    try:
+        async with LocalPostgres(settings=SETTINGS) as server:
+            os.sched_setaffinity(0, {own})
+            yield server
+    finally:
+        os.sched_setaffinity(0, allowed)
 
 
 async def rate_of(client: Client, requests: int) -> float:

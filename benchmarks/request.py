@@ -51,7 +51,7 @@ DIRECT, POOLED = "direct", "pooled"
 SIZE, TASKS = 5, 10
 WARM_UP = 6  # psycopg prepares a statement after it has run five times
 COUNTING_DELAY = 0.01  # seconds each way, so that round trips can be told apart
-CALLS = {0.0: 90, 0.001: 24, 0.02: 6}  # in a row, by the seconds of a round trip
+CALLS = {0.0: 90, 0.001: 24, 0.02: 12}  # in a row, by the seconds of a round trip
 JUDGED = 0.02  # seconds of the round trip to which the limits apply
 LEADS = {ASYNCPG: 1.9, PSYCOPG_AUTOCOMMIT: 0.95}  # how many times as many requests ours serves at least
 
@@ -143,9 +143,10 @@ async def measure_distance(way: str, server: Server, port: int, round_trip: floa
                 table.add(name, CONNECTIONS, client.size())
         for client in opened.values():
             await fill(client, SIZE)
+            await by_tasks(client, WARM_UP)  # so that each connection has prepared the statement
         for _, name, client in take_turns(opened, rounds, warm_up=False):
             gc.collect()
-            table.add(name, BY_TASKS, await by_tasks(client, calls // 3))
+            table.add(name, BY_TASKS, await by_tasks(client, calls // 2))
     return table
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,6 +26,17 @@ settings.load_profile("neon-async")
 def anyio_backend(request: pytest.FixtureRequest) -> Any:
     """The event loops that async tests, marked `anyio`, run on."""
     return request.param
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interruptible() -> None:
+    """Let the processes that tests start end on Ctrl-C.
+
+    A shell without job control has what it starts in the background ignore SIGINT, and children inherit that (POSIX,
+    Shell Command Language, section 2.11).
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,7 @@ says so.
   that. Work in the background takes another connection, or delays the next request; a reset that is sent ahead of the
   next request does neither.
 - ten tasks: requests per second of ten tasks that each do requests in a row and share the five connections, so that
-  every connection that is not free costs requests.
+  every connection that is not free costs requests. Each connection has prepared the statement before.
 
 The pools take turns, in an order that changes from round to round. Medians are those of all requests of all rounds.
 psycopg_pool is measured with its defaults (BEGIN and COMMIT around a query) and with autocommit, in which it resets

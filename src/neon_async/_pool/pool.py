@@ -340,16 +340,14 @@ class Pool(PoolBase[RecordT]):
 
     async def _lend(self, timeout: float | None) -> Any:
         """Return the connection of a new loan, on which `setup` has run."""
-        began, timeout = time.monotonic(), self._options.acquire_timeout if timeout is None else timeout
-        slot = self._take_idle(began)
-        if slot is None:
-            slot = await self._wait_for_slot(timeout, began)
+        began = time.monotonic()
+        slot = self._take_idle(began) or await self._wait_for_slot(timeout, began)
         loan = Loan(self._supply, slot, began)
         loan.owner = asyncio.current_task()
         proxy = slot.holder.lend()
         loan.report()
         if self._options.setup is not None:
-            await self._run_setup(self._options.setup, loan, proxy, began + timeout)
+            await self._run_setup(self._options.setup, loan, proxy, timeout)
         return proxy
 
     def _take_idle(self, now: float) -> Slot | None:
@@ -370,9 +368,9 @@ class Pool(PoolBase[RecordT]):
             self._require_room(self._options.max_waiting)
         return slot
 
-    async def _wait_for_slot(self, limit: float, began: float) -> Slot:
+    async def _wait_for_slot(self, timeout: float | None, began: float) -> Slot:
         """Return a slot that is connected and reserved for this caller."""
-        supply = self._supply
+        supply, limit = self._supply, self._options.acquire_timeout if timeout is None else timeout
         deadline, front = began + limit, False
         try:
             while True:
@@ -396,22 +394,22 @@ class Pool(PoolBase[RecordT]):
             supply.tallies.waits.since(began)
         if slot.holder.connection is None:  # `on_event` has ended it
             supply.give_back(slot)
-            return await self._wait_for_slot(limit, began)
+            return await self._wait_for_slot(timeout, began)
         return slot
 
     async def _run_setup(
-        self, setup: Callable[[Any], Awaitable[None]], loan: Loan, proxy: object, deadline: float
+        self, setup: Callable[[Any], Awaitable[None]], loan: Loan, proxy: object, timeout: float | None
     ) -> None:
         """Run the caller's `setup` within the acquire. A connection that it fails on is not used again."""
-        began = time.monotonic()
-        timeout = asyncio.timeout(deadline - began)
+        began, limit = time.monotonic(), self._options.acquire_timeout if timeout is None else timeout
+        deadline = asyncio.timeout(loan.called_at + limit - began)
         try:
-            async with timeout:
+            async with deadline:
                 await setup(proxy)
         except BaseException as error:
             if loan.slot.loan is loan:  # else it has ended, and another one may have taken its place
                 self._supply.terminate_after_setup(loan.slot)
-            if isinstance(error, TimeoutError) and timeout.expired():
+            if isinstance(error, TimeoutError) and deadline.expired():
                 self._supply.tallies.timeouts.since(began)
                 raise self._timeout_error(
                     "The time to acquire was over before setup returned", "Let setup do less, or allow more time."
@@ -752,10 +750,7 @@ class Pool(PoolBase[RecordT]):
                         options = options if until is None else {**options, "timeout": until - time.monotonic()}
                         return await getattr(connection, method)(*args, **options)
                 began = time.monotonic()
-                slot = self._take_idle(began)
-                if slot is None:
-                    limit = self._options.acquire_timeout if timeout is None else timeout
-                    slot = await self._wait_for_slot(limit, began)
+                slot = self._take_idle(began) or await self._wait_for_slot(timeout, began)
                 loan = Loan(self._supply, slot, began)
                 try:  # as the block above, but without a proxy where nothing else gets the connection
                     owned = slot.holder

@@ -59,7 +59,7 @@ def wait_for(condition: Callable[[], object]) -> None:
     deadline = time.monotonic() + HANG
     while not condition():
         assert time.monotonic() < deadline, "the condition never held"
-        time.sleep(0.01)
+        time.sleep(0.001)
 
 
 @contextlib.contextmanager

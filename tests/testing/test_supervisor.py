@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -19,6 +20,7 @@ import pytest
 from support.processes import HANG, Scene, ask, connect, parent_of, postmaster, processes, wait_for
 
 from neon_async.testing import LocalPostgres, LocalPostgresError
+from neon_async.testing._supervisor import STOP_PATIENCE
 
 pytestmark = pytest.mark.anyio
 
@@ -90,9 +92,13 @@ async def test_leaving_the_block_removes_everything(scene: Scene, tmp_path: Path
 
 
 CALLER = """
-import json, os, sys
+import json, os, signal, sys
 import anyio
 from neon_async.testing import LocalPostgres
+
+if "ignores signals" in sys.argv:
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 async def main():
     async with LocalPostgres() as server:
@@ -164,13 +170,18 @@ def test_nothing_remains_after_the_caller_has_ended(
             os.kill(ready["child"], signal.SIGKILL)
 
 
+@pytest.mark.parametrize("arguments", [pytest.param((), id=""), pytest.param(("ignores signals",), id="in a script")])
 @pytest.mark.parametrize("sign", ["neon-async-*", "neon-async-*/data/base", "neon-async-*/server.key"])
-def test_nothing_remains_after_the_caller_is_killed_during_the_start(sign: str, scene: Scene) -> None:
-    with caller() as process:
+def test_nothing_remains_after_the_caller_is_killed_during_the_start(
+    sign: str, arguments: tuple[str, ...], scene: Scene
+) -> None:
+    with caller(*arguments) as process:
         wait_for(lambda: scene.files(sign))
         process.kill()
+        killed = time.monotonic()
         process.wait(HANG)
         wait_for(lambda: scene.traces(process.pid) == [])
+    assert time.monotonic() - killed < STOP_PATIENCE  # no signal was lost
 
 
 @one_loop

@@ -391,6 +391,9 @@ def main() -> None:
     for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
         # `Caller.wait` then sees the end of the socket, so that the signal never interrupts a step halfway.
         signal.signal(number, lambda *_: channel.shutdown(socket.SHUT_RDWR))
+    # A shell without job control has what it starts in the background ignore SIGQUIT. A server that inherited that
+    # would not notice the signal until it has a handler of its own.
+    signal.signal(signal.SIGQUIT, signal.SIG_DFL)
     caller = Caller(channel, int(sys.argv[1]))
     server = Server(caller)
     try:

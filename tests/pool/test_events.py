@@ -166,6 +166,27 @@ async def test_a_function_may_end_the_pool(
     assert pool.stats().vacant == 1
 
 
+async def test_a_function_may_release_the_connection_that_is_being_released(
+    postgres: LocalPostgres, caplog: pytest.LogCaptureFixture
+) -> None:
+    releasing: list[BaseException] = []
+
+    def release(event: PoolEvent) -> None:
+        if isinstance(event, Released):
+            with pytest.raises(StopIteration) as ended:
+                pool.release(connection).send(None)
+            releasing.append(ended.value)
+
+    async with make_pool(postgres, max_size=1, on_event=release) as pool:
+        connection = await pool.acquire()
+        await connection.execute("SELECT 1")
+        await pool.release(connection)
+        assert len(releasing) == 1
+        await pool.release(connection)
+        assert pool.get_idle_size() == 1
+    assert [record for record in caplog.records if vars(record).get("event") == "on_event_failed"] == []
+
+
 async def test_a_function_that_fails_disturbs_nothing_and_is_logged(
     postgres: LocalPostgres, caplog: pytest.LogCaptureFixture
 ) -> None:

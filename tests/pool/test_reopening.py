@@ -13,7 +13,7 @@ from pathlib import Path
 import asyncpg
 import pytest
 import uvloop
-from support.probes import HANG, assert_balanced, connected, make_pool, nothing_is_left, sessions
+from support.probes import HANG, assert_balanced, assert_whole, connected, make_pool, nothing_is_left, sessions
 
 import neon_async
 from neon_async.testing import LocalEndpoint, LocalPostgres
@@ -56,6 +56,56 @@ async def test_a_pool_that_is_closing_cannot_be_opened(postgres: LocalPostgres) 
         with pytest.raises(neon_async.PoolClosedError, match="is closing"):
             await pool
     await closing
+
+
+@pytest.mark.anyio
+async def test_a_close_does_not_end_a_pool_that_was_terminated_and_opened_again_meanwhile(
+    postgres: LocalPostgres,
+) -> None:
+    pool = await make_pool(postgres, max_size=2)
+    await pool.acquire()
+    closing = asyncio.ensure_future(pool.close(timeout=HANG))
+    await asyncio.sleep(0)
+    pool.terminate()
+    async with pool, asyncio.timeout(HANG):
+        async with pool.acquire() as connection:
+            await closing
+            assert await connection.fetchval("SELECT 1") == 1
+        await assert_whole(pool)
+
+
+@pytest.mark.anyio
+async def test_a_cancelled_close_does_not_end_a_pool_that_was_opened_again_meanwhile(postgres: LocalPostgres) -> None:
+    pool = await make_pool(postgres, max_size=2)
+    await pool.acquire()
+    closing = asyncio.ensure_future(pool.close(timeout=HANG))
+    await asyncio.sleep(0)
+    closing.cancel()
+    pool.terminate()
+    async with pool, asyncio.timeout(HANG):
+        with pytest.raises(asyncio.CancelledError):
+            await closing
+        await assert_whole(pool)
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("made", range(3))
+async def test_an_opening_that_was_terminated_does_not_end_the_one_that_followed(
+    postgres: LocalPostgres, made: int
+) -> None:
+    """Until then it has made none of its two connections, one, or both."""
+    pool = make_pool(postgres, init_size=2, max_size=3)
+    async with asyncio.timeout(HANG):
+        opening = asyncio.ensure_future(pool.__aenter__())
+        await asyncio.sleep(0)
+        while pool.stats().idle < made:
+            await asyncio.sleep(0)
+        pool.terminate()
+        async with pool:
+            await asyncio.wait([opening])
+            assert opening.exception() is None or isinstance(opening.exception(), neon_async.PoolClosedError)
+            assert pool.get_idle_size() == 2
+            await assert_whole(pool)
 
 
 @pytest.mark.parametrize("new_loop", LOOPS)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import enum
+import functools
 import inspect
 import os
 import time
@@ -105,9 +106,14 @@ class AcquireContext(_AcquireContext[RecordT]):
         self.connection = connection
         return connection
 
-    async def __aexit__(self, *_: object) -> None:
+    async def __aexit__(self, *failure: object) -> None:
         """Release the connection and return at once; what it needs is done in the background."""
-        self.pool._end_loan(self.connection)  # in another event loop it raises, and nothing has changed
+        try:
+            self.pool._end_loan(self.connection)
+        except UnsupportedEventLoopError:
+            if failure[:1] != (GeneratorExit,):
+                raise  # nothing has changed
+            self.pool._end_closed(holder_of(self.connection, self.pool))
         self.done, self.connection = True, None
 
     def __await__(self) -> Generator[Any, None, Connection[RecordT]]:  # type: ignore[override]
@@ -120,9 +126,14 @@ class _ReleasingContext(AcquireContext):
 
     __slots__ = ()
 
-    async def __aexit__(self, *_: object) -> None:
+    async def __aexit__(self, *failure: object) -> None:
         connection, self.connection, self.done = self.connection, None, True
-        await self.pool.release(cast(Any, connection))
+        try:
+            await self.pool.release(cast(Any, connection))
+        except UnsupportedEventLoopError:
+            if failure[:1] != (GeneratorExit,):
+                raise
+            self.pool._end_closed(holder_of(connection, self.pool))
 
 
 class Pool(PoolBase[RecordT]):
@@ -262,7 +273,7 @@ class Pool(PoolBase[RecordT]):
         """
         require_asyncio()
         if self._phase not in (_Phase.NEW, _Phase.CLOSED) and self._own_loop.is_closed():
-            self._terminate()  # that event loop died without closing the pool
+            self._terminate(self._supply)  # that event loop died without closing the pool
         if self._phase is _Phase.OPENING:
             raise asyncpg.InterfaceError("pool is being initialized in another task")
         if self._phase is _Phase.OPEN:
@@ -272,24 +283,28 @@ class Pool(PoolBase[RecordT]):
         if self._phase is _Phase.CLOSED:
             self._begin_life(self._supply)
         self._enter(_Phase.OPENING)
-        self._supply.loop = asyncio.get_running_loop()
-        self._set_loop(self._supply.loop)
+        supply = self._supply
+        supply.loop = asyncio.get_running_loop()
+        self._set_loop(supply.loop)
         _opened.add(self)
         try:
-            await self._make_first_connections(self._options.opening_size)
+            await self._make_first_connections(supply, self._options.opening_size)
         except BaseException:
-            self._enter(_Phase.CLOSED)
-            self._supply.terminate(self._closed_error)
+            if self._supply is supply:  # else it was terminated, and another task has opened it again
+                self._enter(_Phase.CLOSED)
+                supply.terminate(self._closed_error)
             raise
-        if not self.is_closing():
+        if self._supply is supply and not self.is_closing():
             self._enter(_Phase.OPEN)
         return self
 
-    async def _make_first_connections(self, count: int) -> None:
+    async def _make_first_connections(self, supply: Supply, count: int) -> None:
         began, limit = time.monotonic(), self._options.acquire_timeout
         slots: list[Slot] = []
 
         async def make_one() -> None:
+            if self._supply is not supply:  # terminated, and opened again, before this task began
+                raise self._closed_error(_Phase.CLOSED)
             slots.append(await self._wait_for_slot(limit, began))
 
         making = [asyncio.ensure_future(make_one()) for _ in range(count)]
@@ -299,7 +314,7 @@ class Pool(PoolBase[RecordT]):
             for one in making:
                 one.cancel()
             for slot in slots:  # only now, so that each of them has made a connection of its own
-                self._supply.give_back(slot)
+                supply.give_back(slot)
 
     def set_connect_args(self, dsn: str | None = None, **connect_kwargs: Any) -> NoReturn:
         """Refuse: the parameters of a pool are judged once, by `create_pool()`.
@@ -427,9 +442,10 @@ class Pool(PoolBase[RecordT]):
             return PoolClosedError(f"The pool {self._supply.name} is not open: pool is not initialized. {_HOW_TO_OPEN}")
         return self._closed_error(unavailable=self._phase is _Phase.CLOSING)
 
-    def _closed_error(self, *, unavailable: bool = True) -> PoolClosedError:
-        advice = "Open it again with `async with pool:`." if self._phase is _Phase.CLOSED else "Create a new pool."
-        text = f"The pool is {self._phase.value}: {self._supply.name}. {advice}"
+    def _closed_error(self, phase: _Phase | None = None, *, unavailable: bool = True) -> PoolClosedError:
+        phase = phase or self._phase
+        advice = "Open it again with `async with pool:`." if phase is _Phase.CLOSED else "Create a new pool."
+        text = f"The pool is {phase.value}: {self._supply.name}. {advice}"
         return PoolClosedError(text, unavailable=unavailable)
 
     def _require_own_loop(self) -> None:
@@ -514,8 +530,10 @@ class Pool(PoolBase[RecordT]):
         if timeout is not None:
             check_timeout("timeout", timeout)
         task = self._end_loan(connection, timeout)
+        if task is None:
+            return
         current = asyncio.current_task()
-        if task is None or (current is not None and current.cancelling()):
+        if current is not None and current.cancelling():
             return
         await asyncio.wait([task])  # which goes on when this call is cancelled
         failure = None if task.cancelled() else task.result()  # cancelled: the pool was terminated meanwhile
@@ -528,8 +546,15 @@ class Pool(PoolBase[RecordT]):
             return None
         self._require_own_loop()
         loan = self._supply.slot_of(holder).loan
-        assert loan is not None
-        return loan.end(timeout)
+        return None if loan is None else loan.end(timeout)  # None: `on_event` releases what is being released
+
+    def _end_closed(self, holder: Holder | None) -> None:
+        """Terminate the connection of a coroutine that is closed, where the event loop does not run.
+
+        Nothing can be sent there, and no work begun. The pool makes another connection when it is needed.
+        """
+        if holder is not None and not is_current(self._supply.loop):
+            holder.terminate()
 
     async def expire_connections(self) -> None:
         """Lend no connection again that is open now: idle ones are replaced when needed, others when released.
@@ -558,32 +583,38 @@ class Pool(PoolBase[RecordT]):
         if self._phase is _Phase.CLOSED:
             return
         self._require_opened()
+        supply = self._supply
         if self._own_loop.is_closed():  # nothing can be closed politely any more
-            self._terminate()
+            self._terminate(supply)
             return
         self._require_own_loop()
         if self._phase is not _Phase.CLOSING:
             self._enter(_Phase.CLOSING)
-            self._supply.start_closing(self._closed_error)
+            supply.start_closing(self._closed_error)
         try:
             async with asyncio.timeout(timeout):
-                await self._supply.emptied.wait()
+                await supply.emptied.wait()
         except TimeoutError:
-            count = self._supply.slots.count
-            self._supply.log.info(
+            count = supply.slots.count
+            supply.log.info(
                 "not closed within %(limit)g s; terminating connections: %(in_use)d in use, %(resetting)d being reset",
                 event="close_late",
                 limit=timeout,
                 in_use=count(State.IN_USE),
                 resetting=self._resetting(),
             )
-            self.terminate()
+            self._terminate_by_close(supply)
         except BaseException:
-            self.terminate()
+            self._terminate_by_close(supply)
             raise
         finally:
-            self._terminate()
-        await self._supply.wait_for_tasks()
+            self._terminate(supply)
+        await supply.wait_for_tasks()
+
+    def _terminate_by_close(self, supply: Supply) -> None:
+        """Terminate the pool by the method that a subclass may have overridden, unless it was opened again."""
+        if self._supply is supply:
+            self.terminate()
 
     def terminate(self) -> None:
         """Close the pool at once: refuse waiters, and terminate all connections, also those in use.
@@ -598,22 +629,23 @@ class Pool(PoolBase[RecordT]):
         if self._phase is _Phase.CLOSED:
             return
         self._require_opened()
-        loop = self._own_loop
-        if loop.is_running() and not is_current(loop) and call_in(loop, self._terminate):
-            self._supply.shut_down()  # the loop may be blocked, or stop before it makes the call
+        loop, supply = self._own_loop, self._supply
+        if loop.is_running() and not is_current(loop) and call_in(loop, functools.partial(self._terminate, supply)):
+            supply.shut_down()  # the loop may be blocked, or stop before it makes the call
         else:
-            self._terminate()
+            self._terminate(supply)
 
-    def _terminate(self) -> None:
-        if self._phase is _Phase.CLOSED:
+    def _terminate(self, supply: Supply) -> None:
+        """End the life of the pool that has this supply, unless it has ended: the pool may have been opened again."""
+        if self._supply is not supply or self._phase is _Phase.CLOSED:
             return
         self._enter(_Phase.CLOSED)
         if self._own_loop.is_closed():
-            self._supply.abandon()
+            supply.abandon()
         else:
-            self._supply.terminate(self._closed_error)
-        self._supply.log.flush()
-        self._supply.log.info("the pool is closed", event="pool_closed")
+            supply.terminate(self._closed_error)
+        supply.log.flush()
+        supply.log.info("the pool is closed", event="pool_closed")
 
     def _leave_to_parent(self) -> None:
         """Start empty in a forked process. The connections stay those of the parent, which keeps using them."""
@@ -758,6 +790,9 @@ class Pool(PoolBase[RecordT]):
                     loan.report()
                     options = options if until is None else {**options, "timeout": until - time.monotonic()}
                     return await call(*args, **options)
+                except GeneratorExit:
+                    self._end_closed(slot.holder)
+                    raise
                 finally:
                     if slot.loan is loan:  # else the connection has ended
                         loan.end()

@@ -85,7 +85,7 @@ class Supply:
         self.connector = connector
         self.slots = Slots([Slot(holder) for holder in holders])
         self._slot_of = {slot.holder: slot for slot in self.slots}
-        self.waiters: WaitQueue[Slot] = WaitQueue(give_back=self._offer)
+        self.waiters: WaitQueue[Slot] = WaitQueue(give_back=self.give_back)
         self.pace = Pace()
         self.tallies: Tallies = before.tallies if before else Tallies(options.on_event, self.name)
         self.health: HealthLog = before.health if before else HealthLog()
@@ -272,7 +272,10 @@ class Supply:
 
     def give_back(self, slot: Slot) -> None:
         """Offer a reserved slot again, because its waiter cannot use it."""
-        self._offer(slot)
+        if holder.is_current(self.loop):
+            self._offer(slot)
+        else:  # the coroutine was closed where the event loop does not run
+            holder.call_in(self.loop, functools.partial(self._offer, slot))
 
     def _vacate(self, slot: Slot) -> None:
         """Note that a slot has no connection any more, or got none."""
@@ -627,7 +630,7 @@ class Supply:
         """End every connection where the event loop is closed: none of its tasks, waiters and timers runs again."""
         self.closing = True
         # What belonged to that loop would schedule callbacks in it, which raises.
-        self.waiters = WaitQueue(give_back=self._offer)
+        self.waiters = WaitQueue(give_back=self.give_back)
         self.emptied = asyncio.Event()
         self._tasks.clear()
         for slot in self.slots:

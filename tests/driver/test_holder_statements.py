@@ -222,6 +222,24 @@ class TestStatements:
             with pytest.raises(TimeoutError):
                 holder.timeout_of(connection, 0)
 
+    @pins("_on_waiter_completed")
+    async def test_asyncpg_adds_a_callback_to_each_future_of_its_protocol(self, connection: Any) -> None:
+        protocol, futures = connection._protocol._asyncpg, []
+        completed = protocol._on_waiter_completed
+
+        def note(future: asyncio.Future[Any]) -> None:
+            futures.append(future)
+            completed(future)
+
+        protocol._on_waiter_completed = note
+        await connection.execute("SELECT 1")
+        del protocol._on_waiter_completed
+        await connection.execute("SELECT 1")
+        assert [type(one.result()) for one in futures] == [str]
+        with holder.retrieved(protocol):
+            pass
+        assert protocol._on_waiter_completed == completed
+
     @pins("_protocol")
     async def test_what_is_sent_for_the_pool_runs_and_no_logger_sees_it(self, connection: Any) -> None:
         seen: list[str] = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any, ClassVar
 
 import pytest
@@ -13,7 +13,7 @@ import uvloop
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-from support.probes import HANG
+from support.probes import HANG, nothing_is_reported
 
 from neon_async._pool.waiters import WaitQueue
 from neon_async._timing import Timer
@@ -90,18 +90,13 @@ class Timers:
 
 
 @pytest.fixture
-async def nothing_is_reported() -> Any:
-    """Check that no future is left with an exception that was never retrieved, and that no callback fails."""
-    reported: list[dict[str, Any]] = []
-    asyncio.get_running_loop().set_exception_handler(lambda _, context: reported.append(context))
-    yield
-    gc.collect(1)
-    await asyncio.sleep(0)
-    assert reported == []
+async def quiet() -> AsyncIterator[None]:
+    async with nothing_is_reported():
+        yield
 
 
 @pytest.mark.anyio
-@pytest.mark.usefixtures("nothing_is_reported")
+@pytest.mark.usefixtures("quiet")
 class TestFairness:
     async def test_waiters_are_served_first_come_first_served(self) -> None:
         owner = Owner()
@@ -150,7 +145,7 @@ class TestFairness:
 
 
 @pytest.mark.anyio
-@pytest.mark.usefixtures("nothing_is_reported")
+@pytest.mark.usefixtures("quiet")
 class TestWaitersThatLeave:
     async def test_a_waiter_that_left_before_the_hand_over_is_passed_over(self) -> None:
         owner = Owner()
@@ -285,7 +280,7 @@ class TestWaitersThatLeave:
 
 
 @pytest.mark.anyio
-@pytest.mark.usefixtures("nothing_is_reported")
+@pytest.mark.usefixtures("quiet")
 class TestFailures:
     @pytest.mark.parametrize(
         ("count", "failing"),

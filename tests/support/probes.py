@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import os
 import re
 import socket
@@ -49,6 +50,21 @@ async def nothing_is_left() -> AsyncIterator[None]:
     sockets, tasks = open_sockets(), asyncio.all_tasks()
     yield
     await until(lambda: open_sockets() <= sockets and asyncio.all_tasks() <= tasks)
+
+
+@contextlib.asynccontextmanager
+async def nothing_is_reported() -> AsyncIterator[None]:
+    """Check that the block leaves no exception that was never retrieved, and that no callback of it fails."""
+    loop, reported = asyncio.get_running_loop(), []
+    handler = loop.get_exception_handler()
+    loop.set_exception_handler(lambda _, context: reported.append(context))
+    try:
+        yield
+        gc.collect(1)
+        await asyncio.sleep(0)
+    finally:
+        loop.set_exception_handler(handler)
+    assert reported == []
 
 
 def chain_of(error: BaseException) -> list[BaseException]:

@@ -693,6 +693,30 @@ def keep_frequent_methods(own: Any, protocol: Any) -> None:
     own.has_cancelled = protocol._is_cancelling
 
 
+@contextlib.contextmanager
+def retrieved(protocol: Any) -> Iterator[None]:
+    """Retrieve the exception of each future that asyncpg's protocol makes in the block, so that none is logged.
+
+    asyncpg awaits the future of a COPY only after the caller's code. Where that code ends the connection, asyncpg fails
+    before it comes to that, and the event loop would log "Future exception was never retrieved".
+
+    Args:
+        protocol: asyncpg's own object.
+    """
+    completed = protocol._on_waiter_completed  # asyncpg adds it to each future as a callback
+
+    def retrieve(waiter: asyncio.Future[Any]) -> None:
+        if not waiter.cancelled():
+            waiter.exception()
+        completed(waiter)
+
+    protocol._on_waiter_completed = retrieve
+    try:
+        yield
+    finally:
+        del protocol._on_waiter_completed
+
+
 def is_idle(connection: Any) -> bool:
     """Return whether no statement is under way or being cancelled."""
     return bool(connection._protocol.is_idle())

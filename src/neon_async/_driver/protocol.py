@@ -42,7 +42,8 @@ from .session import Session
 
 _T = TypeVar("_T")
 
-# asyncpg 0.31 waits without a limit for the end of a cancelled statement, before it begins the time of the next one.
+# asyncpg 0.31 waits without a limit for the end of a cancelled statement, before it begins the time of the next one, or
+# of a close.
 _WAITS_FOR_CANCELLATION = asyncpg.__version__.startswith("0.31.")
 
 _DOTTED_NAME = r"[A-Za-z_][A-Za-z0-9_$]*(?:\.[A-Za-z_][A-Za-z0-9_$]*)+"
@@ -314,11 +315,19 @@ class SessionProtocol:
     ) -> Any:
         """Copy data to the server."""
         result = self._asyncpg.copy_in(copy_stmt, reader, data, records, record_stmt, timeout)
-        return await self._run(result, copy_stmt, timeout)
+        with holder.retrieved(self._asyncpg):
+            return await self._run(_with_answer(result), copy_stmt, timeout)
 
     async def copy_out(self, copy_stmt: str, sink: Any, timeout: Any) -> Any:
         """Copy data from the server."""
-        return await self._run(self._asyncpg.copy_out(copy_stmt, sink, timeout), copy_stmt, timeout)
+        with holder.retrieved(self._asyncpg):
+            return await self._run(self._asyncpg.copy_out(copy_stmt, sink, timeout), copy_stmt, timeout)
+
+    async def close(self, timeout: float | None) -> None:
+        """Close the connection politely, after the statement that is under way was cancelled."""
+        limit = holder.timeout_by(self._asyncpg, timeout) if _WAITS_FOR_CANCELLATION else None
+        async with asyncio.timeout(limit):
+            await self._asyncpg.close(timeout)
 
     async def _tracked(self, call: Coroutine[Any, Any, _T], effects: Effects) -> _T:
         """Run a call that prepares or drops statements in SQL. Neither is undone when a transaction is rolled back."""
@@ -479,6 +488,14 @@ class SessionProtocol:
         failure, self._failure = self._failure, None
         assert failure is not None
         return failure
+
+
+async def _with_answer(copy: Coroutine[Any, Any, Any]) -> Any:
+    """Return the command tag of a COPY. asyncpg 0.31 returns None where its connection was closed meanwhile."""
+    tag = await copy
+    if tag is None:
+        raise asyncpg.ConnectionDoesNotExistError("connection was closed in the middle of operation")
+    return tag
 
 
 def _is_out_of_step(error: asyncpg.InternalClientError) -> bool:

@@ -408,7 +408,13 @@ class Stream(asyncio.BufferedProtocol):
         self.tail = data[-_READY_SIZE:] if len(data) >= _READY_SIZE else (self.tail + data)[-_READY_SIZE:]
         if data.endswith(_END_OF_ERROR):
             self._last_words = _fatal_error_at_end(data)
-        self._pass_on(data)
+        try:
+            self._pass_on(data)
+        except Exception:
+            # The caller's decoder has ended the connection and failed: asyncpg forgets its call at the end, and then
+            # looks for it to report the failure.
+            if not self._transport.is_closing():
+                raise
 
     def _read_answers(self, data: bytes) -> bytes:
         """Read `data`, which begins with a message, and return what comes after the last answer that is expected."""

@@ -914,82 +914,123 @@ class Proxy(_Proxy):
 
         @functools.wraps(PoolConnectionProxy.execute)
         def execute(self, *args, **keywords):
-            return self._call(self._lent("execute").execute, args, keywords)
+            call = self._call(self._lent("execute").execute, args, keywords)
+            call.__qualname__ = "Connection.execute"
+            return call
 
         @functools.wraps(PoolConnectionProxy.executemany)
         def executemany(self, *args, **keywords):
-            return self._call(self._lent("executemany").executemany, args, keywords)
+            call = self._call(self._lent("executemany").executemany, args, keywords)
+            call.__qualname__ = "Connection.executemany"
+            return call
 
         @functools.wraps(PoolConnectionProxy.fetch)
         def fetch(self, *args, **keywords):
-            return self._call(self._lent("fetch").fetch, args, keywords)
+            call = self._call(self._lent("fetch").fetch, args, keywords)
+            call.__qualname__ = "Connection.fetch"
+            return call
 
         @functools.wraps(PoolConnectionProxy.fetchval)
         def fetchval(self, *args, **keywords):
-            return self._call(self._lent("fetchval").fetchval, args, keywords)
+            call = self._call(self._lent("fetchval").fetchval, args, keywords)
+            call.__qualname__ = "Connection.fetchval"
+            return call
 
         @functools.wraps(PoolConnectionProxy.fetchrow)
         def fetchrow(self, *args, **keywords):
-            return self._call(self._lent("fetchrow").fetchrow, args, keywords)
+            call = self._call(self._lent("fetchrow").fetchrow, args, keywords)
+            call.__qualname__ = "Connection.fetchrow"
+            return call
 
         @functools.wraps(PoolConnectionProxy.fetchmany)
         def fetchmany(self, *args, **keywords):
-            return self._call(self._lent("fetchmany").fetchmany, args, keywords)
+            call = self._call(self._lent("fetchmany").fetchmany, args, keywords)
+            call.__qualname__ = "Connection.fetchmany"
+            return call
 
         @functools.wraps(PoolConnectionProxy.prepare)
         def prepare(self, *args, **keywords):
-            return self._call(self._lent("prepare").prepare, args, keywords)
+            call = self._call(self._lent("prepare").prepare, args, keywords)
+            call.__qualname__ = "Connection.prepare"
+            return call
 
-        async def prepare_cached(self, *args, **keywords):
-            return await self._call(self._lent("prepare_cached").prepare_cached, args, keywords)
+        @coroutine_function
+        def prepare_cached(self, *args, **keywords):
+            call = self._call(self._lent("prepare_cached").prepare_cached, args, keywords)
+            call.__qualname__ = "Connection.prepare_cached"
+            return call
 
         @functools.wraps(PoolConnectionProxy.copy_from_table)
         def copy_from_table(self, *args, **keywords):
-            return self._call(self._lent("copy_from_table").copy_from_table, args, keywords)
+            call = self._call(self._lent("copy_from_table").copy_from_table, args, keywords)
+            call.__qualname__ = "Connection.copy_from_table"
+            return call
 
         @functools.wraps(PoolConnectionProxy.copy_from_query)
         def copy_from_query(self, *args, **keywords):
-            return self._call(self._lent("copy_from_query").copy_from_query, args, keywords)
+            call = self._call(self._lent("copy_from_query").copy_from_query, args, keywords)
+            call.__qualname__ = "Connection.copy_from_query"
+            return call
 
         @functools.wraps(PoolConnectionProxy.copy_to_table)
         def copy_to_table(self, *args, **keywords):
-            return self._call(self._lent("copy_to_table").copy_to_table, args, keywords)
+            call = self._call(self._lent("copy_to_table").copy_to_table, args, keywords)
+            call.__qualname__ = "Connection.copy_to_table"
+            return call
 
         @functools.wraps(PoolConnectionProxy.copy_records_to_table)
         def copy_records_to_table(self, *args, **keywords):
-            return self._call(self._lent("copy_records_to_table").copy_records_to_table, args, keywords)
+            call = self._call(self._lent("copy_records_to_table").copy_records_to_table, args, keywords)
+            call.__qualname__ = "Connection.copy_records_to_table"
+            return call
 
         @functools.wraps(PoolConnectionProxy.add_listener)
         def add_listener(self, *args, **keywords):
-            return self._call(self._lent("add_listener").add_listener, args, keywords)
+            call = self._call(self._lent("add_listener").add_listener, args, keywords)
+            call.__qualname__ = "Connection.add_listener"
+            return call
 
         @functools.wraps(PoolConnectionProxy.remove_listener)
         def remove_listener(self, *args, **keywords):
-            return self._call(self._lent("remove_listener").remove_listener, args, keywords)
+            call = self._call(self._lent("remove_listener").remove_listener, args, keywords)
+            call.__qualname__ = "Connection.remove_listener"
+            return call
 
         @functools.wraps(PoolConnectionProxy.set_type_codec)
         def set_type_codec(self, *args, **keywords):
-            return self._call(self._lent("set_type_codec").set_type_codec, args, keywords)
+            call = self._call(self._lent("set_type_codec").set_type_codec, args, keywords)
+            call.__qualname__ = "Connection.set_type_codec"
+            return call
 
         @functools.wraps(PoolConnectionProxy.reset_type_codec)
         def reset_type_codec(self, *args, **keywords):
-            return self._call(self._lent("reset_type_codec").reset_type_codec, args, keywords)
+            call = self._call(self._lent("reset_type_codec").reset_type_codec, args, keywords)
+            call.__qualname__ = "Connection.reset_type_codec"
+            return call
 
         @functools.wraps(PoolConnectionProxy.set_builtin_type_codec)
         def set_builtin_type_codec(self, *args, **keywords):
-            return self._call(self._lent("set_builtin_type_codec").set_builtin_type_codec, args, keywords)
+            call = self._call(self._lent("set_builtin_type_codec").set_builtin_type_codec, args, keywords)
+            call.__qualname__ = "Connection.set_builtin_type_codec"
+            return call
 
         @functools.wraps(PoolConnectionProxy.reload_schema_state)
         def reload_schema_state(self, *args, **keywords):
-            return self._call(self._lent("reload_schema_state").reload_schema_state, args, keywords)
+            call = self._call(self._lent("reload_schema_state").reload_schema_state, args, keywords)
+            call.__qualname__ = "Connection.reload_schema_state"
+            return call
 
         @functools.wraps(PoolConnectionProxy.reset)
         def reset(self, *args, **keywords):
-            return self._call(self._lent("reset").reset, args, keywords)
+            call = self._call(self._lent("reset").reset, args, keywords)
+            call.__qualname__ = "Connection.reset"
+            return call
 
         @functools.wraps(PoolConnectionProxy.close)
         def close(self, *args, **keywords):
-            return self._call(self._lent("close").close, args, keywords)
+            call = self._call(self._lent("close").close, args, keywords)
+            call.__qualname__ = "Connection.close"
+            return call
 
         @contextlib.contextmanager
         @functools.wraps(PoolConnectionProxy.query_logger)

@@ -74,13 +74,6 @@ class TestProxy:
             assert inspect.signature(ours) == inspect.signature(asyncpgs)
             assert ours.__doc__ == asyncpgs.__doc__
 
-    @pytest.mark.parametrize("name", [*CALLS, "prepare_cached"])
-    async def test_a_call_that_is_never_awaited_is_named_as_a_method_of_a_connection(
-        self, owner: Holder, name: str
-    ) -> None:
-        with pytest.warns(RuntimeWarning, match=rf"^coroutine 'Connection\.{name}' was never awaited"):
-            getattr(owner.lend(), name)()
-
     @pytest.mark.parametrize("name", CALLS)
     @pins("_con")
     async def test_a_call_of_one_loan_that_begins_after_it_does_not_reach_the_next(

@@ -51,27 +51,6 @@ def test_a_pool_cannot_be_pickled_with_its_password() -> None:
         pickle.dumps(MODULE_LEVEL_POOL)
 
 
-# The calls that acquire by themselves, and arguments for each.
-CALLS: dict[str, tuple[Any, ...]] = {
-    "execute": ("SELECT 1",),
-    "executemany": ("SELECT 1", []),
-    "fetch": ("SELECT 1",),
-    "fetchval": ("SELECT 1",),
-    "fetchrow": ("SELECT 1",),
-    "fetchmany": ("SELECT 1", []),
-    "copy_from_table": ("orders",),
-    "copy_from_query": ("SELECT 1",),
-    "copy_to_table": ("orders",),
-    "copy_records_to_table": ("orders",),
-}
-
-
-@pytest.mark.parametrize("name", CALLS)
-def test_a_call_that_is_never_awaited_is_named_as_it_was_written(name: str) -> None:
-    with pytest.warns(RuntimeWarning, match=rf"^coroutine 'Pool\.{name}' was never awaited"):
-        getattr(MODULE_LEVEL_POOL, name)(*CALLS[name])
-
-
 @pytest.mark.anyio
 class TestMethodsOfAsyncpg:
     @pytest.fixture

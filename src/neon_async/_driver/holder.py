@@ -914,123 +914,82 @@ class Proxy(_Proxy):
 
         @functools.wraps(PoolConnectionProxy.execute)
         def execute(self, *args, **keywords):
-            call = self._call(self._lent("execute").execute, args, keywords)
-            call.__qualname__ = "Connection.execute"
-            return call
+            return self._call(self._lent("execute").execute, args, keywords)
 
         @functools.wraps(PoolConnectionProxy.executemany)
         def executemany(self, *args, **keywords):
-            call = self._call(self._lent("executemany").executemany, args, keywords)
-            call.__qualname__ = "Connection.executemany"
-            return call
+            return self._call(self._lent("executemany").executemany, args, keywords)
 
         @functools.wraps(PoolConnectionProxy.fetch)
         def fetch(self, *args, **keywords):
-            call = self._call(self._lent("fetch").fetch, args, keywords)
-            call.__qualname__ = "Connection.fetch"
-            return call
+            return self._call(self._lent("fetch").fetch, args, keywords)
 
         @functools.wraps(PoolConnectionProxy.fetchval)
         def fetchval(self, *args, **keywords):
-            call = self._call(self._lent("fetchval").fetchval, args, keywords)
-            call.__qualname__ = "Connection.fetchval"
-            return call
+            return self._call(self._lent("fetchval").fetchval, args, keywords)
 
         @functools.wraps(PoolConnectionProxy.fetchrow)
         def fetchrow(self, *args, **keywords):
-            call = self._call(self._lent("fetchrow").fetchrow, args, keywords)
-            call.__qualname__ = "Connection.fetchrow"
-            return call
+            return self._call(self._lent("fetchrow").fetchrow, args, keywords)
 
         @functools.wraps(PoolConnectionProxy.fetchmany)
         def fetchmany(self, *args, **keywords):
-            call = self._call(self._lent("fetchmany").fetchmany, args, keywords)
-            call.__qualname__ = "Connection.fetchmany"
-            return call
+            return self._call(self._lent("fetchmany").fetchmany, args, keywords)
 
         @functools.wraps(PoolConnectionProxy.prepare)
         def prepare(self, *args, **keywords):
-            call = self._call(self._lent("prepare").prepare, args, keywords)
-            call.__qualname__ = "Connection.prepare"
-            return call
+            return self._call(self._lent("prepare").prepare, args, keywords)
 
-        @coroutine_function
-        def prepare_cached(self, *args, **keywords):
-            call = self._call(self._lent("prepare_cached").prepare_cached, args, keywords)
-            call.__qualname__ = "Connection.prepare_cached"
-            return call
+        async def prepare_cached(self, *args, **keywords):
+            return await self._call(self._lent("prepare_cached").prepare_cached, args, keywords)
 
         @functools.wraps(PoolConnectionProxy.copy_from_table)
         def copy_from_table(self, *args, **keywords):
-            call = self._call(self._lent("copy_from_table").copy_from_table, args, keywords)
-            call.__qualname__ = "Connection.copy_from_table"
-            return call
+            return self._call(self._lent("copy_from_table").copy_from_table, args, keywords)
 
         @functools.wraps(PoolConnectionProxy.copy_from_query)
         def copy_from_query(self, *args, **keywords):
-            call = self._call(self._lent("copy_from_query").copy_from_query, args, keywords)
-            call.__qualname__ = "Connection.copy_from_query"
-            return call
+            return self._call(self._lent("copy_from_query").copy_from_query, args, keywords)
 
         @functools.wraps(PoolConnectionProxy.copy_to_table)
         def copy_to_table(self, *args, **keywords):
-            call = self._call(self._lent("copy_to_table").copy_to_table, args, keywords)
-            call.__qualname__ = "Connection.copy_to_table"
-            return call
+            return self._call(self._lent("copy_to_table").copy_to_table, args, keywords)
 
         @functools.wraps(PoolConnectionProxy.copy_records_to_table)
         def copy_records_to_table(self, *args, **keywords):
-            call = self._call(self._lent("copy_records_to_table").copy_records_to_table, args, keywords)
-            call.__qualname__ = "Connection.copy_records_to_table"
-            return call
+            return self._call(self._lent("copy_records_to_table").copy_records_to_table, args, keywords)
 
         @functools.wraps(PoolConnectionProxy.add_listener)
         def add_listener(self, *args, **keywords):
-            call = self._call(self._lent("add_listener").add_listener, args, keywords)
-            call.__qualname__ = "Connection.add_listener"
-            return call
+            return self._call(self._lent("add_listener").add_listener, args, keywords)
 
         @functools.wraps(PoolConnectionProxy.remove_listener)
         def remove_listener(self, *args, **keywords):
-            call = self._call(self._lent("remove_listener").remove_listener, args, keywords)
-            call.__qualname__ = "Connection.remove_listener"
-            return call
+            return self._call(self._lent("remove_listener").remove_listener, args, keywords)
 
         @functools.wraps(PoolConnectionProxy.set_type_codec)
         def set_type_codec(self, *args, **keywords):
-            call = self._call(self._lent("set_type_codec").set_type_codec, args, keywords)
-            call.__qualname__ = "Connection.set_type_codec"
-            return call
+            return self._call(self._lent("set_type_codec").set_type_codec, args, keywords)
 
         @functools.wraps(PoolConnectionProxy.reset_type_codec)
         def reset_type_codec(self, *args, **keywords):
-            call = self._call(self._lent("reset_type_codec").reset_type_codec, args, keywords)
-            call.__qualname__ = "Connection.reset_type_codec"
-            return call
+            return self._call(self._lent("reset_type_codec").reset_type_codec, args, keywords)
 
         @functools.wraps(PoolConnectionProxy.set_builtin_type_codec)
         def set_builtin_type_codec(self, *args, **keywords):
-            call = self._call(self._lent("set_builtin_type_codec").set_builtin_type_codec, args, keywords)
-            call.__qualname__ = "Connection.set_builtin_type_codec"
-            return call
+            return self._call(self._lent("set_builtin_type_codec").set_builtin_type_codec, args, keywords)
 
         @functools.wraps(PoolConnectionProxy.reload_schema_state)
         def reload_schema_state(self, *args, **keywords):
-            call = self._call(self._lent("reload_schema_state").reload_schema_state, args, keywords)
-            call.__qualname__ = "Connection.reload_schema_state"
-            return call
+            return self._call(self._lent("reload_schema_state").reload_schema_state, args, keywords)
 
         @functools.wraps(PoolConnectionProxy.reset)
         def reset(self, *args, **keywords):
-            call = self._call(self._lent("reset").reset, args, keywords)
-            call.__qualname__ = "Connection.reset"
-            return call
+            return self._call(self._lent("reset").reset, args, keywords)
 
         @functools.wraps(PoolConnectionProxy.close)
         def close(self, *args, **keywords):
-            call = self._call(self._lent("close").close, args, keywords)
-            call.__qualname__ = "Connection.close"
-            return call
+            return self._call(self._lent("close").close, args, keywords)
 
         @contextlib.contextmanager
         @functools.wraps(PoolConnectionProxy.query_logger)

@@ -808,69 +808,48 @@ class Pool(PoolBase[RecordT]):
             timeout = None if until is None else max(until - time.monotonic(), 0.0)
 
     if not TYPE_CHECKING:  # `signatures` of the driver has the types; each returns the coroutine of `_call()`
-        # under its own name, which is in the warning of a coroutine that was never awaited
 
         def execute(self, query, *args, timeout=None):
             """Execute SQL on a connection of its own, as asyncpg does. `timeout` is for the acquire, too."""
-            call = self._call("execute", (query, *args), {}, timeout)
-            call.__qualname__ = "Pool.execute"
-            return call
+            return self._call("execute", (query, *args), {}, timeout)
 
         def executemany(self, command, args, *, timeout=None):
             """Execute SQL for each sequence of arguments, as asyncpg does. `timeout` is for the acquire, too."""
             again = not isinstance(args, Iterator)
-            call = self._call("executemany", (command, args), {}, timeout, again=again)
-            call.__qualname__ = "Pool.executemany"
-            return call
+            return self._call("executemany", (command, args), {}, timeout, again=again)
 
         def fetch(self, query, *args, timeout=None, **options):
             """Run a query on a connection of its own and return all rows. `timeout` is for the acquire, too."""
-            call = self._call("fetch", (query, *args), options, timeout)
-            call.__qualname__ = "Pool.fetch"
-            return call
+            return self._call("fetch", (query, *args), options, timeout)
 
         def fetchval(self, query, *args, timeout=None, **options):
             """Run a query on a connection of its own and return one value. `timeout` is for the acquire, too."""
-            call = self._call("fetchval", (query, *args), options, timeout)
-            call.__qualname__ = "Pool.fetchval"
-            return call
+            return self._call("fetchval", (query, *args), options, timeout)
 
         def fetchrow(self, query, *args, timeout=None, **options):
             """Run a query on a connection of its own and return one row. `timeout` is for the acquire, too."""
-            call = self._call("fetchrow", (query, *args), options, timeout)
-            call.__qualname__ = "Pool.fetchrow"
-            return call
+            return self._call("fetchrow", (query, *args), options, timeout)
 
         def fetchmany(self, query, args, *, timeout=None, **options):
             """Run a query for each sequence of arguments and return the rows. `timeout` is for the acquire, too."""
             again = not isinstance(args, Iterator)
-            call = self._call("fetchmany", (query, args), options, timeout, again=again)
-            call.__qualname__ = "Pool.fetchmany"
-            return call
+            return self._call("fetchmany", (query, args), options, timeout, again=again)
 
         def copy_from_table(self, table_name, *, timeout=None, **options):
             """Copy the rows of a table, as asyncpg does. `timeout` is for the acquire, too."""
-            call = self._call("copy_from_table", (table_name,), options, timeout, again=False)
-            call.__qualname__ = "Pool.copy_from_table"
-            return call
+            return self._call("copy_from_table", (table_name,), options, timeout, again=False)
 
         def copy_from_query(self, query, *args, timeout=None, **options):
             """Copy the rows of a query, as asyncpg does. `timeout` is for the acquire, too."""
-            call = self._call("copy_from_query", (query, *args), options, timeout, again=False)
-            call.__qualname__ = "Pool.copy_from_query"
-            return call
+            return self._call("copy_from_query", (query, *args), options, timeout, again=False)
 
         def copy_to_table(self, table_name, *, timeout=None, **options):
             """Copy data to a table, as asyncpg does. `timeout` is for the acquire, too."""
-            call = self._call("copy_to_table", (table_name,), options, timeout, again=False)
-            call.__qualname__ = "Pool.copy_to_table"
-            return call
+            return self._call("copy_to_table", (table_name,), options, timeout, again=False)
 
         def copy_records_to_table(self, table_name, *, timeout=None, **options):
             """Copy records to a table, as asyncpg does. `timeout` is for the acquire, too."""
-            call = self._call("copy_records_to_table", (table_name,), options, timeout, again=False)
-            call.__qualname__ = "Pool.copy_records_to_table"
-            return call
+            return self._call("copy_records_to_table", (table_name,), options, timeout, again=False)
 
 
 mark_coroutine_functions(Pool, asyncpg.Pool)

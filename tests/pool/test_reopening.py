@@ -196,12 +196,53 @@ print("parent", flush=True)
 """
 
 
+# The same for a call that waits for the server when the process forks, and whose coroutine both processes close.
+FORK_IN_CALL = """
+import asyncio, os, sys, warnings
+warnings.simplefilter("ignore")
+import neon_async
+
+pool = neon_async.create_pool(sys.argv[1], trust_anchor=sys.argv[2], max_size=2)
+loop = asyncio.new_event_loop()
+
+
+async def begin():
+    await pool.fetchval("SELECT $1::int", 1)
+    call = pool.fetchval("SELECT $1::int", 1)
+    call.send(None)
+    return call
+
+
+async def in_child():
+    call.close()
+    async with pool:
+        print("child", await pool.fetchval("SELECT 1"), flush=True)
+
+
+loop.run_until_complete(pool.__aenter__())
+held = loop.run_until_complete(pool.acquire().__aenter__())
+call = loop.run_until_complete(begin())
+child = os.fork()
+if child == 0:
+    asyncio.run(in_child())
+    os._exit(0)
+status = os.waitpid(child, 0)[1]
+assert status == 0, status
+call.close()
+assert loop.run_until_complete(held.fetchval("SELECT 1")) == 1
+loop.run_until_complete(pool.release(held))
+loop.run_until_complete(pool.close())
+print("parent", flush=True)
+"""
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
+@pytest.mark.parametrize("script", [pytest.param(FORK, id="at rest"), pytest.param(FORK_IN_CALL, id="in a call")])
 def test_a_forked_process_starts_empty_and_leaves_the_parent_its_connections(
-    postgres: LocalPostgres, tmp_path: Path
+    postgres: LocalPostgres, tmp_path: Path, script: str
 ) -> None:
     anchor = tmp_path / "root.pem"
     anchor.write_bytes(postgres.trust_anchor)
-    command = [sys.executable, "-c", FORK, postgres.dsn, str(anchor)]
+    command = [sys.executable, "-c", script, postgres.dsn, str(anchor)]
     finished = subprocess.run(command, capture_output=True, text=True, timeout=HANG, check=False)
     assert (finished.stdout.split("\n")[:2], finished.returncode) == (["child 1", "parent"], 0), finished.stderr

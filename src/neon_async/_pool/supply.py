@@ -95,7 +95,7 @@ class Supply:
         self.own_reset_query = False  # whether the class of the connections has a get_reset_query() of its own
         self.closing = False  # from then on connections are closed instead of being offered
         self.emptied = asyncio.Event()  # closing, and the last connection has ended
-        self.loop: asyncio.AbstractEventLoop  # the one in which the pool was opened; set then
+        self.loop: asyncio.AbstractEventLoop | None = None  # the one in which the pool was opened; before that none
         self._generation = 0
         self._tasks: set[asyncio.Task[Any]] = set()
         self._reaper = Timer(self._reap)
@@ -275,7 +275,12 @@ class Supply:
         if holder.is_current(self.loop):
             self._offer(slot)
         else:  # the coroutine was closed where the event loop does not run
-            holder.call_in(self.loop, functools.partial(self._offer, slot))
+            self._call_in_loop(functools.partial(self._offer, slot))
+
+    def _call_in_loop(self, call: Callable[[], object]) -> None:
+        """Have the event loop of the pool make a call, as soon as it runs. Before the pool is opened none is needed."""
+        if self.loop is not None:
+            holder.call_in(self.loop, call)
 
     def _vacate(self, slot: Slot) -> None:
         """Note that a slot has no connection any more, or got none."""
@@ -469,7 +474,7 @@ class Supply:
         if not waiters and slots.connected >= self.options.min_size:
             return
         if not holder.is_current(self.loop):  # a connection was terminated where the event loop does not run
-            holder.call_in(self.loop, self.balance)
+            self._call_in_loop(self.balance)
             return
         now = time.monotonic()
         while waiters and (slot := self.take_idle(now)) and waiters.hand_over(slot):

@@ -67,18 +67,21 @@ async def test_a_query_that_times_out_is_cancelled_on_the_server(postgres: Local
         await until(lambda: not connection._cancellations)
 
 
-def held_by_the_loop() -> int:
-    """Return how many TLS channels and pending timers there are."""
+def channels_and_timers() -> list[Any]:
+    """Return every TLS channel and every pending timer of the process."""
     gc.collect()
     kinds = ("SSLProtocol", "TimerHandle")  # of asyncio and of uvloop
     found = [one for one in gc.get_objects() if type(one).__name__ in kinds]
-    return sum(
-        not (isinstance(one, asyncio.TimerHandle) or hasattr(one, "when")) or not one.cancelled() for one in found
-    )
+    return [
+        one
+        for one in found
+        if not (isinstance(one, asyncio.TimerHandle) or hasattr(one, "when")) or not one.cancelled()
+    ]
 
 
 @NEGOTIATIONS
 async def test_cancelled_queries_leave_no_channel_and_no_timer(postgres: LocalPostgres, negotiation: str) -> None:
+    before = {id(one): one for one in channels_and_timers()}  # they are kept, so that no later one has the id of one
     async with connected(postgres, sslnegotiation=negotiation, connect_timeout=100 * HANG) as connection:
         for _ in range(8):
             task = asyncio.create_task(connection.execute("SELECT pg_sleep(3600)"))
@@ -89,7 +92,7 @@ async def test_cancelled_queries_leave_no_channel_and_no_timer(postgres: LocalPo
             assert await connection.fetchval("SELECT 1") == 1
             await until(lambda: not connection._cancellations)
         # The session's channel, the timers of its statement cache and of this wait; not one of each for each query.
-        await until(lambda: held_by_the_loop() < 8)
+        await until(lambda: sum(id(one) not in before for one in channels_and_timers()) < 8)
 
 
 async def test_a_cancel_request_goes_to_the_address_of_the_session(

@@ -7,9 +7,10 @@ import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
+import asyncpg
 import pytest
 from support.private_names import pins
-from support.probes import HANG, make_pool
+from support.probes import HANG, make_pool, until
 from support.transactions import Bench
 
 import neon_async
@@ -131,6 +132,37 @@ class TestTheLimit:
                     await connection.fetchval("SELECT 1", timeout=0.2)
             with pytest.raises(neon_async.ConnectionLostError, match="a cancelled statement did not end in time"):
                 await connection.fetchval("SELECT 1", timeout=0.2)
+
+    @pytest.mark.parametrize("end", ["cut", "terminate"])
+    async def test_a_statement_behind_a_cancelled_one_ends_with_its_connection(self, bench: Bench, end: str) -> None:
+        """Without a limit as well. asyncpg 0.31 itself would wait on for the end of the cancelled one."""
+        async with asyncio.timeout(HANG), bench.acquire() as connection:
+            bench.endpoint.freeze()
+            with pytest.raises(neon_async.QueryTimeoutError):
+                await connection.fetchval("SELECT 1", timeout=0.05)
+            behind = asyncio.ensure_future(connection.fetchval("SELECT 1"))
+            await asyncio.sleep(0)
+            if end == "cut":
+                bench.endpoint.cut()
+            else:
+                connection.terminate()
+            with pytest.raises((neon_async.ConnectionLostError, asyncpg.InterfaceError)):
+                await behind
+
+    async def test_the_reset_behind_a_cancelled_statement_ends_with_its_connection(self, bench: Bench) -> None:
+        async with (
+            asyncio.timeout(HANG),
+            make_pool(bench.endpoint, max_size=1, release_timeout=10 * HANG, command_timeout=10 * HANG) as pool,
+        ):
+            async with pool.acquire() as connection:
+                bench.endpoint.freeze()
+                with pytest.raises(neon_async.QueryTimeoutError):
+                    await connection.fetchval("SELECT 1", timeout=0.05)
+            await until(lambda: pool.stats().resetting)
+            await asyncio.sleep(0)
+            bench.endpoint.thaw()
+            bench.endpoint.cut()
+            assert await pool.fetchval("SELECT 1") == 1
 
     async def test_a_transaction_that_begins_and_times_out_says_so(self, bench: Bench) -> None:
         async with asyncio.timeout(HANG), bench.acquire(command_timeout=0.15) as connection:

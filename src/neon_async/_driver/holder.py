@@ -800,7 +800,9 @@ async def end_calls(connection: Any) -> None:
 
 async def end_cancellation(connection: Any) -> None:
     """Wait until a cancelled statement has ended. The connection may have ended with it."""
-    await connection._protocol._wait_for_cancellation()
+    protocol = connection._protocol
+    with contextlib.suppress(asyncpg.ConnectionDoesNotExistError):
+        await protocol.while_connected(protocol._wait_for_cancellation(), None)
 
 
 async def roll_back(connection: Any) -> None:

@@ -403,14 +403,34 @@ class SessionProtocol:
         """Bound a call that waits for the end of a cancelled one first, and end the connection as asyncpg 0.32 does."""
         limit = timeout if isinstance(timeout, int | float) else None
         try:
-            async with asyncio.timeout(holder.timeout_by(self._asyncpg, limit)):
-                return await call
+            return await self.while_connected(call, holder.timeout_by(self._asyncpg, limit))
         except TimeoutError:
             # What it waited for is cancelled, too, and would cancel the task of any other call.
             self._session.note_loss(CANCEL_TIMED_OUT)
             self._asyncpg.abort()
             self._session.notify_closed()
             raise
+
+    async def while_connected(self, call: Coroutine[Any, Any, _T], seconds: float | None) -> _T:
+        """Await a call that waits for the end of a cancelled one, which asyncpg 0.31 does even without a connection.
+
+        Args:
+            call: The call.
+            seconds: Its limit, or None.
+
+        Raises:
+            TimeoutError: It has taken longer.
+            asyncpg.ConnectionDoesNotExistError: The connection has ended.
+        """
+        deadline = asyncio.timeout(seconds)
+        try:
+            async with deadline:
+                with self._transport.calling_on_loss(lambda: deadline.reschedule(0)):
+                    return await call
+        except TimeoutError as error:
+            if self._asyncpg.is_connected():
+                raise
+            raise asyncpg.ConnectionDoesNotExistError("connection was closed in the middle of operation") from error
 
     def _timed_out(self, error: TimeoutError, timeout: float | None, began: float) -> Exception:
         limit = holder.timeout_by(self._asyncpg, None) if timeout is None else None

@@ -14,7 +14,7 @@ import struct
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeAlias, cast
 
 # What is called with the answer to a statement that was sent ahead: the transaction status of its ReadyForQuery (b"I",
@@ -164,6 +164,15 @@ class SessionTransport(asyncio.Transport):
         assert self._stream is not None
         with contextlib.suppress(ValueError):  # it was called
             self._stream.loss_callbacks.remove(callback)
+
+    @contextlib.contextmanager
+    def calling_on_loss(self, callback: Callable[[], None]) -> Iterator[None]:
+        """Have `callback` called if the connection ends during the block."""
+        self.add_loss_callback(callback)
+        try:
+            yield
+        finally:
+            self.remove_loss_callback(callback)
 
     async def wait_for_answers(self) -> None:
         """Wait until every statement that was sent ahead has been answered, or the connection has ended."""

@@ -236,7 +236,7 @@ class TestStatements:
         del protocol._on_waiter_completed
         await connection.execute("SELECT 1")
         assert [type(one.result()) for one in futures] == [str]
-        with holder.retrieved(protocol):
+        with holder.retrieving(protocol):
             pass
         assert protocol._on_waiter_completed == completed
 

@@ -236,6 +236,16 @@ class ConnectionHooks(_Connection[RecordT]):
         except TimeoutError as error:
             raise timed_out_call(self, error, began, timeout) from error.__cause__
 
+    def _cancel_current_command(self, waiter: asyncio.Future[None], *others: Any) -> None:
+        # Where a sink fails, asyncpg cancels the COPY and waits for the end of its answer, even if it has read that.
+        # Then it gets the end once more, and no request is sent.
+        transport = transport_of(self)
+        if not self.is_closed() and self._protocol.has_read_copy and transport.is_settled:
+            waiter.set_result(None)
+            self._loop.call_soon(transport.repeat_end)  # asyncpg is about to wait
+        else:
+            super()._cancel_current_command(waiter, *others)  # type: ignore[misc]
+
     async def _cancel(self, waiter: Any, cancel_waiter: Any = None) -> None:
         """Send a cancel request over a verified channel, within `command_timeout`, and always resolve `waiter`.
 
@@ -694,7 +704,7 @@ def keep_frequent_methods(own: Any, protocol: Any) -> None:
 
 
 @contextlib.contextmanager
-def retrieved(protocol: Any) -> Iterator[None]:
+def retrieving(protocol: Any, note: Callable[[Any], object] | None = None) -> Iterator[None]:
     """Retrieve the exception of each future that asyncpg's protocol makes in the block, so that none is logged.
 
     asyncpg awaits the future of a COPY only after the caller's code. Where that code ends the connection, asyncpg fails
@@ -702,12 +712,13 @@ def retrieved(protocol: Any) -> Iterator[None]:
 
     Args:
         protocol: asyncpg's own object.
+        note: Called with the result of each that has one.
     """
     completed = protocol._on_waiter_completed  # asyncpg adds it to each future as a callback
 
     def retrieve(waiter: asyncio.Future[Any]) -> None:
-        if not waiter.cancelled():
-            waiter.exception()
+        if not waiter.cancelled() and waiter.exception() is None and note is not None:
+            note(waiter.result())
         completed(waiter)
 
     protocol._on_waiter_completed = retrieve

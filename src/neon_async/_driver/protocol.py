@@ -89,6 +89,7 @@ class SessionProtocol:
         "has_cancelled",
         "has_deallocated",
         "has_prepared",
+        "has_read_copy",
         "loan_has_ended",
         "mentioned",
         "on_dropped",
@@ -122,6 +123,7 @@ class SessionProtocol:
         # Called with the outcome of a reset that was sent ahead: True if the server has done it. After a failure the
         # connection ends.
         self.on_reset: Callable[[bool], None] = holder.ignore
+        self.has_read_copy = False  # asyncpg has read all of the answer to the COPY that is under way
         self.prepares = 0  # how often a statement was prepared
         self.transaction_search_path: str | None = None  # of the settings of the open transaction
         self.loan_has_ended = False  # the loan has ended, and calls of it are still under way: they send nothing more
@@ -315,13 +317,21 @@ class SessionProtocol:
     ) -> Any:
         """Copy data to the server."""
         result = self._asyncpg.copy_in(copy_stmt, reader, data, records, record_stmt, timeout)
-        with holder.retrieved(self._asyncpg):
+        with holder.retrieving(self._asyncpg):
             return await self._run(_with_answer(result), copy_stmt, timeout)
 
     async def copy_out(self, copy_stmt: str, sink: Any, timeout: Any) -> Any:
         """Copy data from the server."""
-        with holder.retrieved(self._asyncpg):
-            return await self._run(self._asyncpg.copy_out(copy_stmt, sink, timeout), copy_stmt, timeout)
+        result = self._asyncpg.copy_out(copy_stmt, sink, timeout)
+        try:
+            with holder.retrieving(self._asyncpg, self._note_copied):
+                return await self._run(result, copy_stmt, timeout)
+        finally:
+            self.has_read_copy = False
+
+    def _note_copied(self, result: tuple[bytes, bool, str | None] | None) -> None:
+        # Data, whether it was the last, and the command tag; or None where the connection was closed.
+        self.has_read_copy = result is not None and result[1]
 
     async def close(self, timeout: float | None) -> None:
         """Close the connection politely, after the statement that is under way was cancelled."""

@@ -45,8 +45,8 @@ class Facts(NamedTuple):
 
 
 # There are few, and making one takes longer than deciding what follows.
-_facts = functools.cache(Facts)
-_ENDED = _facts(True, False, False, False, False, False, False)
+_known = functools.cache(Facts)
+_ENDED = _known(True, False, False, False, False, False, False)
 
 
 class Need(enum.Enum):
@@ -149,7 +149,7 @@ class Loan:
         codecs_kept = session.codecs == session.snapshot.codecs
         worn = supply.is_worn(self.slot, now)
         if codecs_kept and self._writes == owned.transport.writes:  # there is nothing else to ask for
-            return _facts(False, worn, supply.own_reset, True, session.calls > 0, False, False)
+            return _known(False, worn, supply.own_reset, True, session.calls > 0, False, False)
         worn = (
             worn
             or owned.protocol.queries_count >= supply.options.max_queries
@@ -159,7 +159,7 @@ class Loan:
         leftovers = not codecs_kept or owned.has_leftovers()
         own_query = supply.own_reset_query
         has_reset_query = not own_query or _has_reset_query(owned.connection)
-        return _facts(False, worn, supply.own_reset, False, leftovers, has_reset_query, not own_query)
+        return _known(False, worn, supply.own_reset, False, leftovers, has_reset_query, not own_query)
 
     def _watch(self, leak_after: float) -> None:
         """Log the stack that acquired the connection if it is not released within `leak_after` seconds."""

@@ -154,6 +154,12 @@ class SessionTransport(asyncio.Transport):
             self._flusher.add(self)
         self._held += sql if isinstance(sql, bytes) else query_message(sql)
 
+    def repeat_end(self) -> None:
+        """Have the session's protocol receive the latest ReadyForQuery once more, unless the connection has ended."""
+        assert self._stream is not None
+        if self.is_settled and not self._transport.is_closing():
+            self._stream.repeat_end()
+
     def add_loss_callback(self, callback: Callable[[], None]) -> None:
         """Have `callback` called once when the connection has ended."""
         assert self._stream is not None
@@ -424,6 +430,10 @@ class Stream(asyncio.BufferedProtocol):
             # looks for it to report the failure.
             if not self._transport.is_closing():
                 raise
+
+    def repeat_end(self) -> None:
+        """Pass the latest ReadyForQuery on once more."""
+        self._pass_on(self.tail)
 
     def _read_answers(self, data: bytes) -> bytes:
         """Read `data`, which begins with a message, and return what comes after the last answer that is expected."""

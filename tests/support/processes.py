@@ -93,9 +93,10 @@ class Scene:
 
         `caller` is this process by default.
         """
-        signs = (str(self.folder), f"_supervisor.py {caller or os.getpid()}")
+        folder, supervisor = str(self.folder), f"_supervisor.py {caller or os.getpid()}"
         commands = [command for pid, (_, _, command) in processes().items() if pid not in self._before]
-        return [command for command in commands if any(sign in command for sign in signs)] + self.files()
+        # At the end: the number of another caller may begin with this one.
+        return [one for one in commands if folder in one or one.endswith(supervisor)] + self.files()
 
     def files(self, pattern: str = "*") -> list[str]:
         """Return the paths in the folder that match `pattern`."""

@@ -177,6 +177,13 @@ class TestCancelRequests:
             assert isinstance(connection._protocol.backend_secret, int)
             assert connection._config.command_timeout == 7
 
+    @pins("_cancel_current_command")
+    def test_asyncpg_passes_the_future_of_a_request_first(self) -> None:
+        """Ours resolves it where there is nothing to cancel; test_copy_sinks shows that it is called."""
+        asyncpgs = inspect.signature(asyncpg.Connection._cancel_current_command)  # type: ignore[attr-defined]
+        assert list(asyncpgs.parameters)[:2] == ["self", "waiter"]
+        assert not inspect.iscoroutinefunction(asyncpg.Connection._cancel_current_command)  # type: ignore[attr-defined]
+
     @pins("_cancel", "_cancellations")
     async def test_asyncpg_runs_it_as_a_task_that_it_keeps_until_its_end(
         self, connection: Any, monkeypatch: pytest.MonkeyPatch

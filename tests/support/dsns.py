@@ -7,6 +7,8 @@ from urllib.parse import quote
 
 from hypothesis import strategies as st
 
+from neon_async._config.hints import is_masked, is_password_placeholder, is_placeholder
+
 HOST = "ep-cool-darkness-123456.us-east-2.aws.neon.tech"
 POOLED = HOST.replace(".", "-pooler.", 1)
 # As the Neon console shows it, without its parameters.
@@ -22,10 +24,15 @@ _QUERY = st.dictionaries(
 ).map(lambda items: [f"{key}={quote(value, safe='')}" for key, value in items.items()])
 
 
+def _is_a_value(text: str) -> bool:
+    return not (is_placeholder(text) or is_password_placeholder(text) or is_masked(text))
+
+
 @st.composite
 def dsns(draw: Callable[..., str], password: st.SearchStrategy[str] = TEXT) -> str:
     """Return a connection URL that is valid except, perhaps, for its sslmode."""
-    user, secret, database = (quote(draw(text), safe="") for text in (TEXT, password, TEXT))
+    texts = (text.filter(_is_a_value) for text in (TEXT, password, TEXT))
+    user, secret, database = (quote(draw(text), safe="") for text in texts)
     items: list[str] = draw(_QUERY)  # type: ignore[assignment]
     mode = draw(st.sampled_from((None, *_SSLMODES)))
     if mode is not None:

@@ -122,6 +122,11 @@ def unsent_error() -> TransactionAbortedError:
     )
 
 
+def closed_in_operation() -> asyncpg.ConnectionDoesNotExistError:
+    """Return asyncpg's own error of a call whose connection has ended, where asyncpg itself would go on."""
+    return asyncpg.ConnectionDoesNotExistError("connection was closed in the middle of operation")
+
+
 def timed_out(
     host: str, error: TimeoutError, elapsed: float, timeout: float | None, command_timeout: float | None
 ) -> Exception:

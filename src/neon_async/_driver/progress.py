@@ -15,10 +15,8 @@ import time
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Coroutine, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import asyncpg
-
 from . import holder
-from .losses import CLOSED_HERE, lost_error, outcome_of, stalled, timed_out
+from .losses import CLOSED_HERE, closed_in_operation, lost_error, outcome_of, stalled, timed_out
 
 if TYPE_CHECKING:
     from .._wire.transport import SessionTransport
@@ -151,7 +149,7 @@ class _Source:
         with self._progress.callers_turn():
             item = await anext(self._items)
         if self._progress.is_lost:  # asyncpg would go on to write
-            raise asyncpg.ConnectionDoesNotExistError("connection was closed in the middle of operation")
+            raise closed_in_operation()
         return item
 
 

@@ -30,6 +30,7 @@ from .losses import (
     OUT_OF_STEP,
     Loss,
     Outcome,
+    closed_in_operation,
     commit_error,
     is_server_error,
     leaves_commit_open,
@@ -440,7 +441,7 @@ class SessionProtocol:
         except TimeoutError as error:
             if self._asyncpg.is_connected():
                 raise
-            raise asyncpg.ConnectionDoesNotExistError("connection was closed in the middle of operation") from error
+            raise closed_in_operation() from error
 
     def _timed_out(self, error: TimeoutError, timeout: float | None, began: float) -> Exception:
         limit = holder.timeout_by(self._asyncpg, None) if timeout is None else None
@@ -524,7 +525,7 @@ async def _with_answer(copy: Coroutine[Any, Any, Any]) -> Any:
     """Return the command tag of a COPY. asyncpg 0.31 returns None where its connection was closed meanwhile."""
     tag = await copy
     if tag is None:
-        raise asyncpg.ConnectionDoesNotExistError("connection was closed in the middle of operation")
+        raise closed_in_operation()
     return tag
 
 

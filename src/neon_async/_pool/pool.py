@@ -110,10 +110,8 @@ class AcquireContext(_AcquireContext[RecordT]):
         """Release the connection and return at once; what it needs is done in the background."""
         try:
             self.pool._end_loan(self.connection)
-        except UnsupportedEventLoopError:
-            if failure[:1] != (GeneratorExit,):
-                raise  # nothing has changed
-            self.pool._end_closed(holder_of(self.connection, self.pool))
+        except UnsupportedEventLoopError as error:  # nothing has changed
+            self.pool._leave_elsewhere(self.connection, failure, error)
         self.done, self.connection = True, None
 
     def __await__(self) -> Generator[Any, None, Connection[RecordT]]:  # type: ignore[override]
@@ -130,10 +128,8 @@ class _ReleasingContext(AcquireContext):
         connection, self.connection, self.done = self.connection, None, True
         try:
             await self.pool.release(cast(Any, connection))
-        except UnsupportedEventLoopError:
-            if failure[:1] != (GeneratorExit,):
-                raise
-            self.pool._end_closed(holder_of(connection, self.pool))
+        except UnsupportedEventLoopError as error:
+            self.pool._leave_elsewhere(connection, failure, error)
 
 
 class Pool(PoolBase[RecordT]):
@@ -299,13 +295,13 @@ class Pool(PoolBase[RecordT]):
         return self
 
     async def _make_first_connections(self, supply: Supply, count: int) -> None:
-        began, limit = time.monotonic(), self._options.acquire_timeout
+        began = time.monotonic()
         slots: list[Slot] = []
 
         async def make_one() -> None:
             if self._supply is not supply:  # terminated, and opened again, before this task began
                 raise self._closed_error(_Phase.CLOSED)
-            slots.append(await self._wait_for_slot(limit, began))
+            slots.append(await self._wait_for_slot(None, began))
 
         making = [asyncio.ensure_future(make_one()) for _ in range(count)]
         try:
@@ -547,6 +543,18 @@ class Pool(PoolBase[RecordT]):
         self._require_own_loop()
         loan = self._supply.slot_of(holder).loan
         return None if loan is None else loan.end(timeout)  # None: `on_event` releases what is being released
+
+    def _leave_elsewhere(
+        self, connection: object, failure: tuple[object, ...], error: UnsupportedEventLoopError
+    ) -> None:
+        """End the loan of a block that is left where the event loop does not run, if its coroutine is being closed.
+
+        Raises:
+            UnsupportedEventLoopError: `error`, if the block is left in another way.
+        """
+        if failure[:1] != (GeneratorExit,):
+            raise error
+        self._end_closed(holder_of(connection, self))
 
     def _end_closed(self, holder: Holder | None) -> None:
         """Terminate the connection of a coroutine that is closed, where the event loop does not run.

@@ -36,7 +36,6 @@ from peers import ASYNCPG, OURS, POOLS, PSYCOPG_AUTOCOMMIT, Client, clients_of, 
 from neon_async.testing import LocalPostgres
 
 TASKS, SIZE = 64, 10
-SETTINGS = {"max_connections": "100"}
 NAMES = (*POOLS, PSYCOPG_AUTOCOMMIT)
 RATE = "requests"
 LOOPS: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {
@@ -78,18 +77,20 @@ async def measure_loop(loop: str, arguments: argparse.Namespace) -> Table:
 async def server_on_other_cpus() -> AsyncIterator[LocalPostgres]:
     """Start a server that does not run on the CPU of this process."""
     allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else {0}
-    if len(allowed) == 1:
-        async with LocalPostgres(settings=SETTINGS) as server:
-            yield server
-        return
-    own = max(allowed)  # interrupts are often served by the first one
-    os.sched_setaffinity(0, allowed - {own})  # which the processes of the server inherit
+    own = {max(allowed)}  # interrupts are often served by the first one
+    run_on(allowed - own or allowed)  # which the processes of the server inherit
     try:
-        async with LocalPostgres(settings=SETTINGS) as server:
-            os.sched_setaffinity(0, {own})
+        async with LocalPostgres(settings={"max_connections": "100"}) as server:
+            run_on(own)
             yield server
     finally:
-        os.sched_setaffinity(0, allowed)
+        run_on(allowed)
+
+
+def run_on(cpus: set[int]) -> None:
+    """Run this process, and those that it starts, on these CPUs, where the system lets it choose."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, cpus)
 
 
 async def rate_of(client: Client, requests: int) -> float:

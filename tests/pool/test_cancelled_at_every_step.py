@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import pytest
 from support.probes import HANG, assert_balanced, assert_whole, until
-from support.scenes import SILENCE, Scene, cancel, close, phrase, play, start, take_steps
+from support.scenes import SILENCE, Scene, cancel, close, phrased, play, start, take_steps
 
 import neon_async
 from neon_async.testing import LocalPostgres
@@ -88,18 +88,15 @@ async def run_transaction(pool: neon_async.Pool, steps: int) -> None:
 @pytest.mark.parametrize("max_size", [1, 2])
 @pytest.mark.parametrize(
     "use",
-    [
-        pytest.param(one, id=phrase(one))
-        for one in (
-            acquire_in_the_wait_queue,
-            acquire_cold,
-            fetchval_warm,
-            fetchval_cold,
-            release,
-            release_of_an_expired_connection,
-            run_transaction,
-        )
-    ],
+    phrased(
+        acquire_in_the_wait_queue,
+        acquire_cold,
+        fetchval_warm,
+        fetchval_cold,
+        release,
+        release_of_an_expired_connection,
+        run_transaction,
+    ),
 )
 async def test_a_pool_is_whole_after_a_cancellation_at_any_step_of(
     postgres: LocalPostgres, use: Callable[[neon_async.Pool, int], Awaitable[None]], max_size: int
@@ -149,9 +146,7 @@ async def before_terminate(scene: Scene, steps: int) -> None:
     pool.terminate()
 
 
-@pytest.mark.parametrize(
-    "use", [pytest.param(one, id=phrase(one)) for one in (open_pool, close_pool, before_terminate)]
-)
+@pytest.mark.parametrize("use", phrased(open_pool, close_pool, before_terminate))
 async def test_a_pool_has_ended_after_a_cancellation_at_any_step_of(
     postgres: LocalPostgres, use: Callable[[Scene, int], Awaitable[None]]
 ) -> None:

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import pytest
 import uvloop
 from support.probes import HANG, assert_whole, make_pool, until, until_settled
-from support.scenes import phrase
+from support.scenes import phrased
 
 import neon_async
 from neon_async.testing import LocalPostgres
@@ -114,21 +114,18 @@ async def in_a_transaction(pool: neon_async.Pool) -> Waiting:
 
 
 Place: TypeAlias = Callable[[neon_async.Pool], Awaitable[Waiting]]
-PLACES = [
-    pytest.param(place, id=phrase(place))
-    for place in (
-        in_the_wait_queue,
-        with_a_connection_handed_over,
-        with_a_connection_handed_over_to_a_call,
-        with_an_expired_connection_handed_over,
-        with_a_connection_handed_over_that_has_ended,
-        in_a_call,
-        in_a_call_that_was_answered,
-        in_a_block,
-        in_a_statement_of_a_block,
-        in_a_transaction,
-    )
-]
+PLACES = phrased(
+    in_the_wait_queue,
+    with_a_connection_handed_over,
+    with_a_connection_handed_over_to_a_call,
+    with_an_expired_connection_handed_over,
+    with_a_connection_handed_over_that_has_ended,
+    in_a_call,
+    in_a_call_that_was_answered,
+    in_a_block,
+    in_a_statement_of_a_block,
+    in_a_transaction,
+)
 loops = pytest.mark.parametrize(
     "new_loop",
     [pytest.param(asyncio.new_event_loop, id="asyncio"), pytest.param(uvloop.new_event_loop, id="uvloop")],

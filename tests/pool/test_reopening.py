@@ -163,45 +163,13 @@ def test_what_was_learned_about_the_server_is_kept(postgres: LocalPostgres) -> N
     assert asyncio.run(handle()) == asyncio.run(handle()) == "SCRAM-SHA-256-PLUS"
 
 
+# With "in a call" a call waits for the server when the process forks, and both processes close its coroutine.
 FORK = """
 import asyncio, os, sys, warnings
 warnings.simplefilter("ignore")  # Python 3.12 warns of a fork while threads run
 import neon_async
 
 BACKEND = "SELECT pg_backend_pid()"
-pool = neon_async.create_pool(sys.argv[1], trust_anchor=sys.argv[2], max_size=2)
-loop = asyncio.new_event_loop()
-
-
-async def in_child():
-    assert (pool.stats().acquires, pool.get_size()) == (0, 0), pool.stats()
-    async with pool:
-        print("child", await pool.fetchval("SELECT 1"), flush=True)
-
-
-loop.run_until_complete(pool.__aenter__())
-backend = loop.run_until_complete(pool.fetchval(BACKEND))
-held = loop.run_until_complete(pool.acquire().__aenter__())
-child = os.fork()
-if child == 0:
-    asyncio.run(in_child())
-    os._exit(0)
-status = os.waitpid(child, 0)[1]
-assert status == 0, status
-assert loop.run_until_complete(held.fetchval(BACKEND)) == backend
-loop.run_until_complete(pool.release(held))
-assert loop.run_until_complete(pool.fetchval(BACKEND)) == backend
-loop.run_until_complete(pool.close())
-print("parent", flush=True)
-"""
-
-
-# The same for a call that waits for the server when the process forks, and whose coroutine both processes close.
-FORK_IN_CALL = """
-import asyncio, os, sys, warnings
-warnings.simplefilter("ignore")
-import neon_async
-
 pool = neon_async.create_pool(sys.argv[1], trust_anchor=sys.argv[2], max_size=2)
 loop = asyncio.new_event_loop()
 
@@ -214,35 +182,40 @@ async def begin():
 
 
 async def in_child():
-    call.close()
+    assert (pool.stats().acquires, pool.get_size()) == (0, 0), pool.stats()
+    if call:
+        call.close()
     async with pool:
         print("child", await pool.fetchval("SELECT 1"), flush=True)
 
 
 loop.run_until_complete(pool.__aenter__())
+backend = loop.run_until_complete(pool.fetchval(BACKEND))
 held = loop.run_until_complete(pool.acquire().__aenter__())
-call = loop.run_until_complete(begin())
+call = loop.run_until_complete(begin()) if "in a call" in sys.argv else None
 child = os.fork()
 if child == 0:
     asyncio.run(in_child())
     os._exit(0)
 status = os.waitpid(child, 0)[1]
 assert status == 0, status
-call.close()
-assert loop.run_until_complete(held.fetchval("SELECT 1")) == 1
+if call:
+    call.close()
+assert loop.run_until_complete(held.fetchval(BACKEND)) == backend
 loop.run_until_complete(pool.release(held))
+assert loop.run_until_complete(pool.fetchval(BACKEND)) == backend
 loop.run_until_complete(pool.close())
 print("parent", flush=True)
 """
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
-@pytest.mark.parametrize("script", [pytest.param(FORK, id="at rest"), pytest.param(FORK_IN_CALL, id="in a call")])
+@pytest.mark.parametrize("when", ["at rest", "in a call"])
 def test_a_forked_process_starts_empty_and_leaves_the_parent_its_connections(
-    postgres: LocalPostgres, tmp_path: Path, script: str
+    postgres: LocalPostgres, tmp_path: Path, when: str
 ) -> None:
     anchor = tmp_path / "root.pem"
     anchor.write_bytes(postgres.trust_anchor)
-    command = [sys.executable, "-c", script, postgres.dsn, str(anchor)]
+    command = [sys.executable, "-c", FORK, postgres.dsn, str(anchor), when]
     finished = subprocess.run(command, capture_output=True, text=True, timeout=HANG, check=False)
     assert (finished.stdout.split("\n")[:2], finished.returncode) == (["child 1", "parent"], 0), finished.stderr

@@ -205,9 +205,9 @@ once_and_twice = pytest.mark.parametrize("times", [pytest.param(1, id="once"), p
 
 def cases(*reach: Reach) -> pytest.MarkDecorator:
     """Parametrize over functions that bring a task to the await that their name states, and return the task."""
-    return pytest.mark.parametrize("reach", [pytest.param(one, id=phrase(one)) for one in reach])
+    return pytest.mark.parametrize("reach", phrased(*reach))
 
 
-def phrase(function: Callable[..., object]) -> str:
-    """Return the name of a function as words."""
-    return function.__name__.replace("_", " ")
+def phrased(*functions: Callable[..., object]) -> list[Any]:
+    """Return the functions as parameters of a test, with their names as words for ids."""
+    return [pytest.param(one, id=one.__name__.replace("_", " ")) for one in functions]
